@@ -1,0 +1,135 @@
+"""Tensors on disk under a key of their content, so that what was computed once is never computed again.
+
+A stale hit is impossible: the key is a hash of everything the tensors depend on, and the file repeats it. A truncated
+file is impossible to use: files are written under a temporary name, synced and renamed, and safetensors refuses a file
+whose size does not fit its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bs_exp.errors import CacheError
+
+FORMAT_VERSION = 1
+
+
+def content_key(**parts: Any) -> str:
+    """SHA-256 of the parts (plain data) and of the format version, as hex."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **parts}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Entry(Protocol):
+    """Cached tensors by name."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+
+    def rows(self, name: str, stop: int) -> Tensor:
+        """The first `stop` rows of a tensor; from disk, no more than these are read."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryEntry:
+    """Tensors that were computed in this process and are kept in it."""
+
+    tensors: Mapping[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def rows(self, name: str, stop: int) -> Tensor:
+        return self.tensors[name][:stop]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Tensors in a file; nothing stays in memory."""
+
+    path: Path
+
+    def tensor(self, name: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def rows(self, name: str, stop: int) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[:stop]
+        return tensor
+
+
+@dataclass
+class Cache:
+    """Content-keyed tensors under `folder`; without a folder they live in memory, as long as this object.
+
+    `hits`, `misses` and `damaged` count look-ups by kind (such as "gram" and "decomposition").
+    """
+
+    folder: Path | None
+    hits: Counter[str] = field(default_factory=Counter)
+    misses: Counter[str] = field(default_factory=Counter)
+    damaged: Counter[str] = field(default_factory=Counter)
+    _memory: dict[tuple[str, str], MemoryEntry] = field(default_factory=dict)
+
+    def find(self, kind: str, key: str) -> Entry | None:
+        """The entry under a key, or None. A damaged file counts as absent, and is overwritten by the next `store`."""
+        entry = self._memory.get((kind, key)) if self.folder is None else self._open(kind, key)
+        (self.misses if entry is None else self.hits)[kind] += 1
+        return entry
+
+    def store(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> Entry:
+        """Keeps the tensors under a key.
+
+        Raises CacheError if the folder cannot be written; no half-written file stays behind.
+        """
+        if self.folder is None:
+            return self._memory.setdefault((kind, key), MemoryEntry(dict(tensors)))
+        path = self._path(kind, key)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"key": key})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(
+                f"Cannot write the cache file {path}: {error}. "
+                "Free some space, point cache.dir elsewhere, or set cache.dir=null to keep everything in memory."
+            ) from error
+        finally:
+            if temporary.exists():
+                temporary.unlink()
+        return FileEntry(path)
+
+    def _path(self, kind: str, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / kind / f"{key}.safetensors"
+
+    def _open(self, kind: str, key: str) -> FileEntry | None:
+        path = self._path(kind, key)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                intact = (file.metadata() or {}).get("key") == key
+        except (OSError, SafetensorError):
+            intact = False
+        if not intact:
+            self.damaged[kind] += 1
+            return None
+        return FileEntry(path)

@@ -1,0 +1,1 @@
+"""Statistics of the dense model on the calibration sequences."""

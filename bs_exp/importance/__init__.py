@@ -1,0 +1,1 @@
+"""Local importance: which input channels count more in the metric. One file per strategy."""

@@ -1,0 +1,109 @@
+"""One small interface per strategy family. Constructor = settings, method = data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bs_exp.types import (
+    AllocationProblem,
+    Architecture,
+    LoadedModel,
+    Metric,
+    RankPlan,
+    Statistic,
+    TokenWindows,
+    WeightGroup,
+)
+
+
+class ModelSource(Protocol):
+    """Where the dense model comes from."""
+
+    def load(self) -> LoadedModel:
+        """The model in evaluation mode, with its tokenizer and discovered matrices."""
+
+
+class Corpus(Protocol):
+    """A source of text."""
+
+    def read(self) -> tuple[str, Mapping[str, object]]:
+        """The whole text, and its provenance (files, data set, revision, fingerprint)."""
+
+
+class Sharing(Protocol):
+    """Who shares a basis with whom."""
+
+    def groups(self, architecture: Architecture) -> tuple[WeightGroup, ...]:
+        """Every targeted matrix in exactly one group."""
+
+
+class Importance(Protocol):
+    """Local importance: which channels count more in the metric."""
+
+    needs: ClassVar[frozenset[Statistic]]
+
+    def reweight(self, gram: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+        """The Gram with important channels amplified."""
+
+
+class Whitening(Protocol):
+    """In which metric the error of a group is measured."""
+
+    needs: ClassVar[frozenset[Statistic]]
+
+    def metric(self, gram: Float[Tensor, "d_in d_in"] | None) -> Metric:
+        """The metric of a group from its (re-weighted) Gram; None where the strategy needs no Gram."""
+
+
+class Allocation(Protocol):
+    """Who gets the ranks."""
+
+    def allocate(self, problem: AllocationProblem) -> RankPlan:
+        """A plan within the budget."""
+
+
+class Calibration(Protocol):
+    """The token sequences on which statistics are gathered."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+        """Windows of equal length, the same for the same settings and text."""
+
+
+class Update(Protocol):
+    """What happens to the factors after truncation."""
+
+    def apply(self, compressed: PreTrainedModel, dense: LoadedModel, calibration: Calibration) -> None:
+        """Changes the factors of the compressed model in place."""
+
+
+class Evaluator(Protocol):
+    """One way to judge a model; dense and compressed models go through the same call."""
+
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float]:
+        """Metrics by name, such as `ppl/wikitext2`, `acc/piqa`, `throughput/decode_tok_s`."""
+
+
+class TrackedRun(Protocol):
+    """A run under way in a tracker."""
+
+    def log(self, metrics: Mapping[str, object]) -> None:
+        """Metrics by name."""
+
+    def finish(self, record: Mapping[str, object]) -> None:
+        """Closes the run with its final record, whatever its status."""
+
+
+class Tracker(Protocol):
+    """Where a run is logged besides its record. TrackingError if that cannot be; the run then goes on without it."""
+
+    def start(self, record: Mapping[str, object], folder: Path) -> TrackedRun:
+        """Opens the run; files of the tracker go under `folder`."""

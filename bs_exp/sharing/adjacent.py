@@ -1,0 +1,54 @@
+"""Groups of adjacent layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from bs_exp.errors import ConfigError
+from bs_exp.types import Architecture, WeightGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdjacentSharing:
+    """Groups of `group_size` consecutive layers from layer 0, for the matrix types in `matrices`; the others stay alone.
+
+    A remainder makes a smaller group. Layers whose matrices differ in shape are not put together.
+    Basis Sharing (2410.03765), sections 3.2 and 4.
+    """
+
+    matrices: tuple[str, ...]
+    group_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matrices", tuple(self.matrices))
+        if self.group_size < 1:
+            raise ConfigError(f"sharing.group_size must be at least 1, got {self.group_size}; 1 turns sharing off.")
+        if not self.matrices:
+            raise ConfigError("sharing.matrices is empty: name matrix types such as [q, k, v], or use sharing=none.")
+
+    def groups(self, architecture: Architecture) -> tuple[WeightGroup, ...]:
+        """All groups, by matrix type and layer.
+
+        Raises ConfigError if the group size exceeds the layers, or no listed type occurs in the model.
+        """
+        if self.group_size > architecture.num_layers:
+            raise ConfigError(
+                f"sharing.group_size must be between 1 and {architecture.num_layers} (layers of this "
+                f"{architecture.family} model), got {self.group_size}; 1 turns sharing off."
+            )
+        if not set(self.matrices) & set(architecture.matrix_types):
+            raise ConfigError(
+                f"sharing.matrices {list(self.matrices)} names no matrix type of this model, "
+                f"which has {list(architecture.matrix_types)}."
+            )
+        groups = []
+        for matrix in architecture.matrix_types:
+            size = self.group_size if matrix in self.matrices else 1
+            for (d_in, d_out), run in groupby(architecture.of_type(matrix), key=lambda m: (m.d_in, m.d_out)):
+                layers = tuple(m.layer for m in run)
+                groups += [
+                    WeightGroup(matrix, layers[start : start + size], d_in, d_out)
+                    for start in range(0, len(layers), size)
+                ]
+        return tuple(groups)

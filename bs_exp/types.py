@@ -1,0 +1,262 @@
+"""The nouns: frozen data made by one stage and read by the next.
+
+Convention (Basis Sharing, section 3): a weight is ``W[d_in, d_out]`` and acts as ``y = x @ W``; matrices of a group
+are concatenated along ``d_out``; the basis acts first, ``y = (x @ basis) @ coefficients + bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Statistic(StrEnum):
+    """What calibration can gather. A strategy lists what it `needs`; nothing else is collected."""
+
+    GRAM = "gram"  # X^T X, one per input site
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """One weight of the model: what it does, in which layer, what feeds it, and the module that stores it."""
+
+    matrix: str
+    layer: int
+    site: str
+    module: str
+    d_in: int
+    d_out: int
+
+    @property
+    def input_site(self) -> str:
+        """Name of the input site: matrices of one layer that read the same activations share one name."""
+        return f"{self.layer}.{self.site}"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The compressible matrices of a model, found in its modules; `untouched` are block weights that stay dense."""
+
+    family: str
+    matrices: tuple[WeightMatrix, ...]
+    untouched: tuple[str, ...] = ()
+
+    @cached_property
+    def by_position(self) -> Mapping[tuple[str, int], WeightMatrix]:
+        """(matrix type, layer) -> matrix."""
+        return {(m.matrix, m.layer): m for m in self.matrices}
+
+    @cached_property
+    def matrix_types(self) -> tuple[str, ...]:
+        """Matrix types in the order in which they first appear."""
+        return tuple(dict.fromkeys(m.matrix for m in self.matrices))
+
+    @property
+    def num_layers(self) -> int:
+        return 1 + max(m.layer for m in self.matrices)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters in the targeted matrices (biases not counted)."""
+        return sum(m.d_in * m.d_out for m in self.matrices)
+
+    def of_type(self, matrix: str) -> tuple[WeightMatrix, ...]:
+        """Matrices of one type, by layer."""
+        return tuple(sorted((m for m in self.matrices if m.matrix == matrix), key=lambda m: m.layer))
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to run, its tokenizer, and what is known of its origin (source, revision, dtype, fingerprint)."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    provenance: Mapping[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights (names, dtypes, shapes, bytes) and of the model's configuration."""
+        return str(self.provenance["fingerprint"])
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Token sequences of equal length with the text's provenance; `tail` holds a shorter last window, if kept."""
+
+    ids: Int[Tensor, "windows length"]
+    provenance: Mapping[str, Any]
+    tail: Int[Tensor, " rest"] | None = None
+
+
+@dataclass(frozen=True, order=True)
+class WeightGroup:
+    """Matrices of one type, one per layer, that share a basis. A single layer means: not shared."""
+
+    matrix: str
+    layers: tuple[int, ...]
+    d_in: int
+    d_out: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.matrix}[{','.join(map(str, self.layers))}]"
+
+    @property
+    def size(self) -> int:
+        return len(self.layers)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the concatenated weight, `n * d_out`."""
+        return self.size * self.d_out
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the dense matrices."""
+        return self.d_in * self.columns
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.d_in, self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The norm `||S dW||_F` in which a group's error is measured; `whitener=None` is the identity.
+
+    `whitener` is upper triangular with `S.T @ S = Gram + ridge * I`, in fp64.
+    """
+
+    whitener: Float[Tensor, "d_in d_in"] | None
+    ridge: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """What an allocator may look at: the singular values of the whitened group, and what each component costs in error.
+
+    `energies[j]` is the squared error that dropping component j adds, without the ridge's share, so that
+    `energies[k:].sum()` is the squared loss at rank k on the calibration inputs.
+    """
+
+    group: WeightGroup
+    singular_values: Float[Tensor, " full_rank"]
+    energies: Float[Tensor, " full_rank"]
+    ridge: float
+
+    def loss(self, rank: int | None) -> float:
+        """Predicted `||X (W - W_k)||_F` at a rank; None (dense) loses nothing."""
+        return 0.0 if rank is None else float(self.energies[rank:].sum().clamp_min(0.0).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """All components of a group, best first: `basis @ coefficients` is the weight, the first k give the best rank k.
+
+    Components are balanced (basis column and coefficient row have equal norms), so that half precision can hold them.
+    `basis` is stored by component (transposed) so that the first k are a contiguous read.
+    """
+
+    spectrum: Spectrum
+    basis_t: Float[Tensor, "full_rank d_in"]
+    coefficients: Float[Tensor, "full_rank columns"]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedFactors:
+    """One basis for a group and one coefficient matrix per layer."""
+
+    group: WeightGroup
+    basis: Float[Tensor, "d_in rank"]
+    coefficients: Mapping[int, Float[Tensor, "rank d_out"]]
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """A group and its rank; `rank=None` leaves its matrices dense."""
+
+    group: WeightGroup
+    rank: int | None
+    parameters: int
+    predicted_loss: float
+    ridge: float
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Who shares with whom, at which rank: plain data that can be saved, read, compared and replayed."""
+
+    groups: tuple[PlannedGroup, ...]
+    requested_ratio: float
+
+    @property
+    def parameters(self) -> int:
+        return sum(g.parameters for g in self.groups)
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(g.group.parameters for g in self.groups)
+
+    @property
+    def retain_ratio(self) -> float:
+        """Share of the targeted matrices' parameters that the plan keeps."""
+        return self.parameters / self.dense_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `record.json`."""
+        return {
+            "requested_ratio": self.requested_ratio,
+            "retain_ratio": self.retain_ratio,
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+            "groups": [
+                {
+                    "matrix": g.group.matrix,
+                    "layers": list(g.group.layers),
+                    "d_in": g.group.d_in,
+                    "d_out": g.group.d_out,
+                    "rank": g.rank,
+                    "parameters": g.parameters,
+                    "predicted_loss": g.predicted_loss,
+                    "ridge": g.ridge,
+                }
+                for g in self.groups
+            ],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class AllocationProblem:
+    """All that an allocator may see: the groups' spectra, and the share of their parameters to keep, in (0, 1]."""
+
+    spectra: tuple[Spectrum, ...]
+    retain_ratio: float
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedModel:
+    """A compressed model and the plan it follows; untouched parameters are those of the dense model.
+
+    `calibration` is the provenance of the windows that were used, empty if the recipe needed none.
+    """
+
+    module: PreTrainedModel
+    plan: RankPlan
+    calibration: Mapping[str, Any]

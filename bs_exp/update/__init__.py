@@ -1,0 +1,1 @@
+"""Update: what happens to the factors after truncation. One file per strategy."""

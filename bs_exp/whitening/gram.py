@@ -1,0 +1,35 @@
+"""Whitening by the Gram of the calibration inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bs_exp.decomposition import gram_metric
+from bs_exp.errors import ConfigError
+from bs_exp.types import Metric, Statistic
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramWhitening:
+    """Error in the outputs on the calibration inputs, `||X (W - W_k)||_F`.
+
+    `ridge` is added to the Gram's diagonal in units of its mean; an indefinite Gram gets what it needs on top.
+    SVD-LLM (2403.07378), section 3.1; Basis Sharing (2410.03765), section 3.1.
+    """
+
+    ridge: float
+
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM})
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ridge < 1.0:
+            raise ConfigError(f"whitening.ridge must be at least 0 and below 1 (mean diagonals), got {self.ridge}.")
+
+    def metric(self, gram: Float[Tensor, "d_in d_in"] | None) -> Metric:
+        if gram is None:
+            raise ValueError("GramWhitening needs a Gram; it says so in `needs`.")
+        return gram_metric(gram, ridge=self.ridge)

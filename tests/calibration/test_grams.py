@@ -1,0 +1,97 @@
+"""Grams are what the formula says, cost no logits, and leave no hooks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bs_exp.calibration.grams import gather_grams
+from bs_exp.errors import CalibrationError
+from bs_exp.journal import Journal
+from bs_exp.models.architecture import module_of
+from bs_exp.models.tiny import tiny_random
+from bs_exp.types import LoadedModel, TokenWindows
+
+
+def windows(count: int = 5, length: int = 16, seed: int = 0) -> TokenWindows:
+    generator = torch.Generator().manual_seed(seed)
+    return TokenWindows(ids=torch.randint(0, 256, (count, length), generator=generator), provenance={})
+
+
+def hooks(model: LoadedModel) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.module.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "phi3"])
+def test_every_matrix_has_the_gram_of_its_own_input(family: str) -> None:
+    """Oracle: every module's input, kept, stacked, and multiplied in fp64; all in one batch, logits included."""
+    model, data = tiny_random(family), windows()
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module_of(model.module, m).register_forward_pre_hook(
+            lambda module, arguments, name=m.module: seen.__setitem__(name, arguments[0].detach().clone())
+        )
+        for m in model.architecture.matrices
+    ]
+    with torch.no_grad():
+        model.module(data.ids)
+    for handle in handles:
+        handle.remove()
+    grams = gather_grams(model, data, batch_size=2, journal=Journal(quiet=True))
+    for matrix in model.architecture.matrices:
+        inputs = seen[matrix.module].reshape(-1, matrix.d_in).double()
+        gram = grams[matrix.input_site]
+        assert gram.dtype == torch.float64
+        torch.testing.assert_close(gram, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
+    assert hooks(model) == 0
+
+
+def test_one_gram_per_input_site() -> None:
+    model = tiny_random("llama")
+    grams = gather_grams(model, windows(), batch_size=5, journal=Journal(quiet=True))
+    assert len(grams) == 4 * model.architecture.num_layers < len(model.architecture.matrices)
+
+
+def test_no_logits_are_computed() -> None:
+    model = tiny_random("llama")
+
+    def forbidden(module: nn.Module, arguments: object) -> None:
+        raise AssertionError("the language-model head ran during calibration")
+
+    head = model.module.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    with_handle = head.register_forward_pre_hook(forbidden)
+    try:
+        gather_grams(model, windows(), batch_size=5, journal=Journal(quiet=True))
+    finally:
+        with_handle.remove()
+
+
+def test_nan_activations_name_the_first_matrices_and_leave_no_hooks() -> None:
+    model = tiny_random("llama")
+    with torch.no_grad():
+        module_of(model.module, model.architecture.by_position["o", 1]).weight[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.gate_proj.*NaN"):
+        gather_grams(model, windows(), batch_size=2, journal=Journal(quiet=True))
+    assert hooks(model) == 0
+
+
+def test_hooks_are_gone_after_a_failure() -> None:
+    model = tiny_random("llama")
+    with pytest.raises(IndexError):
+        gather_grams(
+            model, TokenWindows(ids=torch.full((1, 4), 10**6), provenance={}), batch_size=1, journal=Journal(quiet=True)
+        )
+    assert hooks(model) == 0
+
+
+def test_matrices_of_one_site_must_read_the_same_input() -> None:
+    model = tiny_random("llama")
+    value = module_of(model.module, model.architecture.by_position["v", 0])
+    handle = value.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 2,))
+    try:
+        with pytest.raises(CalibrationError, match=r"v_proj does not read the same input"):
+            gather_grams(model, windows(), batch_size=2, journal=Journal(quiet=True))
+    finally:
+        handle.remove()

@@ -1,0 +1,102 @@
+"""What every allocator keeps: the budget, the bounds, the order of the groups, and its word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bs_exp.allocation.budget import component_cost, uniform_rank
+from bs_exp.allocation.uniform import UniformAllocation
+from bs_exp.errors import ConfigError
+from bs_exp.protocols import Allocation
+from bs_exp.types import AllocationProblem, Spectrum, WeightGroup
+
+ALLOCATORS: list[Allocation] = [UniformAllocation()]
+
+
+def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(group.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values
+    return Spectrum(group=group, singular_values=values, energies=values.square(), ridge=0.0)
+
+
+def problem(groups: Sequence[WeightGroup], ratio: float) -> AllocationProblem:
+    return AllocationProblem(tuple(spectrum(g, seed) for seed, g in enumerate(groups)), ratio)
+
+
+GROUPS = st.lists(
+    st.builds(
+        lambda size, d_in, d_out, first: WeightGroup("q", tuple(range(first, first + size)), d_in, d_out),
+        st.integers(1, 4), st.integers(8, 64), st.integers(8, 64), st.integers(0, 9),
+    ),
+    min_size=1, max_size=8, unique_by=lambda g: g.layers[0],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
+@settings(max_examples=60, deadline=None)
+@given(groups=GROUPS, ratio=st.floats(0.3, 1.0))
+def test_within_budget_and_bounds(allocator: Allocation, groups: list[WeightGroup], ratio: float) -> None:
+    case = problem(groups, ratio)
+    plan = allocator.allocate(case)
+    assert [p.group for p in plan.groups] == groups
+    assert plan.parameters <= ratio * plan.dense_parameters + 1e-6
+    for planned, given_spectrum in zip(plan.groups, case.spectra, strict=True):
+        if planned.rank is None:
+            assert (planned.parameters, planned.predicted_loss) == (planned.group.parameters, 0.0)
+        else:
+            assert 1 <= planned.rank <= planned.group.full_rank
+            assert planned.parameters == planned.rank * component_cost(planned.group) < planned.group.parameters
+            tail = float(given_spectrum.energies[planned.rank :].sum())
+            assert planned.predicted_loss**2 == pytest.approx(tail, abs=1e-12)
+    assert plan.retain_ratio == plan.parameters / plan.dense_parameters
+    assert allocator.allocate(case) == plan
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
+def test_everything_kept_is_dense(allocator: Allocation) -> None:
+    plan = allocator.allocate(problem([WeightGroup("q", (0, 1), 16, 16)], 1.0))
+    assert plan.groups[0].rank is None and plan.retain_ratio == 1.0
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
+@pytest.mark.parametrize("ratio", [0.0, -0.2, 1.0001, float("nan")])
+def test_ratio_out_of_range(allocator: Allocation, ratio: float) -> None:
+    with pytest.raises(ConfigError, match=r"above 0 and at most 1.*got"):
+        allocator.allocate(problem([WeightGroup("q", (0,), 16, 16)], ratio))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size", "d_in", "d_out", "rank"),
+    [  # LLaMA-7B, Basis Sharing's own table: q of one layer, of two, of four; up of two; down
+        (0.8, 1, 4096, 4096, 1638),
+        (0.8, 2, 4096, 4096, 2184),
+        (0.8, 4, 4096, 4096, 2621),
+        (0.8, 2, 4096, 11008, 2762),
+        (0.8, 1, 11008, 4096, 2388),
+        (0.5, 32, 4096, 4096, 1985),
+        (0.6, 2, 4096, 4096, 1638),
+    ],
+)
+def test_uniform_ranks_are_the_published_ones(ratio: float, size: int, d_in: int, d_out: int, rank: int) -> None:
+    assert uniform_rank(WeightGroup("q", tuple(range(size)), d_in, d_out), ratio) == rank
+
+
+def test_a_remainder_group_gets_its_own_rank() -> None:
+    pair, single = WeightGroup("q", (0, 1), 64, 64), WeightGroup("q", (2,), 64, 64)
+    plan = UniformAllocation().allocate(problem([pair, single], 0.8))
+    assert [p.rank for p in plan.groups] == [34, 25]
+
+
+def test_rounding_is_of_the_decimal_ratio() -> None:
+    """0.7 * 100 * 100 / 200 is 35; in binary floating point 0.7 * 10000 is 7000 but 0.57 * 100 is 56.99..."""
+    assert uniform_rank(WeightGroup("q", (0,), 200, 200), 0.57) == 57
+
+
+def test_too_small_a_ratio_names_the_group() -> None:
+    with pytest.raises(ConfigError, match=r"q\[0\] \(16 x 16\) without a single component"):
+        UniformAllocation().allocate(problem([WeightGroup("q", (0,), 16, 16)], 0.05))

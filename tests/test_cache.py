@@ -1,0 +1,83 @@
+"""The cache never returns what was not stored whole under exactly this key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bs_exp.cache import Cache, content_key
+from bs_exp.errors import CacheError
+
+TENSORS = {"a": torch.arange(12.0, dtype=torch.float64).reshape(4, 3), "b": torch.tensor(7.0)}
+
+
+@pytest.fixture(params=["disk", "memory"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache" if request.param == "disk" else None)
+
+
+def test_stored_tensors_come_back(cache: Cache) -> None:
+    key = content_key(model="m", settings={"ridge": 1e-6})
+    assert cache.find("gram", key) is None
+    cache.store("gram", key, TENSORS)
+    entry = cache.find("gram", key)
+    assert entry is not None
+    assert torch.equal(entry.tensor("a"), TENSORS["a"]) and entry.tensor("a").dtype == torch.float64
+    assert torch.equal(entry.rows("a", 2), TENSORS["a"][:2])
+    assert cache.find("gram", content_key(model="m", settings={"ridge": 1e-5})) is None
+    assert cache.find("decomposition", key) is None
+    assert (cache.hits["gram"], cache.misses["gram"]) == (1, 2)
+
+
+def test_another_cache_object_finds_the_file(tmp_path: Path) -> None:
+    Cache(tmp_path).store("gram", "k", TENSORS)
+    assert Cache(tmp_path).find("gram", "k") is not None
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, 0.5, -1])
+def test_a_truncated_file_is_a_miss_and_is_replaced(tmp_path: Path, keep: float) -> None:
+    cache = Cache(tmp_path)
+    cache.store("gram", "k", TENSORS)
+    [path] = (tmp_path / "gram").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    assert cache.find("gram", "k") is None
+    assert cache.damaged["gram"] == 1
+    cache.store("gram", "k", TENSORS)
+    entry = cache.find("gram", "k")
+    assert entry is not None and torch.equal(entry.tensor("a"), TENSORS["a"])
+
+
+def test_a_file_under_another_name_is_not_trusted(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.store("gram", "old", TENSORS)
+    (tmp_path / "gram" / "old.safetensors").rename(tmp_path / "gram" / "new.safetensors")
+    assert cache.find("gram", "new") is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CacheError, match=r"cache\.dir=null"):
+        Cache(tmp_path / "file").store("gram", "k", TENSORS)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.name != "posix", reason="needs a full device")
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bs_exp.cache.os.fsync", _no_space)
+    with pytest.raises(CacheError, match="No space left"):
+        Cache(tmp_path).store("gram", "k", TENSORS)
+    assert list((tmp_path / "gram").iterdir()) == []
+
+
+def _no_space(descriptor: int) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+
+
+def test_keys_depend_on_every_part() -> None:
+    base = {"model": "m", "settings": {"a": 1, "b": [1, 2]}}
+    assert content_key(**base) == content_key(settings={"b": [1, 2], "a": 1}, model="m")
+    assert len({content_key(**base), content_key(**{**base, "model": "n"}), content_key(model="m", settings={})}) == 3

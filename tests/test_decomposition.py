@@ -1,0 +1,154 @@
+"""Identities of the factorisation, and oracles written from the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bs_exp.decomposition import decompose, gram_metric, truncate
+from bs_exp.errors import DecompositionError
+from bs_exp.types import Metric, WeightGroup
+
+IDENTITY = Metric(whitener=None)
+
+
+def problem(d_in: int, d_out: int, size: int, tokens: int = 400, seed: int = 0) -> tuple[WeightGroup, Tensor, Tensor]:
+    """A group, its concatenated weight, and correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d_in, d_in, generator=generator, dtype=torch.float64) / d_in**0.5
+    inputs = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) @ mixing
+    weight = torch.randn(d_in, size * d_out, generator=generator, dtype=torch.float64)
+    return WeightGroup("q", tuple(range(size)), d_in, d_out), weight, inputs
+
+
+def product(group: WeightGroup, weight: Tensor, metric: Metric, rank: int) -> Tensor:
+    factors = truncate(decompose(group, weight, metric), rank)
+    return torch.cat([factors.basis @ factors.coefficients[layer] for layer in group.layers], dim=1)
+
+
+SHAPES = [(12, 20, 1), (12, 12, 3), (30, 8, 1), (30, 8, 2), (16, 16, 1)]
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "size"), SHAPES)
+def test_full_rank_returns_the_weight(d_in: int, d_out: int, size: int) -> None:
+    group, weight, inputs = problem(d_in, d_out, size)
+    restored = product(group, weight, gram_metric(inputs.T @ inputs), group.full_rank)
+    torch.testing.assert_close(restored, weight, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "size"), SHAPES)
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_predicted_loss_is_the_measured_loss(d_in: int, d_out: int, size: int, ridge: float) -> None:
+    group, weight, inputs = problem(d_in, d_out, size)
+    metric = gram_metric(inputs.T @ inputs, ridge=ridge)
+    spectrum = decompose(group, weight, metric).spectrum
+    for rank in (1, group.full_rank // 2, group.full_rank - 1):
+        measured = float((inputs @ (weight - product(group, weight, metric, rank))).norm())
+        assert spectrum.loss(rank) == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "size"), SHAPES)
+def test_truncation_is_the_whitened_svd_of_the_papers(d_in: int, d_out: int, size: int) -> None:
+    """Oracle: Cholesky, a full SVD of S W, and S^-1 [S W]_k (SVD-LLM, section 3.1)."""
+    group, weight, inputs = problem(d_in, d_out, size)
+    whitener = torch.linalg.cholesky(inputs.T @ inputs).T
+    left, values, right = torch.linalg.svd(whitener @ weight, full_matrices=False)
+    rank = group.full_rank // 2
+    expected = torch.linalg.inv(whitener) @ (left[:, :rank] * values[:rank]) @ right[:rank]
+    metric = gram_metric(inputs.T @ inputs)
+    torch.testing.assert_close(product(group, weight, metric, rank), expected, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(decompose(group, weight, metric).spectrum.singular_values, values, rtol=1e-9, atol=1e-9)
+
+
+def test_identity_metric_is_plain_svd() -> None:
+    group, weight, _ = problem(10, 14, 1)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    expected = (left[:, :4] * values[:4]) @ right[:4]
+    torch.testing.assert_close(product(group, weight, IDENTITY, 4), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_other_product_of_this_rank_loses_less() -> None:
+    group, weight, inputs = problem(8, 9, 1)
+    best = product(group, weight, gram_metric(inputs.T @ inputs), 3)
+    loss = float((inputs @ (weight - best)).norm())
+    generator = torch.Generator().manual_seed(1)
+    factors = truncate(decompose(group, weight, gram_metric(inputs.T @ inputs)), 3)
+    for _ in range(50):
+        step = 1e-3 * torch.randn(8, 3, generator=generator, dtype=torch.float64)
+        nearby = (factors.basis + step) @ factors.coefficients[0]
+        assert float((inputs @ (weight - nearby)).norm()) >= loss
+
+
+def test_scaling_every_gram_changes_nothing_but_the_loss() -> None:
+    group, weight, inputs = problem(9, 12, 2)
+    gram = inputs.T @ inputs
+    torch.testing.assert_close(
+        product(group, weight, gram_metric(gram), 5), product(group, weight, gram_metric(1e6 * gram), 5)
+    )
+
+
+def test_components_are_balanced() -> None:
+    group, weight, inputs = problem(12, 20, 1)
+    made = decompose(group, weight, gram_metric(1e8 * inputs.T @ inputs))
+    torch.testing.assert_close(made.basis_t.norm(dim=1), made.coefficients.norm(dim=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d_in=st.integers(2, 12), d_out=st.integers(1, 10), size=st.integers(1, 3), tokens=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_singular_grams_survive(d_in: int, d_out: int, size: int, tokens: int, seed: int) -> None:
+    """Fewer tokens than channels: no ridge was asked for, one is found, and full rank still returns the weight."""
+    group, weight, inputs = problem(d_in, d_out, size, tokens=tokens, seed=seed)
+    metric = gram_metric(inputs.T @ inputs)
+    restored = product(group, weight, metric, group.full_rank)
+    assert bool(restored.isfinite().all())
+    assert float((inputs @ (restored - weight)).norm()) <= 1e-5 * float((inputs @ weight).norm())
+
+
+def test_an_indefinite_gram_survives_and_says_what_it_took() -> None:
+    _, _, inputs = problem(6, 6, 1)
+    gram = inputs.T @ inputs
+    low = torch.linalg.eigvalsh(gram)[0]
+    shifted = gram - (low + 0.5) * torch.eye(6, dtype=gram.dtype)
+    metric = gram_metric(shifted)
+    assert metric.ridge > 0.5
+    assert metric.whitener is not None
+    torch.testing.assert_close(
+        metric.whitener.T @ metric.whitener, shifted + metric.ridge * torch.eye(6, dtype=gram.dtype)
+    )
+
+
+def test_zero_weight_and_dead_channels_do_not_break() -> None:
+    group, weight, inputs = problem(8, 10, 1)
+    inputs[:, 3] = 0.0
+    weight[:, 2] = 0.0
+    metric = gram_metric(inputs.T @ inputs, ridge=1e-6)
+    torch.testing.assert_close(product(group, weight, metric, 8), weight, rtol=0, atol=1e-9)
+    assert float(product(group, torch.zeros_like(weight), metric, 2).abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_raises(bad: float) -> None:
+    group, weight, inputs = problem(6, 6, 1)
+    broken = weight.clone()
+    broken[1, 2] = bad
+    with pytest.raises(DecompositionError, match="weight holds NaN"):
+        decompose(group, broken, gram_metric(inputs.T @ inputs))
+    gram = inputs.T @ inputs
+    gram[0, 0] = bad
+    with pytest.raises(DecompositionError, match="Gram holds NaN"):
+        gram_metric(gram)
+    with pytest.raises(DecompositionError, match="inputs of these matrices are zero"):
+        gram_metric(torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_rank_out_of_range(rank: int) -> None:
+    group, weight, _ = problem(6, 9, 1)
+    with pytest.raises(ValueError, match="between 1 and 6"):
+        truncate(decompose(group, weight, IDENTITY), rank)

@@ -1,0 +1,224 @@
+"""The stages together, on tiny models of every family: what is predicted is measured, and nothing is done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bs_exp.allocation.uniform import UniformAllocation
+from bs_exp.cache import Cache, Entry
+from bs_exp.errors import CacheError, ConfigError, DecompositionError
+from bs_exp.importance.none import NoImportance
+from bs_exp.journal import Journal
+from bs_exp.models.architecture import module_of
+from bs_exp.models.tiny import FAMILIES, tiny_random
+from bs_exp.pipeline import Recipe, compress
+from bs_exp.sharing.adjacent import AdjacentSharing
+from bs_exp.sharing.none import NoSharing
+from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.update.none import NoUpdate
+from bs_exp.whitening.gram import GramWhitening
+from bs_exp.whitening.identity import IdentityWhitening
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens:
+    """Calibration on random tokens."""
+
+    seed: int = 0
+    count: int = 24
+    batch_size: int = 8
+
+    def windows(self, tokenizer: object) -> TokenWindows:
+        ids = torch.randint(0, 256, (self.count, 32), generator=torch.Generator().manual_seed(self.seed))
+        return TokenWindows(ids=ids, provenance={"sha256": f"random-{self.seed}-{self.count}"})
+
+
+RECIPE = Recipe(
+    calibration=RandomTokens(),
+    sharing=AdjacentSharing(matrices=("q", "k", "v", "qkv", "up", "gate", "gate_up"), group_size=2),
+    whitening=GramWhitening(ridge=1e-6),
+    importance=NoImportance(),
+    allocation=UniformAllocation(),
+    update=NoUpdate(),
+    retain_ratio=0.6,
+)
+
+
+def inputs_of_every_matrix(model: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module_of(model.module, m).register_forward_pre_hook(
+            lambda module, arguments, name=m.module: seen.__setitem__(name, arguments[0].detach().clone())
+        )
+        for m in model.architecture.matrices
+    ]
+    with torch.no_grad():
+        model.module(ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def dense_weight(layer: torch.nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return (weight.T if isinstance(layer, torch.nn.Linear) else weight).detach()
+
+
+# Mixtral's fused experts have no fp64 kernel on the CPU.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_predicted_losses_are_measured_in_the_compressed_model(family: str) -> None:
+    """Oracle: the inputs of a group's layers, stacked, times the difference of the stored products (Basis Sharing, 3.1)."""
+    dense = tiny_random(family)
+    dense.module.double()
+    recipe = replace(RECIPE, calibration=RandomTokens(count=8))
+    compressed = compress(dense, recipe, Cache(None), Journal(quiet=True))
+    inputs = inputs_of_every_matrix(dense, recipe.calibration.windows(dense.tokenizer).ids)
+    assert 0.5 < compressed.plan.retain_ratio <= 0.6
+    for planned in compressed.plan.groups:
+        matrices = [dense.architecture.by_position[planned.group.matrix, layer] for layer in planned.group.layers]
+        stacked = torch.cat([inputs[m.module].reshape(-1, m.d_in) for m in matrices])
+        lost = torch.cat(
+            [
+                dense_weight(module_of(dense.module, m)) - dense_weight(compressed.module.get_submodule(m.module).to_dense())
+                for m in matrices
+            ],
+            dim=1,
+        )  # fmt: skip
+        assert planned.predicted_loss == pytest.approx(float((stacked @ lost).norm()), rel=1e-6), planned.group.name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_dense_model_is_untouched_and_shared(family: str) -> None:
+    dense = tiny_random(family)
+    before = {name: value.clone() for name, value in dense.module.state_dict().items()}
+    compressed = compress(dense, RECIPE, Cache(None), Journal(quiet=True))
+    after = dense.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert compressed.module.get_input_embeddings().weight is dense.module.get_input_embeddings().weight
+
+
+def test_a_group_of_one_is_plain_whitened_svd() -> None:
+    dense, ids = tiny_random(), torch.arange(20)[None]
+    alone = compress(dense, replace(RECIPE, sharing=NoSharing()), Cache(None), Journal(quiet=True))
+    ones = compress(
+        dense, replace(RECIPE, sharing=AdjacentSharing(matrices=("q", "up"), group_size=1)), Cache(None), Journal(quiet=True)
+    )  # fmt: skip
+    assert alone.plan == ones.plan
+    with torch.no_grad():
+        assert torch.equal(alone.module(ids).logits, ones.module(ids).logits)
+
+
+def test_keeping_everything_is_the_dense_model() -> None:
+    dense, ids = tiny_random(), torch.arange(20)[None]
+    compressed = compress(dense, replace(RECIPE, retain_ratio=1.0), Cache(None), Journal(quiet=True))
+    with torch.no_grad():
+        assert torch.equal(compressed.module(ids).logits, dense.module(ids).logits)
+
+
+def test_loss_falls_as_more_is_kept() -> None:
+    dense, ids = tiny_random(), torch.arange(100).reshape(2, 50)
+    cache = Cache(None)
+    with torch.no_grad():
+        target = dense.module(ids).logits
+        errors = [
+            float((compress(dense, replace(RECIPE, retain_ratio=r), cache, Journal(quiet=True)).module(ids).logits - target).norm())
+            for r in (0.3, 0.6, 0.9)
+        ]  # fmt: skip
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_another_ratio_decomposes_nothing_and_cached_equals_fresh(tmp_path: Path) -> None:
+    dense, ids = tiny_random(), torch.arange(20)[None]
+    compress(dense, RECIPE, Cache(tmp_path), Journal(quiet=True))
+    second, journal = Cache(tmp_path), Journal(quiet=True)
+    lower = replace(RECIPE, retain_ratio=0.4)
+    cached = compress(dense, lower, second, journal)
+    assert second.misses == {} and second.hits["decomposition"] == len(cached.plan.groups)
+    assert "calibrate" not in journal.timings
+    assert any("came from the cache" in note for note in journal.notes)
+    fresh = compress(dense, lower, Cache(None), Journal(quiet=True))
+    assert cached.plan == fresh.plan
+    with torch.no_grad():
+        assert torch.equal(cached.module(ids).logits, fresh.module(ids).logits)
+
+
+def test_another_sharing_reuses_the_grams(tmp_path: Path) -> None:
+    dense = tiny_random()
+    compress(dense, RECIPE, Cache(tmp_path), Journal(quiet=True))
+    second = Cache(tmp_path)
+    compress(dense, replace(RECIPE, sharing=NoSharing()), second, Journal(quiet=True))
+    assert second.misses["gram"] == 0 and second.hits["gram"] > 0
+    # o, down and the remainder layer are groups of one already, and the same groups are found again.
+    assert second.hits["decomposition"] > 0 and second.misses["decomposition"] > 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"calibration": RandomTokens(seed=1)},
+        {"calibration": RandomTokens(batch_size=4)},
+        {"whitening": GramWhitening(ridge=1e-3)},
+        {"whitening": IdentityWhitening()},
+    ],
+    ids=repr,
+)
+def test_what_decompositions_depend_on_is_in_their_key(tmp_path: Path, other: dict[str, object]) -> None:
+    dense = tiny_random()
+    compress(dense, RECIPE, Cache(tmp_path), Journal(quiet=True))
+    second = Cache(tmp_path)
+    compress(dense, replace(RECIPE, **other), second, Journal(quiet=True))  # type: ignore[arg-type]
+    assert second.hits["decomposition"] == 0
+
+
+def test_other_weights_are_another_key(tmp_path: Path) -> None:
+    compress(tiny_random(seed=0), RECIPE, Cache(tmp_path), Journal(quiet=True))
+    second = Cache(tmp_path)
+    compress(tiny_random(seed=1), RECIPE, second, Journal(quiet=True))
+    assert second.hits == {}
+
+
+def test_plain_svd_needs_no_calibration() -> None:
+    journal, cache = Journal(quiet=True), Cache(None)
+    made = compress(tiny_random(), replace(RECIPE, whitening=IdentityWhitening()), cache, journal)
+    assert "calibrate" not in journal.timings and cache.misses["gram"] == 0 and made.calibration == {}
+
+
+def test_nan_weights_name_the_matrix() -> None:
+    dense = tiny_random()
+    with torch.no_grad():
+        module_of(dense.module, dense.architecture.by_position["k", 2]).weight[0, 0] = float("nan")
+    with pytest.raises(DecompositionError, match=r"k\[2\] \(model\.layers\.2\.self_attn\.k_proj\).*NaN"):
+        compress(dense, replace(RECIPE, whitening=IdentityWhitening()), Cache(None), Journal(quiet=True))
+
+
+def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, done = tiny_random(), 3
+    store = Cache.store
+
+    def store_until_full(cache: Cache, kind: str, key: str, tensors: Mapping[str, Tensor]) -> Entry:
+        if kind == "decomposition" and len(list(tmp_path.glob("decomposition/*"))) == done:
+            raise CacheError("No space left on device")
+        return store(cache, kind, key, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "store", store_until_full)
+        with pytest.raises(CacheError):
+            compress(dense, RECIPE, Cache(tmp_path), Journal(quiet=True))
+    resumed = Cache(tmp_path)
+    plan = compress(dense, RECIPE, resumed, Journal(quiet=True)).plan
+    assert resumed.damaged == {} and resumed.misses["gram"] == 0
+    assert (resumed.hits["decomposition"], resumed.misses["decomposition"]) == (done, len(plan.groups) - done)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.2, -1.0])
+def test_ratio_out_of_range(ratio: float) -> None:
+    with pytest.raises(ConfigError, match="retain_ratio must be above 0"):
+        replace(RECIPE, retain_ratio=ratio)
