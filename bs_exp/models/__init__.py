@@ -1,0 +1,1 @@
+"""Where models come from, and which of their matrices can be compressed."""

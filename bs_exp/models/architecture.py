@@ -1,0 +1,245 @@
+"""Which matrices a model has: found in its modules, named by `roles.yaml`. Nothing here knows a model class.
+
+Only this file knows that `nn.Linear` stores the transpose of `W[d_in, d_out]` and that `Conv1D` does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+
+import yaml
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bs_exp.errors import ConfigError, ModelError
+from bs_exp.types import Architecture, WeightMatrix
+
+Roles = Mapping[str, str]
+"""Dotted suffix of a linear layer's name inside its block (`*` stands for one part) -> matrix type, or `dense`."""
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class _LinearLayer:
+    """A linear layer of a block: `name` is its path inside the block, `path` from the model down."""
+
+    name: str
+    path: str
+    layer: int
+    module: nn.Linear | Conv1D
+
+    @property
+    def pattern(self) -> str:
+        """Path with every number as `*`, the same for all layers."""
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
+
+    @property
+    def suffix(self) -> str:
+        """Name inside the block with every number as `*`: what a user can put into `model.roles`."""
+        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        d_in, d_out = _as_in_out(self.module).shape
+        return d_in, d_out
+
+
+@dataclass(frozen=True)
+class RoleTable:
+    """What names mean: matrix type -> input site, and name suffix -> matrix type, the user's own first."""
+
+    sites: Mapping[str, str]
+    names: Roles
+    own: Roles
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.own, Mapping):
+            raise ConfigError(f"model.roles must map names to matrix types, such as {{q_proj: q}}, got {self.own!r}.")
+        for suffix, matrix in {**self.names, **self.own}.items():
+            if matrix not in (*self.sites, DENSE):
+                raise ConfigError(
+                    f"model.roles: {suffix!r} is mapped to {matrix!r}, which is no matrix type. "
+                    f"Matrix types: {' '.join(self.sites)}; {DENSE!r} leaves a layer as it is."
+                )
+
+    def role_of(self, name: str) -> str | None:
+        """Matrix type (or `dense`) of the longest matching suffix, None if nothing matches."""
+        for table in (self.own, self.names):
+            matching = [suffix for suffix in table if _ends_with(name, suffix)]
+            if matching:
+                # More parts win, then fewer wildcards.
+                return table[max(matching, key=lambda suffix: (suffix.count("."), -suffix.count("*")))]
+        return None
+
+
+def read_roles(own: Roles | None = None) -> RoleTable:
+    """The table of `roles.yaml`, with the user's own mapping in front."""
+    data = _roles_file()
+    return RoleTable(sites=data["sites"], names=data["names"], own={} if own is None else own)
+
+
+@cache
+def _roles_file() -> Mapping[str, Mapping[str, str]]:
+    text = resources.files("bs_exp.models").joinpath("roles.yaml").read_text(encoding="utf-8")
+    data: Mapping[str, Mapping[str, str]] = yaml.safe_load(text)
+    return data
+
+
+def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Architecture:
+    """The compressible matrices of a causal language model, by layer.
+
+    Blocks are the members of the outermost lists of modules that hold linear layers; several lists count on. Every
+    linear layer of a block needs a role, so that nothing is left out unnoticed. Embeddings, norms and the head lie
+    outside the blocks or are no linear layers.
+    """
+    table = read_roles(roles)
+    family = str(model.config.model_type)
+    found = [(layer, table.role_of(layer.name)) for layer in _linear_layers(model)]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} (model type {family!r}) holds no list of blocks with nn.Linear or Conv1D layers, "
+            "so there is nothing to compress."
+        )
+    if problem := _problem(found, table):
+        raise ModelError(f"{type(model).__name__} (model type {family!r}): {problem}.\n{_manual(found, table)}")
+    _require_plain(model, [layer for layer, role in found if role != DENSE])
+    order = {matrix: position for position, matrix in enumerate(table.sites)}
+    matrices = [
+        WeightMatrix(role, layer.layer, table.sites[role], layer.path, *layer.shape)
+        for layer, role in found
+        if role is not None and role != DENSE
+    ]
+    return Architecture(
+        family=family,
+        matrices=tuple(sorted(matrices, key=lambda m: (m.layer, order[m.matrix]))),
+        untouched=tuple(_untouched(model, {m.module for m in matrices})),
+    )
+
+
+def module_of(model: nn.Module, matrix: WeightMatrix) -> nn.Linear | Conv1D:
+    """The dense layer that stores a matrix."""
+    module = model.get_submodule(matrix.module)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ModelError(f"{matrix.module} is a {type(module).__name__}, not a dense layer; was it compressed before?")
+    return module
+
+
+def weight_of(model: nn.Module, matrix: WeightMatrix) -> Float[Tensor, "d_in d_out"]:
+    """The matrix `W` of `y = x @ W`, a view of the stored weight in its own dtype and on its own device."""
+    return _as_in_out(module_of(model, matrix))
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The transformer without its language-model head: runs the blocks, computes no logits."""
+    decoder = model.get_decoder()
+    trunk: nn.Module = model.base_model if decoder is None else decoder
+    if trunk is model:
+        raise ModelError(
+            f"{type(model).__name__} has no part without a language-model head (neither get_decoder() nor "
+            f"base_model_prefix names one); is it a causal language model?"
+        )
+    return trunk
+
+
+def _as_in_out(module: nn.Linear | Conv1D) -> Tensor:
+    weight: Tensor = module.weight
+    return weight if isinstance(module, Conv1D) else weight.T
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    parts, tail = name.split("."), suffix.split(".")
+    return len(tail) <= len(parts) and all(map(fnmatchcase, parts[-len(tail) :], tail))
+
+
+def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks of every stack in the decoder, in order, with their paths from the model down."""
+    trunk = backbone(model)
+    prefix = next(name for name, module in model.named_modules() if module is trunk)
+    chosen: list[str] = []
+    for name, stack in trunk.named_modules(prefix=prefix):
+        nested = any(name.startswith(f"{outer}.") for outer in chosen)
+        if isinstance(stack, nn.ModuleList) and not nested and any(map(_is_block, stack)):
+            chosen.append(name)
+            yield from ((f"{name}.{index}", block) for index, block in enumerate(stack))
+
+
+def _is_block(module: nn.Module) -> bool:
+    # A list of bare linear layers (projections per layer, several heads) is not a stack.
+    return not isinstance(module, nn.Linear | Conv1D) and any(
+        isinstance(part, nn.Linear | Conv1D) for part in module.modules()
+    )
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[_LinearLayer]:
+    for layer, (path, block) in enumerate(_blocks(model)):
+        for name, module in block.named_modules(remove_duplicate=False):
+            if isinstance(module, nn.Linear | Conv1D):
+                yield _LinearLayer(name, f"{path}.{name}", layer, module)
+
+
+def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
+    """Matrices and larger tensors of the blocks (fused experts, routers, convolutions) that no role covers."""
+    for path, block in _blocks(model):
+        for name, parameter in block.named_parameters(prefix=path):
+            if parameter.ndim > 1 and name.rpartition(".")[0] not in targeted:
+                yield name
+
+
+def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> str | None:
+    """What is wrong with the roles found, if anything: one role for each linear layer, and none twice in a layer."""
+    counts = Counter((layer.layer, role) for layer, role in found if role is not None and role != DENSE)
+    if not counts and all(role == DENSE for _, role in found):
+        return "every linear layer is marked as dense, so nothing is left to compress"
+    if unknown := {layer.suffix for layer, role in found if role is None}:
+        return f"no role is known for the linear layers {', '.join(sorted(unknown))}"
+    if twice := {layer.suffix for layer, role in found if role is not None and counts[layer.layer, role] > 1}:
+        return f"several linear layers of one block have the same role: {', '.join(sorted(twice))}"
+    if idle := [suffix for suffix in table.own if not any(_ends_with(layer.name, suffix) for layer, _ in found)]:
+        return f"model.roles names {', '.join(idle)}, which no linear layer ends with"
+    return None
+
+
+def _manual(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> str:
+    """All linear layers found, and how to say what they are."""
+    rows = {
+        f"  {layer.pattern}  {type(layer.module).__name__}  {layer.shape[0]} -> {layer.shape[1]}": role or "?"
+        for layer, role in found
+    }
+    width = max(map(len, rows))
+    example, matrix = min((role is not None, layer.suffix) for layer, role in found)[1], next(iter(table.sites))
+    return (
+        "Linear layers of its blocks, and their matrix types:\n"
+        + "\n".join(f"{row:<{width}}  {role}" for row, role in rows.items())
+        + "\nSay what they are by the end of their names, in YAML:\n"
+        f"  model:\n    roles:\n      {example}: {matrix}\n"
+        f"or on the command line:\n  'model.roles={{{example}: {matrix}}}'\n"
+        f"Matrix types: {' '.join(table.sites)}; {DENSE!r} leaves a layer as it is."
+    )
+
+
+def _require_plain(model: PreTrainedModel, layers: Sequence[_LinearLayer]) -> None:
+    """Targeted weights are ordinary floating-point matrices, and each is used once."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for layer in layers:
+        weight = layer.module.weight
+        if not weight.is_floating_point() or weight.ndim != 2:
+            raise ModelError(
+                f"{layer.path} ({type(layer.module).__name__}) stores {weight.dtype} values of shape "
+                f"{tuple(weight.shape)}: the model is quantised. Load the checkpoint it was made from."
+            )
+        if len(owners := names[id(weight)]) > 1:
+            raise ModelError(
+                f"One weight is used in several places: {', '.join(owners)}. Layers that already share their weights "
+                f"cannot be compressed apart; map them to {DENSE!r} in model.roles, or untie them first."
+            )

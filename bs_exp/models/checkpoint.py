@@ -1,0 +1,153 @@
+"""Reading a checkpoint through the real `from_pretrained`, with every way to fail turned into a message.
+
+A weight that the checkpoint lacks is an error, never a random layer.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from bs_exp.errors import ModelError
+
+_WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+# What transformers and the libraries below it raise for files that are missing, cut off, unknown or do not fit.
+_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder or a name on the hub, and how to read it; `hint` says what to do when that fails."""
+
+    place: str
+    dtype: torch.dtype | str
+    hint: str
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def pinned(self) -> Checkpoint:
+        """The same checkpoint at the commit that its revision stands for now, so that all files belong together."""
+        with self._reading("configuration"):
+            file = cached_file(self.place, CONFIG_NAME, revision=self.revision)
+        return replace(self, revision=extract_commit_hash(file, None) or self.revision)
+
+    def read(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, on the CPU, and its tokenizer."""
+        config = self._read_config()
+        self._require_dense_causal(config)
+        tokenizer = self._read_tokenizer()
+        return self._read_model(config), tokenizer
+
+    def _read_config(self) -> PreTrainedConfig:
+        with self._reading("configuration"):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.place, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        return config
+
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
+        with self._reading("tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.place, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        # Without files some tokenizer classes come up empty instead of failing.
+        if tokenizer.vocab_size == 0:
+            raise ModelError(f"{self.place} has no tokenizer files (tokenizer.json, ...). {self.hint}")
+        return tokenizer
+
+    def _read_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        with self._reading("weights"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.place,
+                config=config,
+                revision=self.revision,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+        module: PreTrainedModel
+        module, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ModelError(
+                f"The checkpoint {self.place} lacks {len(missing)} weights of {type(module).__name__}: {shown}. "
+                f"They would be random. {self.hint}"
+            )
+        return module
+
+    def _require_dense_causal(self, config: PreTrainedConfig) -> None:
+        """The checkpoint is of a causal language model, and its weights are plain numbers."""
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+            raise ModelError(
+                f"{self.place} is already compressed or quantised (quant_method {method!r}); compression starts from "
+                "a dense checkpoint. Name the model that it was made from; a model saved by bs_exp can be turned back "
+                "into a dense one with bs_exp.to_dense(model)."
+            )
+        causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
+        own_code = self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        unknown_type = config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        # The architectures tell a BERT trained to fill masks from one trained as a decoder: both are of type "bert".
+        other_head = config.architectures and not causal & set(config.architectures)
+        if not own_code and (unknown_type or other_head):
+            raise ModelError(
+                f"{self.place} is not a causal language model: model type {config.model_type!r}, architectures "
+                f"{', '.join(config.architectures or ()) or 'not given'}. Encoders, encoder-decoders and models "
+                "without a language-model head cannot be compressed; name a checkpoint of a causal language model."
+            )
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except _READ_ERRORS as error:
+            raise ModelError(
+                f"Cannot read the {what} of {self.place}: {type(error).__name__}: {error}\n{self.hint}"
+            ) from error
+
+
+def require_checkpoint(folder: Path, hint: str) -> None:
+    """ModelError that says what a checkpoint folder must hold, if this is none."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelError(f"Model folder {folder} {what}. {hint}")
+    present = sorted(entry.name for entry in folder.iterdir())
+    for what, names in (("configuration", (CONFIG_NAME,)), ("weights", _WEIGHT_FILES)):
+        if not set(names) & set(present):
+            raise ModelError(
+                f"Model folder {folder} holds no {what}: looked for {' or '.join(names)}, found "
+                f"{', '.join(present[:10]) or 'nothing'}. {hint}"
+            )
+
+
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

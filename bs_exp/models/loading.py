@@ -1,0 +1,182 @@
+"""Where a model comes from: the embedded demo model, a local folder, the Hugging Face hub.
+
+Every source ends in `assemble`: eval mode, discovered matrices, fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bs_exp.errors import ConfigError
+from bs_exp.models.architecture import Roles, find_architecture, read_roles
+from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
+from bs_exp.models.fingerprint import fingerprint
+from bs_exp.types import LoadedModel
+
+_DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "auto": "auto",
+}
+
+_INSTALL_AGAIN = "The installation is incomplete: install bs_exp again."
+_SAVE_ANEW = "model.path must name a folder written by save_pretrained, of the model and of its tokenizer."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoModel:
+    """The embedded trained model (`bs_exp/demo/model`): Llama architecture, own tokenizer, no download."""
+
+    dtype: str = "float32"
+    device: str = "auto"
+    roles: Roles | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.dtype, self.device, self.roles)
+
+    def load(self) -> LoadedModel:
+        """The demo model; ModelError if the installation lacks it."""
+        with resources.as_file(resources.files("bs_exp.demo") / "model") as folder:
+            require_checkpoint(folder, _INSTALL_AGAIN)
+            checkpoint = Checkpoint(
+                place=str(folder),
+                dtype=resolve_dtype(self.dtype),
+                hint=_INSTALL_AGAIN,
+            )
+            return _load(checkpoint, self.device, self.roles, source="demo", name="demo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalModel:
+    """A checkpoint folder in Hugging Face format, with its tokenizer."""
+
+    path: str
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    roles: Roles | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.dtype, self.device, self.roles)
+
+    def load(self) -> LoadedModel:
+        """The model of the folder, read without any network."""
+        folder = Path(self.path).expanduser().resolve()
+        require_checkpoint(folder, _SAVE_ANEW)
+        checkpoint = Checkpoint(
+            place=str(folder),
+            dtype=resolve_dtype(self.dtype),
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            hint=_SAVE_ANEW,
+        )
+        return _load(checkpoint, self.device, self.roles, source="local", name=str(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A checkpoint of the Hugging Face hub, from its cache if it is there."""
+
+    name: str
+    revision: str = "main"
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    roles: Roles | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.dtype, self.device, self.roles)
+
+    def load(self) -> LoadedModel:
+        """The model of this revision; the provenance holds the commit that it stands for."""
+        if Path(self.name).is_dir():
+            # transformers would quietly prefer the folder.
+            raise ConfigError(
+                f"model.name={self.name} is a folder here, not only a name on the hub. "
+                f"Use model=local model.path={self.name}, or run from another directory."
+            )
+        checkpoint = Checkpoint(
+            place=self.name,
+            revision=self.revision,
+            dtype=resolve_dtype(self.dtype),
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            hint="Without a network use model=demo, model=local model.path=DIR, or a machine's filled cache "
+            "(HF_HOME=CACHE HF_HUB_OFFLINE=1). Gated models need a token (HF_TOKEN).",
+        ).pinned()
+        return _load(checkpoint, self.device, self.roles, source="hub", name=self.name)
+
+
+def check_choice(setting: str, value: str, allowed: Sequence[str]) -> None:
+    """ConfigError with the options if a setting is none of them."""
+    if value not in allowed:
+        raise ConfigError(f"{setting} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def check_settings(dtype: str, device: str, roles: Roles | None) -> None:
+    """ConfigError for a dtype or device that does not exist here, or a role that is none."""
+    resolve_dtype(dtype)
+    resolve_device(device)
+    read_roles(roles)
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """The dtype of a setting; `auto` stays `auto` (the dtype in which the checkpoint is stored)."""
+    check_choice("dtype", name, tuple(_DTYPES))
+    return _DTYPES[name]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a setting; `auto` is the first accelerator, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(
+            f"device is {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here. "
+            "Use model.device=cpu or auto, or install a CUDA build of torch."
+        )
+    return device
+
+
+def assemble(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    roles: Roles | None,
+    *,
+    source: str,
+    name: str,
+    revision: str | None = None,
+) -> LoadedModel:
+    """A model in eval mode with its architecture and its provenance (fingerprint included)."""
+    module.eval()
+    architecture = find_architecture(module, roles)
+    provenance = {
+        "source": source,
+        "name": name,
+        "revision": revision,
+        "dtype": str(module.dtype).removeprefix("torch."),
+        "device": str(module.device),
+        "family": architecture.family,
+        "parameters": module.num_parameters(),
+        "fingerprint": fingerprint(module),
+    }
+    return LoadedModel(module, tokenizer, architecture, provenance)
+
+
+def _load(checkpoint: Checkpoint, device: str, roles: Roles | None, *, source: str, name: str) -> LoadedModel:
+    module, tokenizer = checkpoint.read()
+    module.to(resolve_device(device))  # type: ignore[arg-type]
+    return assemble(module, tokenizer, roles, source=source, name=name, revision=checkpoint.revision)

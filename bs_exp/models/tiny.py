@@ -1,0 +1,132 @@
+"""Tiny models with random weights, one per architecture family, built from real Hugging Face configs, no download.
+
+They run the whole pipeline in seconds on any machine, and say nothing about quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from bs_exp.errors import ConfigError
+from bs_exp.models.architecture import Roles
+from bs_exp.models.loading import assemble, check_choice, check_settings, resolve_device, resolve_dtype
+from bs_exp.types import LoadedModel
+
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+_EOS, _BOS = "<|endoftext|>", "<|begin|>"
+_EOS_ID, _BOS_ID = len(_BYTES), len(_BYTES) + 1
+
+_BASE = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+_GROUPED = {**_BASE, "num_key_value_heads": 2}
+_HEAD_DIM = {**_GROUPED, "head_dim": 8}
+_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 48, "n_positions": 128}
+
+# Hugging Face model type -> settings of its config class. A new family for the tests is a row here.
+_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _HEAD_DIM,
+    "qwen2": _GROUPED,
+    "qwen3": _HEAD_DIM,
+    "gemma": _HEAD_DIM,
+    "gemma2": _HEAD_DIM,
+    "gemma3_text": _HEAD_DIM,
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "ffn_dim": 48,
+        "max_position_embeddings": 128,
+    },
+    "gpt2": _GPT,
+    "gpt_neox": _BASE,
+    "phi3": _GROUPED,
+    "phi": _GROUPED,
+    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 3},
+    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "ffn_hidden_size": 48},
+    "gptj": {**_GPT, "rotary_dim": 8},
+    "starcoder2": _GROUPED,
+    "stablelm": _GROUPED,
+    "olmo2": _GROUPED,
+    "mixtral": {**_GROUPED, "num_local_experts": 4},
+}
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyRandom:
+    """A random model of a family: hidden size 32, 4 heads (2 of keys and values where the family can), byte tokens."""
+
+    family: str = "llama"
+    layers: int = 3
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    roles: Roles | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("family", self.family, FAMILIES)
+        if not isinstance(self.layers, int) or self.layers < 1:
+            raise ConfigError(f"layers must be a whole number of at least 1, got {self.layers!r}.")
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
+        check_settings(self.dtype, self.device, self.roles)
+
+    def load(self) -> LoadedModel:
+        """The model of this seed; the global random state is left as it was."""
+        device = resolve_device(self.device)
+        module = _random_model(self.family, self.layers, self.seed, resolve_dtype(self.dtype))
+        module.to(device)  # type: ignore[arg-type]
+        name = f"{self.family}-{self.layers}-{self.seed}"
+        return assemble(module, byte_tokenizer(), self.roles, source="tiny_random", name=name)
+
+
+def tiny_random(family: str = "llama", *, seed: int = 0, layers: int = 3) -> LoadedModel:
+    """A tiny random model in fp32 on the CPU."""
+    return TinyRandom(family=family, seed=seed, layers=layers).load()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, plus an end-of-text token (padding too) and a begin token; nothing is added by itself."""
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(_BYTES)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_EOS, _BOS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, bos_token=_BOS, pad_token=_EOS)
+
+
+def _random_model(family: str, layers: int, seed: int, dtype: torch.dtype | str) -> PreTrainedModel:
+    settings = dict(_FAMILIES[family])
+    depth = "n_layer" if "n_layer" in settings else "num_hidden_layers"
+    config = AutoConfig.for_model(
+        family,
+        **{**settings, depth: layers},
+        vocab_size=len(_BYTES) + 2,
+        bos_token_id=_BOS_ID,
+        eos_token_id=_EOS_ID,
+        pad_token_id=_EOS_ID,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Built in its dtype, not converted: `.to(bfloat16)` would also round the rotary frequencies.
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if isinstance(dtype, str) else dtype
+        )
+        # The usual initialisation leaves biases zero, norms one and outputs tiny, which hides mistakes.
+        with torch.no_grad():
+            for parameter in module.parameters():
+                noise = torch.randn(parameter.shape)
+                parameter.copy_(0.2 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+    return module
