@@ -1,0 +1,323 @@
+"""Plug-in through which plain `from_pretrained` of Transformers 5 loads and saves a model with shared bases.
+
+A model is declared as "quantized" by the method `basis_sharing`; its `config.json` lists the groups. Importing this
+file registers the method.
+
+The file is complete in itself (torch and transformers only, and built-in errors): `save_model` copies it beside each
+model as `modeling_basis_sharing.py`, so that `trust_remote_code=True` loads the model where `bs_exp` is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "basis_sharing"
+FORMAT_VERSION = 1
+REMOTE_MODULE = "modeling_basis_sharing"
+
+
+class SharedLinear(nn.Module):
+    """`y = (x @ basis^T) @ weight^T + bias`: a linear layer whose basis other layers may hold too.
+
+    `basis` is `[rank, d_in]`, one Parameter object for all layers of a group; `weight` is `[d_out, rank]`, the layer's
+    own coefficients. Both have the orientation of `nn.Linear`. The coefficients are called `weight` so that a process
+    without the plug-in meets a tensor of the wrong shape (any rank that saves parameters is below d_in) and fails,
+    instead of initialising the layer at random.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, basis: nn.Parameter, weight: nn.Parameter, bias: nn.Parameter | None, *, is_conv1d: bool):
+        super().__init__()
+        self.basis = basis
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.is_conv1d = is_conv1d
+
+    @classmethod
+    def replacing(cls, dense: nn.Linear | Conv1D, basis: nn.Parameter, weight: nn.Parameter) -> SharedLinear:
+        """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
+        layer = cls(basis, weight, cast("nn.Parameter | None", dense.bias), is_conv1d=isinstance(dense, Conv1D))
+        return layer.train(dense.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.basis.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        return linear(linear(x, self.basis), self.weight, self.bias)
+
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
+        # At least fp32 for the product, so that half-precision factors are rounded once.
+        precise = torch.promote_types(self.weight.dtype, torch.float32)
+        product = (self.weight.detach().to(precise) @ self.basis.detach().to(precise)).to(self.weight.dtype)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            dense: nn.Linear | Conv1D = (
+                Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
+                if self.is_conv1d
+                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+            )
+        stored = product.T.contiguous() if self.is_conv1d else product
+        dense.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)
+        dense.register_parameter("bias", self.bias)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+Layout = Callable[[Sequence[nn.Module], Mapping[str, Any]], list[SharedLinear]]
+
+
+def plain_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[SharedLinear]:
+    """Layers of the group's rank, not yet filled, in place of the given ones; they hold one basis."""
+    shapes = [_shape(layer, name) for layer, name in zip(dense, group["members"], strict=True)]
+    if len({d_in for d_in, _ in shapes}) != 1:
+        raise ValueError(
+            f"The members of a group must read inputs of one size, got (d_in, d_out) = {shapes} for "
+            f"{group['members']}. The quantization_config does not fit this model."
+        )
+    linear = cast("list[nn.Linear | Conv1D]", dense)
+    empty = linear[0].weight.new_empty
+    basis = nn.Parameter(empty(group["rank"], shapes[0][0]))
+    return [
+        SharedLinear.replacing(layer, basis, nn.Parameter(empty(d_out, group["rank"])))
+        for layer, (_, d_out) in zip(linear, shapes, strict=True)
+    ]
+
+
+# How a group's factors are stored -> how its layers are built. Another layout is another class and a row here.
+LAYOUTS: Mapping[str, Layout] = {"plain": plain_layers}
+
+
+class BasisSharingConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model: per group its member modules (the first owns the basis) and its rank."""
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        layout: str = "plain",
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: object,
+    ):
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"This model is stored in format version {format_version} of {METHOD!r}, this code reads version "
+                f"{FORMAT_VERSION}. Install a matching bs_exp, or load with trust_remote_code=True in a process that "
+                "has not imported bs_exp."
+            )
+        if unknown:
+            raise ValueError(f"quantization_config of {METHOD!r} has unknown keys: {', '.join(sorted(unknown))}.")
+        if layout not in LAYOUTS:
+            raise ValueError(f"quantization_config.layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+        _check_groups(groups)
+        self.quant_method: Any = quant_method  # the base class knows only the methods that Transformers brings
+        self.format_version = format_version
+        self.layout = layout
+        self.groups = [dict(group) for group in groups]
+
+
+class BasisSharingQuantizer(HfQuantizer):
+    """Builds the factorised layers before the weights are loaded, and declares which parameters are one."""
+
+    format_version = FORMAT_VERSION
+    requires_calibration = True
+    quantization_config: BasisSharingConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(f"{METHOD!r} needs transformers 5 or newer, got {transformers.__version__}.")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        build = LAYOUTS[self.quantization_config.layout]
+        for group in self.quantization_config.groups:
+            names = _local_names(model, group)
+            for name, layer in zip(names, build([model.get_submodule(n) for n in names], group), strict=True):
+                model.set_submodule(name, layer)
+        self.declare_ties(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # `save_pretrained` writes no Python file, so a reference to one must not be carried into the next folder;
+        # `save_model` writes both.
+        if getattr(model.config, "auto_map", None) == AUTO_MAP:
+            del model.config.auto_map
+
+    def attach(self, model: Any) -> None:
+        """Make a model whose layers were just replaced the same as one that `from_pretrained` returns."""
+        self.declare_ties(model)
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        self.postprocess_model(model)
+
+    def declare_ties(self, model: Any) -> None:
+        ties = self._ties(model)
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # read when saving
+        model.all_tied_weights_keys.update(ties)  # read when loading
+
+    def _ties(self, model: Any) -> dict[str, str]:
+        """Basis of every further member -> basis of the owner."""
+        members = (_local_names(model, group) for group in self.quantization_config.groups)
+        return {f"{peer}.basis": f"{owner}.basis" for owner, *peers in members for peer in peers}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        # The base class would impose config.dtype, which `model.to(...)` does not keep up to date.
+        model = super().dequantize(model, dtype=dtype)  # type: ignore[no-untyped-call]
+        return model if dtype is None else model.to(dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for group in self.quantization_config.groups:
+            for name in _local_names(model, group):
+                model.set_submodule(name, model.get_submodule(name).to_dense())
+        ties = self._ties(model)
+        model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k not in ties} or None
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in ties}
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        # The factors are ordinary floating-point parameters: a Trainer may train them without adapters.
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class BasisSharingAutoConfig:
+    """`auto_map` entry for AutoConfig: being imported it has registered the plug-in; the config is the native one."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: the saved config is of a native class."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:
+        kwargs.pop("trust_remote_code", None)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
+
+
+class BasisSharingForCausalLM:
+    """`auto_map` entry for AutoModelForCausalLM: the model comes back as its native class."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Nothing to do: the saved model is of a native class."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("trust_remote_code", None)
+        return AutoModelForCausalLM.from_pretrained(folder, *args, trust_remote_code=False, **kwargs)
+
+
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE_MODULE}.{BasisSharingAutoConfig.__name__}",
+    "AutoModelForCausalLM": f"{REMOTE_MODULE}.{BasisSharingForCausalLM.__name__}",
+}
+
+
+def _shape(layer: nn.Module, name: str) -> tuple[int, int]:
+    """(d_in, d_out) of a dense layer."""
+    # Also known to models/architecture.py, which this file cannot import.
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    raise ValueError(
+        f"{name} is a {type(layer).__name__}, but only nn.Linear and Conv1D layers can be factorised. "
+        "The quantization_config does not fit this model."
+    )
+
+
+def _local_names(model: Any, group: Mapping[str, Any]) -> list[str]:
+    """Module names of a group's members inside `model`, which may be the saved model without its head."""
+    head = f"{model.base_model_prefix}."
+    names = []
+    for name in group["members"]:
+        candidates = (name, name.removeprefix(head))
+        found = next((c for c in candidates if _has_module(model, c)), None)
+        if found is None:
+            raise ValueError(
+                f"{type(model).__name__} has no module {name!r}. The quantization_config does not fit this model."
+            )
+        names.append(found)
+    return names
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        members, rank = group.get("members"), group.get("rank")
+        if not members or isinstance(members, str) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(
+                "Each of quantization_config.groups needs `members` (a list of module names) and `rank` "
+                f"(a whole number of at least 1), got {dict(group)}."
+            )
+        twice = [name for name in members if name in seen or list(members).count(name) > 1]
+        if twice:
+            raise ValueError(f"quantization_config.groups names {twice[0]!r} twice; a module belongs to one group.")
+        seen.update(members)
+
+
+def register() -> None:
+    """Make Transformers know the method. The first copy of this file stays, unless another reads a newer format."""
+    known: Any = AUTO_QUANTIZER_MAPPING.get(METHOD)
+    if known is not None:
+        if known.format_version >= FORMAT_VERSION:
+            return
+        del AUTO_QUANTIZER_MAPPING[METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
+    register_quantization_config(METHOD)(BasisSharingConfig)
+    register_quantizer(METHOD)(BasisSharingQuantizer)
+
+
+register()
