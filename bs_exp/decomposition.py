@@ -6,76 +6,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.errors import DecompositionError
-from bs_exp.types import Decomposition, Metric, SharedFactors, Spectrum, WeightGroup
+from bs_exp.types import Decomposition, LossUnit, Metric, SharedFactors, Spectrum, WeightGroup
 
 
-def gram_metric(gram: Float[Tensor, "d d"], *, ridge: float = 0.0) -> Metric:
-    """The metric `||S dW||_F` with `S` upper triangular and `S^T S = gram + ridge * mean(diag(gram)) * I`.
+def cholesky_whitener(gram: Float[Tensor, "d d"], *, ridge: float = 0.0) -> tuple[Float[Tensor, "d d"], float]:
+    """`S` upper triangular with `S^T S = gram + added * I`, and what was added to the diagonal, in units of the Gram.
 
-    A Gram that is still not positive definite gets twice the size of its lowest eigenvalue on top. `Metric.ridge` is
-    what was added to the diagonal, in units of the Gram.
+    `ridge` is asked for in units of the mean diagonal. A Gram that is still not positive definite gets twice the size
+    of its lowest eigenvalue on top.
     Raises DecompositionError if the Gram is not finite, or zero.
     """
     gram = gram.double()
     if not bool(gram.isfinite().all()):
-        raise DecompositionError("the Gram holds NaN or infinite entries, so the calibration inputs did too.")
+        raise DecompositionError("the Gram holds NaN or infinite entries, so the calibration activations did too.")
     mean = float(gram.diagonal().mean())
     if mean <= 0.0:
         raise DecompositionError(
-            f"the Gram's mean diagonal is {mean:.1e}: all calibration inputs of these matrices are zero. "
+            f"the Gram's mean diagonal is {mean:.1e}: all calibration activations of these matrices are zero. "
             "Calibrate on other text, or use whitening=identity."
         )
-    damping = ridge * mean
-    lower, info = torch.linalg.cholesky_ex(_shifted(gram, damping))
+    added = ridge * mean
+    lower, info = torch.linalg.cholesky_ex(_shifted(gram, added))
     if int(info) != 0:
         lowest = float(torch.linalg.eigvalsh(gram)[0])
         # Rounding moves eigenvalues by about d * eps * norm, so a shift below that can fail again.
         rounding = gram.shape[0] * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(gram))
-        damping += 2.0 * max(-lowest, 0.0) + rounding
-        lower, info = torch.linalg.cholesky_ex(_shifted(gram, damping))
+        added += 2.0 * max(-lowest, 0.0) + rounding
+        lower, info = torch.linalg.cholesky_ex(_shifted(gram, added))
         if int(info) != 0:
             raise DecompositionError(
                 f"the Gram is not positive definite (lowest eigenvalue {lowest:.1e}, mean diagonal {mean:.1e}) even "
-                f"with {damping:.1e} on its diagonal. Raise whitening.ridge or use more calibration sequences."
+                f"with {added:.1e} on its diagonal. Raise whitening.ridge or use more calibration sequences."
             )
-    return Metric(whitener=lower.mT.contiguous(), ridge=damping)
+    return lower.mT.contiguous(), added
 
 
 def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Decomposition:
-    """All components of `S @ weight`, best first, from the eigenvectors of the smaller of its two products.
+    """All components of `A = S [W_1 R_1 .. W_n R_n]`, best first, from the eigenvectors of the smaller of its products.
 
-    With `A = S W = U Sigma V^T`: where `d_in <= columns`, `A A^T` gives U, and `basis = S^-1 U`, `coefficients = U^T A`;
-    elsewhere `A^T A` gives V, and `basis = W V`, `coefficients = V^T` (the output-covariance form, no inverse at all).
-    Either way `basis @ coefficients` is the weight itself, since U or V is orthogonal whatever its accuracy.
+    With `A = U Sigma V^T`: where `d_in <= columns`, `A A^T` gives U, and `basis = S^-1 U`, `coefficients = U^T A R^-1`;
+    elsewhere `A^T A` gives V, and `basis = W R V`, `coefficients = V^T R^-1` (the output-covariance form, no inverse of
+    S at all). Either way `basis @ coefficients` is the weight itself, since U or V is orthogonal whatever its accuracy.
     Raises DecompositionError if the weight is not finite.
     """
     weight = weight.double()
     if not bool(weight.isfinite().all()):
         raise DecompositionError("the weight holds NaN or infinite entries.")
-    whitened = weight if metric.whitener is None else metric.whitener @ weight
+    scaled = _by_layer(group, weight, metric, lambda block, right: block @ right)
+    whitened = scaled if metric.whitener is None else metric.whitener @ scaled
     if weight.shape[0] <= weight.shape[1]:
         left = torch.linalg.eigh(whitened @ whitened.mT).eigenvectors.flip(1)
         basis_t = _unwhiten(left, metric).mT
         coefficients = left.mT @ whitened
         values = coefficients.norm(dim=1)
     else:
-        right = torch.linalg.eigh(whitened.mT @ whitened).eigenvectors.flip(1)
-        basis_t = (weight @ right).mT
-        coefficients = right.mT
-        values = (whitened @ right).norm(dim=0)
+        coefficients = torch.linalg.eigh(whitened.mT @ whitened).eigenvectors.flip(1).mT
+        basis_t = coefficients @ scaled.mT
+        values = (coefficients @ whitened.mT).norm(dim=1)
     # Norms are more accurate than the eigenvalues of a squared matrix; sorting by them keeps the spectrum monotone.
     order = values.argsort(descending=True)
     basis_t, coefficients, values = basis_t[order], coefficients[order], values[order]
-    # One side of every component is orthogonal to that of the others, so errors add up by component, also without ridge.
-    norms = basis_t.norm(dim=1) * coefficients.norm(dim=1)
-    energies = (values.square() - metric.ridge * norms.square()).clamp_min(0.0)
+    energies = _energies(values, basis_t, coefficients, metric)
+    coefficients = _by_layer(group, coefficients, metric, _unscale)
     basis_t, coefficients = _balanced(basis_t, coefficients)
-    spectrum = Spectrum(group=group, singular_values=values, energies=energies, ridge=metric.ridge)
+    spectrum = Spectrum(
+        group=group,
+        singular_values=values,
+        energies=energies,
+        ridge=metric.ridge,
+        unit=metric.unit,
+        damping=metric.damping,
+    )
     return Decomposition(spectrum=spectrum, basis_t=basis_t, coefficients=coefficients)
 
 
@@ -102,10 +110,34 @@ def _shifted(gram: Tensor, damping: float) -> Tensor:
     return gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) if damping else gram
 
 
+def _by_layer(group: WeightGroup, columns: Tensor, metric: Metric, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Applies each layer's right factor to its own columns."""
+    if metric.right is None:
+        return columns
+    blocks = zip(group.layers, columns.split(group.d_out, dim=1), strict=True)
+    return torch.cat([apply(block, metric.right[layer]) for layer, block in blocks], dim=1)
+
+
+def _unscale(block: Tensor, right: Tensor) -> Tensor:
+    unscaled: Tensor = torch.linalg.solve_triangular(right, block, upper=False, left=False)
+    return unscaled
+
+
+def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
+    """What dropping each component costs, in the unit of `Spectrum.energies`."""
+    if metric.unit is LossUnit.NATS:
+        return 0.5 * values.square()
+    # One side of every component is orthogonal to that of the others, so errors add up by component, with the ridge or
+    # without; the ridge's share is known exactly, and is no error on any input.
+    norms = basis_t.norm(dim=1) * coefficients.norm(dim=1)
+    return (values.square() - metric.ridge * norms.square()).clamp_min(0.0)
+
+
 def _unwhiten(left: Tensor, metric: Metric) -> Tensor:
     if metric.whitener is None:
         return left
-    return torch.linalg.solve_triangular(metric.whitener, left, upper=True)
+    unwhitened: Tensor = torch.linalg.solve_triangular(metric.whitener, left, upper=True)
+    return unwhitened
 
 
 def _balanced(basis_t: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:

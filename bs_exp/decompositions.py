@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -14,7 +14,16 @@ from bs_exp.errors import DecompositionError
 from bs_exp.journal import Journal
 from bs_exp.models.architecture import weight_of
 from bs_exp.protocols import Importance, Whitening
-from bs_exp.types import Decomposition, LoadedModel, RankPlan, SharedFactors, Spectrum, WeightGroup
+from bs_exp.types import (
+    Decomposition,
+    GroupStatistics,
+    LoadedModel,
+    LossUnit,
+    RankPlan,
+    SharedFactors,
+    Spectrum,
+    WeightGroup,
+)
 
 KIND = "decomposition"
 
@@ -34,6 +43,8 @@ class Decompositions:
                 singular_values=entry.tensor("singular_values"),
                 energies=entry.tensor("energies"),
                 ridge=float(entry.tensor("ridge")),
+                unit=LossUnit.NATS if bool(entry.tensor("nats")) else LossUnit.OUTPUT_NORM,
+                damping=float(entry.tensor("damping")),
             )
             for group, entry in self.entries.items()
         )
@@ -88,11 +99,13 @@ def decompose_missing(
     for group, key in journal.track(missing.items(), label="decomposing", total=len(missing)):
         matrices = [model.architecture.by_position[group.matrix, layer] for layer in group.layers]
         weight = torch.cat([weight_of(model.module, m).detach().double() for m in matrices], dim=1)
-        gram = None
+        values = GroupStatistics(group=group, tokens=0)
         if statistics is not None:
-            gram = importance.reweight(statistics.group_gram(group).to(weight.device))
+            values = statistics.of(group, weight.device)
+        if values.gram is not None:
+            values = replace(values, gram=importance.reweight(values.gram))
         try:
-            decomposition = decompose(group, weight, whitening.metric(gram))
+            decomposition = decompose(group, weight, whitening.metric(values))
         except (DecompositionError, torch.linalg.LinAlgError) as error:
             raise DecompositionError(f"{group.name} ({', '.join(m.module for m in matrices)}): {error}") from error
         made[group] = cache.store(KIND, key, _tensors(decomposition))
@@ -107,4 +120,6 @@ def _tensors(decomposition: Decomposition) -> dict[str, torch.Tensor]:
         "singular_values": spectrum.singular_values.cpu(),
         "energies": spectrum.energies.cpu(),
         "ridge": torch.tensor(spectrum.ridge, dtype=torch.float64),
+        "nats": torch.tensor(spectrum.unit is LossUnit.NATS),
+        "damping": torch.tensor(spectrum.damping, dtype=torch.float64),
     }

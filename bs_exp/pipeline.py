@@ -9,9 +9,9 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.statistics import calibrate, statistics_key
 from bs_exp.decompositions import KIND, Decompositions, decompose_missing, decomposition_keys
 from bs_exp.journal import Journal
-from bs_exp.protocols import Allocation, Calibration, Importance, Sharing, Update, Whitening
+from bs_exp.protocols import Allocation, AllocationProblem, Calibration, Importance, Layout, Sharing, Update, Whitening
 from bs_exp.replacement import replace_matrices, twin
-from bs_exp.types import AllocationProblem, CompressedModel, LoadedModel, Statistic, TokenWindows, WeightGroup
+from bs_exp.types import CompressedModel, LoadedModel, Statistic, TokenWindows, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Recipe:
     whitening: Whitening
     importance: Importance
     allocation: Allocation
+    layout: Layout
     update: Update
     retain_ratio: float
 
@@ -44,7 +45,7 @@ def compress(dense: LoadedModel, recipe: Recipe, cache: Cache, journal: Journal)
             windows = recipe.calibration.windows(dense.tokenizer)
     decompositions = decompose_groups(dense, groups, windows, recipe, cache, journal)
     with journal.stage("allocate"):
-        plan = recipe.allocation.allocate(AllocationProblem(decompositions.spectra, recipe.retain_ratio))
+        plan = recipe.allocation.allocate(AllocationProblem(decompositions.spectra, recipe.retain_ratio, recipe.layout))
     with journal.stage("replace"):
         module = twin(dense.module)
         replace_matrices(module, dense.architecture, decompositions.truncated(plan))
@@ -71,7 +72,7 @@ def decompose_groups(
     stats = None
     if missing and windows:
         with journal.stage("calibrate"):
-            stats = calibrate(dense, windows, recipe.calibration, cache=cache, journal=journal)
+            stats = calibrate(dense, windows, recipe.calibration, needs=recipe.needs, cache=cache, journal=journal)
     with journal.stage("decompose"):
         made = decompose_missing(
             dense,

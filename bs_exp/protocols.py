@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from jaxtyping import Float
@@ -11,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.types import (
-    AllocationProblem,
     Architecture,
+    GroupStatistics,
     LoadedModel,
     Metric,
     RankPlan,
+    Spectrum,
     Statistic,
     TokenWindows,
     WeightGroup,
@@ -57,8 +59,26 @@ class Whitening(Protocol):
 
     needs: ClassVar[frozenset[Statistic]]
 
-    def metric(self, gram: Float[Tensor, "d_in d_in"] | None) -> Metric:
-        """The metric of a group from its (re-weighted) Gram; None where the strategy needs no Gram."""
+    def metric(self, statistics: GroupStatistics) -> Metric:
+        """The metric of a group from its statistics, whose Gram the importance strategy has already re-weighted."""
+
+
+class Layout(Protocol):
+    """How the factors of a group are stored."""
+
+    name: ClassVar[str]
+
+    def parameters(self, group: WeightGroup, rank: int) -> int:
+        """Stored parameters of a group at a rank; grows with the rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class AllocationProblem:
+    """All that an allocator may see: the groups' spectra, what ranks cost, and the share of parameters to keep."""
+
+    spectra: tuple[Spectrum, ...]
+    retain_ratio: float
+    layout: Layout
 
 
 class Allocation(Protocol):

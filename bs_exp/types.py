@@ -6,6 +6,7 @@ are concatenated along ``d_out``; the basis acts first, ``y = (x @ basis) @ coef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +23,7 @@ class Statistic(StrEnum):
     """What calibration can gather. A strategy lists what it `needs`; nothing else is collected."""
 
     GRAM = "gram"  # X^T X, one per input site
+    OUTPUT_GRAM = "output_gram"  # g^T g with g = dLoss/dy at a matrix's output, one per matrix; costs a backward pass
 
 
 @dataclass(frozen=True)
@@ -134,32 +136,60 @@ class WeightGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
-    """The norm `||S dW||_F` in which a group's error is measured; `whitener=None` is the identity.
+class GroupStatistics:
+    """The statistics of one group: Grams are sums over tokens (and, for `gram`, over the group's layers), in fp64.
 
-    `whitener` is upper triangular with `S.T @ S = Gram + ridge * I`, in fp64.
+    What no strategy asked for is None.
+    """
+
+    group: WeightGroup
+    tokens: int
+    gram: Float[Tensor, "d_in d_in"] | None = None
+    output_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+
+
+class LossUnit(StrEnum):
+    """What the predicted losses of a metric mean."""
+
+    OUTPUT_NORM = "output_norm"  # ||X dW||_F on the calibration inputs (||dW||_F where nothing is whitened)
+    NATS = "nats"  # increase of the mean token loss, to second order
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The norm `||S dW R||_F` in which a group's error is measured; None is the identity. All in fp64.
+
+    `whitener` S is upper triangular with `S^T S = Gram + ridge * I`; `right` holds, by layer, a lower triangular R with
+    `R R^T = output Gram + damping * I` (`damping` is the largest of the layers').
     """
 
     whitener: Float[Tensor, "d_in d_in"] | None
     ridge: float = 0.0
+    right: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    damping: float = 0.0
+    unit: LossUnit = LossUnit.OUTPUT_NORM
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """What an allocator may look at: the singular values of the whitened group, and what each component costs in error.
 
-    `energies[j]` is the squared error that dropping component j adds, without the ridge's share, so that
-    `energies[k:].sum()` is the squared loss at rank k on the calibration inputs.
+    `energies` add up: `energies[k:].sum()` is the loss at rank k in nats, or the squared loss if `unit` is a norm.
     """
 
     group: WeightGroup
     singular_values: Float[Tensor, " full_rank"]
     energies: Float[Tensor, " full_rank"]
     ridge: float
+    unit: LossUnit = LossUnit.OUTPUT_NORM
+    damping: float = 0.0
 
     def loss(self, rank: int | None) -> float:
-        """Predicted `||X (W - W_k)||_F` at a rank; None (dense) loses nothing."""
-        return 0.0 if rank is None else float(self.energies[rank:].sum().clamp_min(0.0).sqrt())
+        """Predicted loss at a rank, in the unit of the spectrum; None (dense) loses nothing."""
+        if rank is None:
+            return 0.0
+        tail = float(self.energies[rank:].sum().clamp_min(0.0))
+        return tail if self.unit is LossUnit.NATS else math.sqrt(tail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +227,8 @@ class PlannedGroup:
     parameters: int
     predicted_loss: float
     ridge: float
+    damping: float = 0.0
+    loss_unit: LossUnit = LossUnit.OUTPUT_NORM
 
 
 @dataclass(frozen=True)
@@ -205,6 +237,7 @@ class RankPlan:
 
     groups: tuple[PlannedGroup, ...]
     requested_ratio: float
+    layout: str = "plain"
 
     @property
     def parameters(self) -> int:
@@ -222,6 +255,7 @@ class RankPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `record.json`."""
         return {
+            "layout": self.layout,
             "requested_ratio": self.requested_ratio,
             "retain_ratio": self.retain_ratio,
             "parameters": self.parameters,
@@ -235,19 +269,13 @@ class RankPlan:
                     "rank": g.rank,
                     "parameters": g.parameters,
                     "predicted_loss": g.predicted_loss,
+                    "loss_unit": g.loss_unit.value,
                     "ridge": g.ridge,
+                    "damping": g.damping,
                 }
                 for g in self.groups
             ],
         }
-
-
-@dataclass(frozen=True, eq=False)
-class AllocationProblem:
-    """All that an allocator may see: the groups' spectra, and the share of their parameters to keep, in (0, 1]."""
-
-    spectra: tuple[Spectrum, ...]
-    retain_ratio: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bs_exp.decomposition import decompose, gram_metric, truncate
+from bs_exp.decomposition import cholesky_whitener, decompose, truncate
 from bs_exp.errors import DecompositionError
-from bs_exp.types import Metric, WeightGroup
+from bs_exp.types import LossUnit, Metric, WeightGroup
 
 IDENTITY = Metric(whitener=None)
+
+
+def gram_metric(gram: Tensor, *, ridge: float = 0.0) -> Metric:
+    whitener, added = cholesky_whitener(gram, ridge=ridge)
+    return Metric(whitener=whitener, ridge=added)
 
 
 def problem(d_in: int, d_out: int, size: int, tokens: int = 400, seed: int = 0) -> tuple[WeightGroup, Tensor, Tensor]:
@@ -143,7 +148,7 @@ def test_non_finite_input_raises(bad: float) -> None:
     gram[0, 0] = bad
     with pytest.raises(DecompositionError, match="Gram holds NaN"):
         gram_metric(gram)
-    with pytest.raises(DecompositionError, match="inputs of these matrices are zero"):
+    with pytest.raises(DecompositionError, match="activations of these matrices are zero"):
         gram_metric(torch.zeros(4, 4))
 
 
@@ -152,3 +157,42 @@ def test_rank_out_of_range(rank: int) -> None:
     group, weight, _ = problem(6, 9, 1)
     with pytest.raises(ValueError, match="between 1 and 6"):
         truncate(decompose(group, weight, IDENTITY), rank)
+
+
+def output_factors(d_out: int, layers: tuple[int, ...], seed: int = 3) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        layer: torch.linalg.cholesky(
+            (g := torch.randn(3 * d_out, d_out, generator=generator, dtype=torch.float64)).T @ g / 3
+        )
+        for layer in layers
+    }
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "size"), SHAPES)
+def test_two_sided_truncation_is_the_svd_between_both_factors(d_in: int, d_out: int, size: int) -> None:
+    """Oracle: S W R by hand, full SVD, S^-1 [S W R]_k R^-1; and its loss is half the squared discarded values."""
+    group, weight, inputs = problem(d_in, d_out, size)
+    one = gram_metric(inputs.T @ inputs)
+    right = output_factors(d_out, group.layers)
+    metric = Metric(whitener=one.whitener, right=right, unit=LossUnit.NATS)
+    assert one.whitener is not None
+    full_right = torch.block_diag(*(right[layer] for layer in group.layers))
+    left, values, v = torch.linalg.svd(one.whitener @ weight @ full_right, full_matrices=False)
+    rank = group.full_rank // 2
+    expected = (
+        torch.linalg.inv(one.whitener) @ (left[:, :rank] * values[:rank]) @ v[:rank] @ torch.linalg.inv(full_right)
+    )
+    found = product(group, weight, metric, rank)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+    error = (one.whitener @ (weight - found) @ full_right).norm() ** 2 / 2
+    assert decompose(group, weight, metric).spectrum.loss(rank) == pytest.approx(float(error), rel=1e-8)
+    torch.testing.assert_close(product(group, weight, metric, group.full_rank), weight, rtol=0, atol=1e-10)
+
+
+def test_equal_output_weights_are_no_output_weights() -> None:
+    group, weight, inputs = problem(9, 12, 2)
+    one = gram_metric(inputs.T @ inputs)
+    same = {layer: 3.0 * torch.eye(12, dtype=torch.float64) for layer in group.layers}
+    two = Metric(whitener=one.whitener, right=same, unit=LossUnit.NATS)
+    torch.testing.assert_close(product(group, weight, one, 4), product(group, weight, two, 4))

@@ -15,6 +15,7 @@ from bs_exp.cache import Cache, Entry
 from bs_exp.errors import CacheError, ConfigError, DecompositionError
 from bs_exp.importance.none import NoImportance
 from bs_exp.journal import Journal
+from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import FAMILIES, tiny_random
 from bs_exp.pipeline import Recipe, compress
@@ -45,6 +46,7 @@ RECIPE = Recipe(
     whitening=GramWhitening(ridge=1e-6),
     importance=NoImportance(),
     allocation=UniformAllocation(),
+    layout=PlainLayout(),
     update=NoUpdate(),
     retain_ratio=0.6,
 )

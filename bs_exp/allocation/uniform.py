@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bs_exp.allocation.budget import check_retain_ratio, component_cost, planned, uniform_rank
+from bs_exp.allocation.budget import check_retain_ratio, largest_rank, make_plan, parameter_budget
 from bs_exp.errors import ConfigError
-from bs_exp.types import AllocationProblem, PlannedGroup, RankPlan, Spectrum
+from bs_exp.protocols import AllocationProblem
+from bs_exp.types import RankPlan, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,17 @@ class UniformAllocation:
         Raises ConfigError if some group would be left without a single component.
         """
         check_retain_ratio(problem.retain_ratio)
-        groups = tuple(self._plan(spectrum, problem.retain_ratio) for spectrum in problem.spectra)
-        return RankPlan(groups=groups, requested_ratio=problem.retain_ratio)
+        return make_plan(problem, [self._rank(spectrum.group, problem) for spectrum in problem.spectra])
 
-    def _plan(self, spectrum: Spectrum, ratio: float) -> PlannedGroup:
+    def _rank(self, group: WeightGroup, problem: AllocationProblem) -> int | None:
+        ratio, layout = problem.retain_ratio, problem.layout
         if ratio == 1.0:
-            return planned(spectrum, None)
-        rank = uniform_rank(spectrum.group, ratio)
+            return None
+        rank = largest_rank(group, parameter_budget(group.parameters, ratio), layout)
         if rank < 1:
-            lowest = component_cost(spectrum.group) / spectrum.group.parameters
             raise ConfigError(
-                f"retain_ratio {ratio} leaves {spectrum.group.name} ({spectrum.group.d_in} x {spectrum.group.columns}) "
-                f"without a single component; one component needs {lowest:.4f}. Raise retain_ratio."
+                f"retain_ratio {ratio} leaves {group.name} ({group.d_in} x {group.columns}) without a single "
+                f"component; one component needs {layout.parameters(group, 1) / group.parameters:.4f}. "
+                "Raise retain_ratio."
             )
-        return planned(spectrum, rank)
+        return rank

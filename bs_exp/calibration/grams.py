@@ -41,9 +41,7 @@ def gather_grams(model: LoadedModel, windows: TokenWindows, *, batch_size: int, 
 
 
 @contextmanager
-def _hooks(
-    module: nn.Module, sites: Mapping[str, Sequence[WeightMatrix]], grams: dict[str, Tensor]
-) -> Iterator[None]:
+def _hooks(module: nn.Module, sites: Mapping[str, Sequence[WeightMatrix]], grams: dict[str, Tensor]) -> Iterator[None]:
     """Hooks that accumulate the Gram of each site's first matrix, and compare the inputs of its others once."""
     handles: list[RemovableHandle] = []
     try:

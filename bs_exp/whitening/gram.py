@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
-from bs_exp.decomposition import gram_metric
+from bs_exp.decomposition import cholesky_whitener
 from bs_exp.errors import ConfigError
-from bs_exp.types import Metric, Statistic
+from bs_exp.types import GroupStatistics, Metric, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,8 @@ class GramWhitening:
         if not 0.0 <= self.ridge < 1.0:
             raise ConfigError(f"whitening.ridge must be at least 0 and below 1 (mean diagonals), got {self.ridge}.")
 
-    def metric(self, gram: Float[Tensor, "d_in d_in"] | None) -> Metric:
-        if gram is None:
+    def metric(self, statistics: GroupStatistics) -> Metric:
+        if statistics.gram is None:
             raise ValueError("GramWhitening needs a Gram; it says so in `needs`.")
-        return gram_metric(gram, ridge=self.ridge)
+        whitener, ridge = cholesky_whitener(statistics.gram, ridge=self.ridge)
+        return Metric(whitener=whitener, ridge=ridge)

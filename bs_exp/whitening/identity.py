@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
-from bs_exp.types import Metric, Statistic
+from bs_exp.types import GroupStatistics, Metric, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,5 +14,5 @@ class IdentityWhitening:
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def metric(self, gram: Float[Tensor, "d_in d_in"] | None) -> Metric:
+    def metric(self, statistics: GroupStatistics) -> Metric:
         return Metric(whitener=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -9,13 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bs_exp.allocation.budget import component_cost, uniform_rank
+from bs_exp.allocation.budget import largest_rank, parameter_budget
 from bs_exp.allocation.uniform import UniformAllocation
+from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.errors import ConfigError
-from bs_exp.protocols import Allocation
-from bs_exp.types import AllocationProblem, Spectrum, WeightGroup
+from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.layout.plain import PlainLayout
+from bs_exp.protocols import Allocation, AllocationProblem, Layout
+from bs_exp.types import LossUnit, Spectrum, WeightGroup
 
-ALLOCATORS: list[Allocation] = [UniformAllocation()]
+ALLOCATORS: list[Allocation] = [UniformAllocation(), WaterFilling(min_ratio=0.0), WaterFilling(min_ratio=0.2)]
+LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 
 
 def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
@@ -24,8 +29,12 @@ def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
     return Spectrum(group=group, singular_values=values, energies=values.square(), ridge=0.0)
 
 
-def problem(groups: Sequence[WeightGroup], ratio: float) -> AllocationProblem:
-    return AllocationProblem(tuple(spectrum(g, seed) for seed, g in enumerate(groups)), ratio)
+def problem(groups: Sequence[WeightGroup], ratio: float, layout: Layout = LAYOUTS[0]) -> AllocationProblem:
+    return AllocationProblem(tuple(spectrum(g, seed) for seed, g in enumerate(groups)), ratio, layout)
+
+
+def uniform_rank(group: WeightGroup, ratio: float) -> int:
+    return largest_rank(group, parameter_budget(group.parameters, ratio), PlainLayout())
 
 
 GROUPS = st.lists(
@@ -38,10 +47,13 @@ GROUPS = st.lists(
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
-@settings(max_examples=60, deadline=None)
-@given(groups=GROUPS, ratio=st.floats(0.3, 1.0))
-def test_within_budget_and_bounds(allocator: Allocation, groups: list[WeightGroup], ratio: float) -> None:
-    case = problem(groups, ratio)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@settings(max_examples=40, deadline=None)
+@given(groups=GROUPS, ratio=st.floats(0.35, 1.0))
+def test_within_budget_and_bounds(
+    allocator: Allocation, layout: Layout, groups: list[WeightGroup], ratio: float
+) -> None:
+    case = problem(groups, ratio, layout)
     plan = allocator.allocate(case)
     assert [p.group for p in plan.groups] == groups
     assert plan.parameters <= ratio * plan.dense_parameters + 1e-6
@@ -50,7 +62,7 @@ def test_within_budget_and_bounds(allocator: Allocation, groups: list[WeightGrou
             assert (planned.parameters, planned.predicted_loss) == (planned.group.parameters, 0.0)
         else:
             assert 1 <= planned.rank <= planned.group.full_rank
-            assert planned.parameters == planned.rank * component_cost(planned.group) < planned.group.parameters
+            assert planned.parameters == layout.parameters(planned.group, planned.rank) < planned.group.parameters
             tail = float(given_spectrum.energies[planned.rank :].sum())
             assert planned.predicted_loss**2 == pytest.approx(tail, abs=1e-12)
     assert plan.retain_ratio == plan.parameters / plan.dense_parameters
@@ -100,3 +112,53 @@ def test_rounding_is_of_the_decimal_ratio() -> None:
 def test_too_small_a_ratio_names_the_group() -> None:
     with pytest.raises(ConfigError, match=r"q\[0\] \(16 x 16\) without a single component"):
         UniformAllocation().allocate(problem([WeightGroup("q", (0,), 16, 16)], 0.05))
+
+
+def nats(group: WeightGroup, energies: list[float]) -> Spectrum:
+    values = torch.tensor(energies, dtype=torch.float64)
+    return Spectrum(group=group, singular_values=(2 * values).sqrt(), energies=values, ridge=0.0, unit=LossUnit.NATS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), ratio=st.floats(0.45, 0.95))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_water_filling_is_near_the_optimum_of_all_plans(layout: Layout, seed: int, ratio: float) -> None:
+    """Oracle: brute force over every combination of ranks. The gap is below the best single component left out."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = [WeightGroup("q", (0,), 6, 6), WeightGroup("k", (0, 1), 6, 4), WeightGroup("down", (0,), 8, 6)]
+    spectra = tuple(
+        nats(g, (torch.rand(g.full_rank, generator=generator, dtype=torch.float64) ** 4).sort(descending=True).values.tolist())
+        for g in groups
+    )  # fmt: skip
+    budget = parameter_budget(sum(g.parameters for g in groups), ratio)
+    options = [[*range(1, g.full_rank), None] for g in groups]
+    best = min(
+        sum(s.loss(rank) for s, rank in zip(spectra, ranks, strict=True))
+        for ranks in itertools.product(*options)
+        if sum(
+            g.parameters if rank is None else layout.parameters(g, rank) for g, rank in zip(groups, ranks, strict=True)
+        )
+        <= budget
+    )
+    plan = WaterFilling(min_ratio=0.0).allocate(AllocationProblem(spectra, ratio, layout))
+    found = sum(p.predicted_loss for p in plan.groups)
+    dropped = max(
+        (float(s.energies[p.rank]) for s, p in zip(spectra, plan.groups, strict=True) if p.rank is not None), default=0.0
+    )
+    assert plan.parameters <= budget
+    assert best - 1e-12 <= found <= best + 2 * dropped + 1e-12
+
+
+def test_water_filling_spends_all_but_less_than_a_component_and_prefers_what_pays() -> None:
+    rich, poor = WeightGroup("q", (0,), 40, 40), WeightGroup("o", (0,), 40, 40)
+    spectra = (nats(rich, [1.0] * 40), nats(poor, [1e-6] * 40))
+    plan = WaterFilling(min_ratio=0.0).allocate(AllocationProblem(spectra, 0.6, PlainLayout()))
+    assert plan.groups[0].rank is None and plan.groups[1].rank == 4
+    bounded = WaterFilling(min_ratio=0.3).allocate(AllocationProblem(spectra, 0.6, PlainLayout()))
+    assert bounded.groups[1].rank == 6
+    assert 0.6 * plan.dense_parameters - plan.parameters < 80
+
+
+def test_water_filling_says_what_the_least_budget_is() -> None:
+    with pytest.raises(ConfigError, match="below the 0.1250 that one component"):
+        WaterFilling(min_ratio=0.0).allocate(problem([WeightGroup("q", (0,), 16, 16)], 0.1))

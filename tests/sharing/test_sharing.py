@@ -50,7 +50,9 @@ def test_remainder_is_a_smaller_group_and_unlisted_types_stay_alone() -> None:
 
 
 def test_size_one_is_no_sharing() -> None:
-    assert AdjacentSharing(matrices=("q", "k"), group_size=1).groups(architecture()) == NoSharing().groups(architecture())
+    assert AdjacentSharing(matrices=("q", "k"), group_size=1).groups(architecture()) == NoSharing().groups(
+        architecture()
+    )
 
 
 def test_layers_of_another_shape_start_a_new_group() -> None:

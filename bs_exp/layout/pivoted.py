@@ -1,0 +1,23 @@
+"""Factors without their redundancy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bs_exp.types import WeightGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class PivotedLayout:
+    """k columns of the product itself as the basis, and coefficients for the other N - k columns only.
+
+    `B C = (B C_J)(C_J^-1 C)` for k independent columns J of C, and the block J of `C_J^-1 C` is the identity, which
+    need not be stored: the same product with k^2 fewer parameters. One bit per column says whether it belongs to J;
+    these bits are counted as parameters of 16 bits. Pivoting Factorization (2501.19090) for a single matrix.
+    """
+
+    name: ClassVar[str] = "pivoted"
+
+    def parameters(self, group: WeightGroup, rank: int) -> int:
+        return rank * (group.d_in + group.columns - rank) + group.size * -(-group.d_out // 16)
