@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bs_exp.errors import CacheError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def content_key(**parts: Any) -> str:

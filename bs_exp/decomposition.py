@@ -125,12 +125,14 @@ def _unscale(block: Tensor, right: Tensor) -> Tensor:
 
 def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
     """What dropping each component costs, in the unit of `Spectrum.energies`."""
+    squares = values.square()
     if metric.unit is LossUnit.NATS:
-        return 0.5 * values.square()
+        half: Tensor = squares / 2.0
+        return half
     # One side of every component is orthogonal to that of the others, so errors add up by component, with the ridge or
     # without; the ridge's share is known exactly, and is no error on any input.
     norms = basis_t.norm(dim=1) * coefficients.norm(dim=1)
-    return (values.square() - metric.ridge * norms.square()).clamp_min(0.0)
+    return (squares - metric.ridge * norms.square()).clamp_min(0.0)
 
 
 def _unwhiten(left: Tensor, metric: Metric) -> Tensor:

@@ -26,6 +26,7 @@ from bs_exp.types import (
 )
 
 KIND = "decomposition"
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def decompose_missing(
             values = replace(values, gram=importance.reweight(values.gram))
         try:
             decomposition = decompose(group, weight, whitening.metric(values))
-        except (DecompositionError, torch.linalg.LinAlgError) as error:
+        except (DecompositionError, LinAlgError) as error:
             raise DecompositionError(f"{group.name} ({', '.join(m.module for m in matrices)}): {error}") from error
         made[group] = cache.store(KIND, key, _tensors(decomposition))
     return made

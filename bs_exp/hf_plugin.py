@@ -10,6 +10,7 @@ model as `modeling_basis_sharing.py`, so that `trust_remote_code=True` loads the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -75,17 +76,8 @@ class SharedLinear(nn.Module):
         """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
         # At least fp32 for the product, so that half-precision factors are rounded once.
         precise = torch.promote_types(self.weight.dtype, torch.float32)
-        product = (self.weight.detach().to(precise) @ self.basis.detach().to(precise)).to(self.weight.dtype)
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            dense: nn.Linear | Conv1D = (
-                Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
-                if self.is_conv1d
-                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-            )
-        stored = product.T.contiguous() if self.is_conv1d else product
-        dense.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)
-        dense.register_parameter("bias", self.bias)
-        return dense.train(self.training)
+        product = self.weight.detach().to(precise) @ self.basis.detach().to(precise)
+        return _dense_layer(self, product.to(self.weight.dtype))
 
     def extra_repr(self) -> str:
         return (
@@ -94,28 +86,164 @@ class SharedLinear(nn.Module):
         )
 
 
-Layout = Callable[[Sequence[nn.Module], Mapping[str, Any]], list[SharedLinear]]
+class PivotedLinear(nn.Module):
+    """`y = z[own] || z @ weight^T` in the order of the output columns, plus bias, with `z = x @ basis^T`.
+
+    The basis consists of columns of the product itself (one Parameter for all layers of a group): `count` of this
+    layer's output columns are `z[start : start + count]`, and `weight [d_out - count, rank]` makes the others. `pivots`
+    holds one bit per output column, packed into bytes: whether it is a basis column.
+    """
+
+    bias: nn.Parameter | None
+    pivots: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        basis: nn.Parameter,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        pivots: Tensor,
+        *,
+        start: int,
+        count: int,
+        is_conv1d: bool,
+    ):
+        super().__init__()
+        self.basis = basis
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.register_buffer("pivots", pivots)
+        self.register_buffer("order", torch.empty(0, dtype=torch.int64, device=pivots.device), persistent=False)
+        self.start = start
+        self.count = count
+        self.is_conv1d = is_conv1d
+        self.refresh()
+
+    @classmethod
+    def replacing(
+        cls,
+        dense: nn.Linear | Conv1D,
+        basis: nn.Parameter,
+        weight: nn.Parameter,
+        pivots: Tensor,
+        *,
+        start: int,
+        count: int,
+    ) -> PivotedLinear:
+        """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
+        bias, conv1d = cast("nn.Parameter | None", dense.bias), isinstance(dense, Conv1D)
+        layer = cls(basis, weight, bias, pivots, start=start, count=count, is_conv1d=conv1d)
+        return layer.train(dense.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.basis.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.count + self.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[0]
+
+    def refresh(self) -> None:
+        """Derive from `pivots` where each output column stands in `z[own] || z @ weight^T`."""
+        if self.pivots.is_meta:
+            return
+        is_pivot = unpack_bits(self.pivots, self.out_features)
+        if int(is_pivot.sum()) != self.count:
+            raise ValueError(f"A layer with {self.count} basis columns has {int(is_pivot.sum())} pivot bits.")
+        others = self.count + (~is_pivot).cumsum(0) - 1
+        self.order = torch.where(is_pivot, is_pivot.cumsum(0) - 1, others)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = nn.functional.linear(x, self.basis)
+        own = z[..., self.start : self.start + self.count]
+        y = torch.cat((own, nn.functional.linear(z, self.weight)), dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
+        precise = torch.promote_types(self.weight.dtype, torch.float32)
+        basis = self.basis.detach().to(precise)
+        rows = torch.cat((basis[self.start : self.start + self.count], self.weight.detach().to(precise) @ basis))
+        return _dense_layer(self, rows[self.order].to(self.weight.dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"own={self.count}, bias={self.bias is not None}"
+        )
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Booleans as bytes, eight each, the first in the lowest bit."""
+    padded = nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, length: int) -> Tensor:
+    """The first `length` booleans of packed bytes."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).flatten()[:length].bool()
+
+
+def _dense_layer(factorised: SharedLinear | PivotedLinear, product: Tensor) -> nn.Linear | Conv1D:
+    """The dense layer with the weight `product [d_out, d_in]` that a factorised layer stands for."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        dense: nn.Linear | Conv1D = (
+            Conv1D(factorised.out_features, factorised.in_features)
+            if factorised.is_conv1d
+            else nn.Linear(factorised.in_features, factorised.out_features, bias=factorised.bias is not None)
+        )
+    stored = product.T.contiguous() if factorised.is_conv1d else product
+    dense.weight = nn.Parameter(stored, requires_grad=factorised.weight.requires_grad)
+    dense.register_parameter("bias", factorised.bias)
+    return dense.train(factorised.training)
+
+
+FactorisedLinear = SharedLinear | PivotedLinear
+Layout = Callable[[Sequence[nn.Module], Mapping[str, Any]], Sequence[FactorisedLinear]]
 
 
 def plain_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[SharedLinear]:
     """Layers of the group's rank, not yet filled, in place of the given ones; they hold one basis."""
-    shapes = [_shape(layer, name) for layer, name in zip(dense, group["members"], strict=True)]
-    if len({d_in for d_in, _ in shapes}) != 1:
-        raise ValueError(
-            f"The members of a group must read inputs of one size, got (d_in, d_out) = {shapes} for "
-            f"{group['members']}. The quantization_config does not fit this model."
-        )
-    linear = cast("list[nn.Linear | Conv1D]", dense)
+    rank, (linear, shapes) = group["rank"], _linear_layers(dense, group)
     empty = linear[0].weight.new_empty
-    basis = nn.Parameter(empty(group["rank"], shapes[0][0]))
+    basis = nn.Parameter(empty(rank, shapes[0][0]))
     return [
-        SharedLinear.replacing(layer, basis, nn.Parameter(empty(d_out, group["rank"])))
+        SharedLinear.replacing(layer, basis, nn.Parameter(empty(d_out, rank)))
         for layer, (_, d_out) in zip(linear, shapes, strict=True)
     ]
 
 
+def pivoted_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[PivotedLinear]:
+    """As `plain_layers`, with the group's number of basis columns by member under `pivots`."""
+    rank, counts, (linear, shapes) = group["rank"], group.get("pivots", ()), _linear_layers(dense, group)
+    if len(counts) != len(linear) or sum(counts) != rank:
+        raise ValueError(
+            f"quantization_config: `pivots` of {group['members']} must hold one number per member, {rank} in all, got "
+            f"{counts}."
+        )
+    empty = linear[0].weight.new_empty
+    basis = nn.Parameter(empty(rank, shapes[0][0]))
+    layers = []
+    for layer, (_, d_out), count, end in zip(linear, shapes, counts, accumulate(counts), strict=True):
+        weight = nn.Parameter(empty(d_out - count, rank))
+        with torch.device("meta"):  # the bits come with the checkpoint
+            bits = torch.empty(-(-d_out // 8), dtype=torch.uint8)
+        layers.append(PivotedLinear.replacing(layer, basis, weight, bits, start=end - count, count=count))
+    return layers
+
+
 # How a group's factors are stored -> how its layers are built. Another layout is another class and a row here.
-LAYOUTS: Mapping[str, Layout] = {"plain": plain_layers}
+LAYOUTS: Mapping[str, Layout] = {"plain": plain_layers, "pivoted": pivoted_layers}
 
 
 class BasisSharingConfig(QuantizationConfigMixin):
@@ -166,6 +294,9 @@ class BasisSharingQuantizer(HfQuantizer):
         self.declare_ties(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, PivotedLinear):
+                module.refresh()
         # `save_pretrained` writes no Python file, so a reference to one must not be carried into the next folder;
         # `save_model` writes both.
         if getattr(model.config, "auto_map", None) == AUTO_MAP:
@@ -256,6 +387,19 @@ AUTO_MAP = {
     "AutoConfig": f"{REMOTE_MODULE}.{BasisSharingAutoConfig.__name__}",
     "AutoModelForCausalLM": f"{REMOTE_MODULE}.{BasisSharingForCausalLM.__name__}",
 }
+
+
+def _linear_layers(
+    dense: Sequence[nn.Module], group: Mapping[str, Any]
+) -> tuple[list[nn.Linear | Conv1D], list[tuple[int, int]]]:
+    """The dense layers of a group and their (d_in, d_out); raises ValueError unless all read inputs of one size."""
+    shapes = [_shape(layer, name) for layer, name in zip(dense, group["members"], strict=True)]
+    if len({d_in for d_in, _ in shapes}) != 1:
+        raise ValueError(
+            f"The members of a group must read inputs of one size, got (d_in, d_out) = {shapes} for "
+            f"{group['members']}. The quantization_config does not fit this model."
+        )
+    return cast("list[nn.Linear | Conv1D]", dense), shapes
 
 
 def _shape(layer: nn.Module, name: str) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 from jaxtyping import Float
@@ -17,8 +17,10 @@ from bs_exp.types import (
     LoadedModel,
     Metric,
     RankPlan,
+    SharedFactors,
     Spectrum,
     Statistic,
+    StoredFactors,
     TokenWindows,
     WeightGroup,
 )
@@ -71,6 +73,9 @@ class Layout(Protocol):
     def parameters(self, group: WeightGroup, rank: int) -> int:
         """Stored parameters of a group at a rank; grows with the rank."""
 
+    def arrange(self, factors: SharedFactors) -> StoredFactors:
+        """The factors as they are stored: another form of the same product."""
+
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
@@ -98,6 +103,16 @@ class Calibration(Protocol):
         """Windows of equal length, the same for the same settings and text."""
 
 
+class Schedule(Protocol):
+    """In how many rounds the model is brought down to the budget."""
+
+    def next_ratio(self, current: float, target: float, loss_at: Callable[[float], float]) -> float:
+        """The retained share to compress to next: below `current`, and `target` in the last round.
+
+        `loss_at` predicts the loss at a retained share from the statistics of the model compressed so far.
+        """
+
+
 class Update(Protocol):
     """What happens to the factors after truncation."""
 
@@ -108,8 +123,8 @@ class Update(Protocol):
 class Evaluator(Protocol):
     """One way to judge a model; dense and compressed models go through the same call."""
 
-    def evaluate(self, model: LoadedModel) -> Mapping[str, float]:
-        """Metrics by name, such as `ppl/wikitext2`, `acc/piqa`, `throughput/decode_tok_s`."""
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
+        """Metrics by name, such as `ppl/wikitext2`, `acc/piqa`, `throughput/decode_tok_s`; texts say how they came."""
 
 
 class TrackedRun(Protocol):

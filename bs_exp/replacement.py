@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bs_exp.errors import DecompositionError, ModelError
-from bs_exp.hf_plugin import METHOD, BasisSharingConfig, BasisSharingQuantizer, SharedLinear
+from bs_exp.hf_plugin import (
+    METHOD,
+    BasisSharingConfig,
+    BasisSharingQuantizer,
+    PivotedLinear,
+    SharedLinear,
+    pack_bits,
+)
 from bs_exp.models.architecture import module_of
-from bs_exp.types import Architecture, SharedFactors, WeightGroup
+from bs_exp.types import Architecture, PivotedFactors, StoredFactors, WeightGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,11 +32,13 @@ def twin(model: Model) -> Model:
     return copy.deepcopy(model, memo)
 
 
-def replace_matrices(model: PreTrainedModel, architecture: Architecture, factors: Iterable[SharedFactors]) -> None:
-    """Put `SharedLinear` layers in place of the groups' dense layers, in the dtype and on the device of their weights.
+def replace_matrices(
+    model: PreTrainedModel, architecture: Architecture, factors: Iterable[StoredFactors], *, layout: str = "plain"
+) -> None:
+    """Put factorised layers in place of the groups' dense layers, in the dtype and on the device of their weights.
 
     Works in place on a twin of the dense model. Biases stay the same Parameters, and every module outside the given
-    groups stays as it is. `factors` is consumed one group at a time.
+    groups stays as it is. `factors` is consumed one group at a time; all have the given layout.
     """
     method = _quantization_method(model)
     if method is not None:
@@ -38,11 +47,11 @@ def replace_matrices(model: PreTrainedModel, architecture: Architecture, factors
             "Replace in a fresh twin of the dense model."
         )
     groups = []
-    for shared in factors:
-        groups.append(_replace_group(model, architecture, shared))
-        del shared  # else the fp64 factors would live until the next group's are there
+    for stored in factors:
+        groups.append(_replace_group(model, architecture, stored))
+        del stored  # else the fp64 factors would live until the next group's are there
     if groups:
-        BasisSharingQuantizer(BasisSharingConfig(groups=groups)).attach(model)
+        BasisSharingQuantizer(BasisSharingConfig(groups=groups, layout=layout)).attach(model)
 
 
 def is_factorised(model: PreTrainedModel) -> bool:
@@ -55,7 +64,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """An ordinary dense model with the same products; everything that was not factorised is shared with `model`."""
     if not is_factorised(model):
         raise ModelError(f"This {type(model).__name__} holds no shared factors, so there is nothing to make dense.")
-    dense: PreTrainedModel = twin(model).dequantize()  # type: ignore[no-untyped-call]
+    dense: PreTrainedModel = twin(model).dequantize()
     return dense
 
 
@@ -65,25 +74,44 @@ def _quantization_method(model: PreTrainedModel) -> str | None:
     return None if quantizer is None else str(quantizer.quantization_config.quant_method)
 
 
-def _replace_group(model: PreTrainedModel, architecture: Architecture, shared: SharedFactors) -> Mapping[str, Any]:
-    group = shared.group
+def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: StoredFactors) -> Mapping[str, Any]:
+    """Replaces the matrices of a group; returns its entry in the quantization config."""
+    group = stored.group
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
-    weights = [module_of(model, matrix).weight for matrix in matrices]
-    _check_shapes(shared)
-    basis = _parameter(shared.basis, like=weights[0], group=group, what="basis")
-    for matrix, weight in zip(matrices, weights, strict=True):
-        coefficients = _parameter(
-            shared.coefficients[matrix.layer], like=weight, group=group, what=f"coefficients of layer {matrix.layer}"
+    dense = [module_of(model, matrix) for matrix in matrices]
+    _check_shapes(stored)
+    basis = _parameter(stored.basis, like=dense[0].weight, group=group, what="basis")
+    entry: dict[str, Any] = {"members": [matrix.module for matrix in matrices], "rank": stored.rank}
+    coefficients = [
+        _parameter(
+            stored.coefficients[matrix.layer],
+            like=old.weight,
+            group=group,
+            what=f"coefficients of layer {matrix.layer}",
         )
-        layer = SharedLinear.replacing(module_of(model, matrix), basis, coefficients)
-        model.set_submodule(matrix.module, layer)
-    return {"members": [matrix.module for matrix in matrices], "rank": shared.rank}
+        for matrix, old in zip(matrices, dense, strict=True)
+    ]
+    layers: list[nn.Module] = []
+    if isinstance(stored, PivotedFactors):
+        counts = [int(stored.pivots[layer].sum()) for layer in group.layers]
+        entry["pivots"] = counts
+        for matrix, old, own, count, end in zip(matrices, dense, coefficients, counts, accumulate(counts), strict=True):
+            bits = pack_bits(stored.pivots[matrix.layer].to(old.weight.device))
+            layers.append(PivotedLinear.replacing(old, basis, own, bits, start=end - count, count=count))
+    else:
+        layers += [SharedLinear.replacing(old, basis, own) for old, own in zip(dense, coefficients, strict=True)]
+    for matrix, new in zip(matrices, layers, strict=True):
+        model.set_submodule(matrix.module, new)
+    return entry
 
 
-def _check_shapes(shared: SharedFactors) -> None:
-    group, rank = shared.group, shared.rank
-    found = (shared.basis.shape[0], {layer: tuple(c.shape) for layer, c in shared.coefficients.items()})
-    needed = (group.d_in, {layer: (rank, group.d_out) for layer in group.layers})
+def _check_shapes(stored: StoredFactors) -> None:
+    group, rank = stored.group, stored.rank
+    widths = {layer: group.d_out for layer in group.layers}
+    if isinstance(stored, PivotedFactors):
+        widths = {layer: group.d_out - int(pivots.sum()) for layer, pivots in stored.pivots.items()}
+    found = (stored.basis.shape[0], {layer: tuple(c.shape) for layer, c in stored.coefficients.items()})
+    needed = (group.d_in, {layer: (rank, width) for layer, width in widths.items()})
     if found != needed:
         raise DecompositionError(
             f"The factors of group {group.name} do not fit it: rows of the basis, and shapes of the coefficients by "

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -218,6 +218,27 @@ class SharedFactors:
         return self.basis.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class PivotedFactors:
+    """The same product with k of its columns as the basis: their coefficients are the identity, and are not stored.
+
+    `pivots` says by layer which output columns are basis columns; these are numbered over the layers in order.
+    `coefficients` belong to the other columns.
+    """
+
+    group: WeightGroup
+    basis: Float[Tensor, "d_in rank"]
+    coefficients: Mapping[int, Float[Tensor, "rank others"]]
+    pivots: Mapping[int, Bool[Tensor, " d_out"]]
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
+StoredFactors = SharedFactors | PivotedFactors
+
+
 @dataclass(frozen=True)
 class PlannedGroup:
     """A group and its rank; `rank=None` leaves its matrices dense."""
@@ -246,6 +267,11 @@ class RankPlan:
     @property
     def dense_parameters(self) -> int:
         return sum(g.group.parameters for g in self.groups)
+
+    @property
+    def predicted_loss(self) -> float:
+        """Sum of the groups' predicted losses: nats per token if that is their unit, else a plain sum of norms."""
+        return sum(g.predicted_loss for g in self.groups)
 
     @property
     def retain_ratio(self) -> float:
@@ -282,9 +308,11 @@ class RankPlan:
 class CompressedModel:
     """A compressed model and the plan it follows; untouched parameters are those of the dense model.
 
-    `calibration` is the provenance of the windows that were used, empty if the recipe needed none.
+    `calibration` is the provenance of the windows that were used, empty if the recipe needed none; `rounds` are the
+    shares that were kept on the way, the last one being the plan's.
     """
 
     module: PreTrainedModel
     plan: RankPlan
     calibration: Mapping[str, Any]
+    rounds: tuple[float, ...]

@@ -19,6 +19,7 @@ from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import FAMILIES, tiny_random
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
 from bs_exp.types import LoadedModel, TokenWindows
@@ -47,6 +48,7 @@ RECIPE = Recipe(
     importance=NoImportance(),
     allocation=UniformAllocation(),
     layout=PlainLayout(),
+    schedule=SingleRound(),
     update=NoUpdate(),
     retain_ratio=0.6,
 )
@@ -76,7 +78,7 @@ def dense_weight(layer: torch.nn.Module) -> Tensor:
 # Mixtral's fused experts have no fp64 kernel on the CPU.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_predicted_losses_are_measured_in_the_compressed_model(family: str) -> None:
-    """Oracle: the inputs of a group's layers, stacked, times the difference of the stored products (Basis Sharing, 3.1)."""
+    """Oracle: the inputs of a group's layers, stacked, times the difference of the stored products."""
     dense = tiny_random(family)
     dense.module.double()
     recipe = replace(RECIPE, calibration=RandomTokens(count=8))
@@ -86,14 +88,13 @@ def test_predicted_losses_are_measured_in_the_compressed_model(family: str) -> N
     for planned in compressed.plan.groups:
         matrices = [dense.architecture.by_position[planned.group.matrix, layer] for layer in planned.group.layers]
         stacked = torch.cat([inputs[m.module].reshape(-1, m.d_in) for m in matrices])
-        lost = torch.cat(
-            [
-                dense_weight(module_of(dense.module, m)) - dense_weight(compressed.module.get_submodule(m.module).to_dense())
-                for m in matrices
-            ],
-            dim=1,
-        )  # fmt: skip
-        assert planned.predicted_loss == pytest.approx(float((stacked @ lost).norm()), rel=1e-6), planned.group.name
+        lost = [
+            dense_weight(module_of(dense.module, m))
+            - dense_weight(compressed.module.get_submodule(m.module).to_dense())  # type: ignore[operator]
+            for m in matrices
+        ]
+        measured = float((stacked @ torch.cat(lost, dim=1)).norm())
+        assert planned.predicted_loss == pytest.approx(measured, rel=1e-6), planned.group.name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -110,9 +111,8 @@ def test_the_dense_model_is_untouched_and_shared(family: str) -> None:
 def test_a_group_of_one_is_plain_whitened_svd() -> None:
     dense, ids = tiny_random(), torch.arange(20)[None]
     alone = compress(dense, replace(RECIPE, sharing=NoSharing()), Cache(None), Journal(quiet=True))
-    ones = compress(
-        dense, replace(RECIPE, sharing=AdjacentSharing(matrices=("q", "up"), group_size=1)), Cache(None), Journal(quiet=True)
-    )  # fmt: skip
+    of_one = AdjacentSharing(matrices=("q", "up"), group_size=1)
+    ones = compress(dense, replace(RECIPE, sharing=of_one), Cache(None), Journal(quiet=True))
     assert alone.plan == ones.plan
     with torch.no_grad():
         assert torch.equal(alone.module(ids).logits, ones.module(ids).logits)
@@ -128,12 +128,11 @@ def test_keeping_everything_is_the_dense_model() -> None:
 def test_loss_falls_as_more_is_kept() -> None:
     dense, ids = tiny_random(), torch.arange(100).reshape(2, 50)
     cache = Cache(None)
+    recipes = [replace(RECIPE, retain_ratio=ratio) for ratio in (0.3, 0.6, 0.9)]
+    models = [compress(dense, recipe, cache, Journal(quiet=True)).module for recipe in recipes]
     with torch.no_grad():
         target = dense.module(ids).logits
-        errors = [
-            float((compress(dense, replace(RECIPE, retain_ratio=r), cache, Journal(quiet=True)).module(ids).logits - target).norm())
-            for r in (0.3, 0.6, 0.9)
-        ]  # fmt: skip
+        errors = [float((model(ids).logits - target).norm()) for model in models]
     assert errors[0] > errors[1] > errors[2] > 0
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bs_exp.allocation.budget import check_retain_ratio, largest_rank, make_plan, parameter_budget
+from bs_exp.checks import check_share
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem
 from bs_exp.types import RankPlan, Spectrum
@@ -40,8 +41,7 @@ class WaterFilling:
     min_ratio: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.min_ratio < 1.0:
-            raise ConfigError(f"allocation.min_ratio must be at least 0 and below 1, got {self.min_ratio}.")
+        check_share(min_ratio=self.min_ratio)
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
         """Ranks that spend the budget up to less than one component.

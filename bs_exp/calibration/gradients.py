@@ -1,4 +1,4 @@
-"""One forward and backward pass over the calibration windows: the Gram of the loss gradient at every matrix's output."""
+"""One forward and backward pass over the calibration windows: Grams of the loss gradients at the matrices' outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
-from bs_exp.models.architecture import module_of
 from bs_exp.types import LoadedModel, TokenWindows
 
 
@@ -26,7 +25,7 @@ def gather_output_grams(
     activations only. Products in fp32, accumulated in fp64 on the CPU. Hooks and `requires_grad` flags are as before
     afterwards, whatever happened. Raises CalibrationError if gradients are not finite.
     """
-    modules = {m.module: module_of(model.module, m) for m in model.architecture.matrices}
+    modules = {m.module: model.module.get_submodule(m.module) for m in model.architecture.matrices}
     grams = {m.module: torch.zeros(m.d_out, m.d_out, dtype=torch.float64) for m in model.architecture.matrices}
     batches = windows.ids.split(batch_size)
     with _activation_gradients(model.module), _hooks(modules, grams):
@@ -34,12 +33,12 @@ def gather_output_grams(
             ids = batch.to(model.device)
             logits = model.module(input_ids=ids, use_cache=False).logits
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     broken = [name for name, gram in grams.items() if not bool(gram.diagonal().isfinite().all())]
     if broken:
         raise CalibrationError(
-            f"The loss gradients at {broken[-1]} hold NaN or infinite values on the calibration text. Load the model in "
-            "another dtype (model.dtype=float32 or bfloat16), or check its weights."
+            f"The loss gradients at {broken[-1]} hold NaN or infinite values on the calibration text. Load the model "
+            "in another dtype (model.dtype=float32 or bfloat16), or check its weights."
         )
     return grams
 

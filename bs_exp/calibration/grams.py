@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
-from bs_exp.models.architecture import backbone, module_of
+from bs_exp.models.architecture import backbone
 from bs_exp.types import LoadedModel, TokenWindows, WeightMatrix
 
 Grams = Mapping[str, Float[Tensor, "d_in d_in"]]
@@ -47,8 +47,8 @@ def _hooks(module: nn.Module, sites: Mapping[str, Sequence[WeightMatrix]], grams
     try:
         for site, (first, *others) in sites.items():
             watch = _SiteWatch(site, grams[site])
-            handles.append(module_of(module, first).register_forward_pre_hook(watch.accumulate))
-            handles.extend(module_of(module, m).register_forward_pre_hook(watch.compare(m)) for m in others)
+            handles.append(module.get_submodule(first.module).register_forward_pre_hook(watch.accumulate))
+            handles.extend(module.get_submodule(m.module).register_forward_pre_hook(watch.compare(m)) for m in others)
         yield
     finally:
         for handle in handles:

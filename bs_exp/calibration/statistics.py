@@ -56,7 +56,7 @@ def calibrate(
     cache: Cache,
     journal: Journal,
 ) -> CalibrationStats:
-    """The statistics that are needed, of a model on its calibration windows; from the cache where it has all of them."""
+    """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
     key = statistics_key(model, windows, calibration.batch_size)
 
     def gathered(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.types import WeightGroup
+from bs_exp.types import SharedFactors, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,3 +16,6 @@ class PlainLayout:
 
     def parameters(self, group: WeightGroup, rank: int) -> int:
         return rank * (group.d_in + group.columns)
+
+    def arrange(self, factors: SharedFactors) -> SharedFactors:
+        return factors

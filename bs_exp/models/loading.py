@@ -5,7 +5,6 @@ Every source ends in `assemble`: eval mode, discovered matrices, fingerprint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bs_exp.checks import check_choice
 from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles, find_architecture, read_roles
 from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
@@ -114,12 +114,6 @@ class HubModel:
             "(HF_HOME=CACHE HF_HUB_OFFLINE=1). Gated models need a token (HF_TOKEN).",
         ).pinned()
         return _load(checkpoint, self.device, self.roles, source="hub", name=self.name)
-
-
-def check_choice(setting: str, value: str, allowed: Sequence[str]) -> None:
-    """ConfigError with the options if a setting is none of them."""
-    if value not in allowed:
-        raise ConfigError(f"{setting} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_settings(dtype: str, device: str, roles: Roles | None) -> None:

@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from bs_exp.checks import check_choice
 from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles
-from bs_exp.models.loading import assemble, check_choice, check_settings, resolve_device, resolve_dtype
+from bs_exp.models.loading import assemble, check_settings, resolve_device, resolve_dtype
 from bs_exp.types import LoadedModel
 
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())

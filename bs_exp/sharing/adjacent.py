@@ -11,7 +11,7 @@ from bs_exp.types import Architecture, WeightGroup
 
 @dataclass(frozen=True, kw_only=True)
 class AdjacentSharing:
-    """Groups of `group_size` consecutive layers from layer 0, for the matrix types in `matrices`; the others stay alone.
+    """Groups of `group_size` consecutive layers from layer 0, for the types in `matrices`; the others stay alone.
 
     A remainder makes a smaller group. Layers whose matrices differ in shape are not put together.
     Basis Sharing (2410.03765), sections 3.2 and 4.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bs_exp.checks import check_share
 from bs_exp.decomposition import cholesky_whitener
-from bs_exp.errors import ConfigError
 from bs_exp.types import GroupStatistics, Metric, Statistic
 
 
@@ -23,8 +23,7 @@ class GramWhitening:
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM})
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ridge < 1.0:
-            raise ConfigError(f"whitening.ridge must be at least 0 and below 1 (mean diagonals), got {self.ridge}.")
+        check_share(ridge=self.ridge)
 
     def metric(self, statistics: GroupStatistics) -> Metric:
         if statistics.gram is None:

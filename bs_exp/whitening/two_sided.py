@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bs_exp.checks import check_share
 from bs_exp.decomposition import cholesky_whitener
 from bs_exp.errors import ConfigError
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
@@ -19,9 +20,9 @@ class TwoSidedWhitening:
     """Error in the loss itself: `1/2 sum_i ||H^(1/2) dW_i G_i^(1/2)||_F^2` nats per token, to second order.
 
     `H` is the group's input Gram per token, averaged over its layers; `G_i = E[g g^T]` with g the gradient of the token
-    loss at the output of layer i's matrix. So losses of different groups, types and depths have one unit and may be
-    compared. `ridge` and `damping` are added to H's and G's diagonals, in units of their means; `temper` is the exponent
-    gamma of `G^gamma` (trace kept): below 1 the curvature is trusted less, for large steps.
+    loss at the output of layer i's matrix. So losses of different groups, types and depths have one unit and may
+    be compared. `ridge` and `damping` are added to H's and G's diagonals, in units of their means; `temper` is the
+    exponent gamma of `G^gamma` (trace kept): below 1 the curvature is trusted less, for large steps.
     Kronecker factors: Martens and Grosse (1503.05671), section 3; for SVD: GFWSVD (2505.17974), LEMS/KFAC-SVD.
     """
 
@@ -32,13 +33,10 @@ class TwoSidedWhitening:
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRAM, Statistic.OUTPUT_GRAM})
 
     def __post_init__(self) -> None:
-        for name in ("ridge", "damping"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ConfigError(f"whitening.{name} must be at least 0 and below 1 (mean diagonals), got {value}.")
+        check_share(ridge=self.ridge, damping=self.damping)
         if not 0.0 <= self.temper <= 1.0:
             raise ConfigError(
-                f"whitening.temper must be between 0 (outputs weighted alike) and 1 (full curvature), got {self.temper}."
+                f"temper must be between 0 (outputs weighted alike) and 1 (full curvature), got {self.temper}."
             )
 
     def metric(self, statistics: GroupStatistics) -> Metric:

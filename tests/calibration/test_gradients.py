@@ -23,7 +23,9 @@ def test_bias_gradients_are_sums_of_output_gradients(family: str) -> None:
         module = module_of(model.module, matrix)
         captured: dict[str, torch.Tensor] = {}
 
-        def add_probe(layer: object, arguments: object, output: torch.Tensor, kept: dict[str, torch.Tensor] = captured) -> torch.Tensor:
+        def add_probe(
+            layer: object, arguments: object, output: torch.Tensor, kept: dict[str, torch.Tensor] = captured
+        ) -> torch.Tensor:
             kept["probe"] = torch.zeros_like(output, requires_grad=True)
             return output + kept["probe"]  # d loss / d probe is the gradient at the output
 

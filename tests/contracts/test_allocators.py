@@ -126,10 +126,8 @@ def test_water_filling_is_near_the_optimum_of_all_plans(layout: Layout, seed: in
     """Oracle: brute force over every combination of ranks. The gap is below the best single component left out."""
     generator = torch.Generator().manual_seed(seed)
     groups = [WeightGroup("q", (0,), 6, 6), WeightGroup("k", (0, 1), 6, 4), WeightGroup("down", (0,), 8, 6)]
-    spectra = tuple(
-        nats(g, (torch.rand(g.full_rank, generator=generator, dtype=torch.float64) ** 4).sort(descending=True).values.tolist())
-        for g in groups
-    )  # fmt: skip
+    draws = [torch.rand(g.full_rank, generator=generator, dtype=torch.float64) ** 4 for g in groups]
+    spectra = tuple(nats(g, draw.sort(descending=True).values.tolist()) for g, draw in zip(groups, draws, strict=True))
     budget = parameter_budget(sum(g.parameters for g in groups), ratio)
     options = [[*range(1, g.full_rank), None] for g in groups]
     best = min(
@@ -143,7 +141,8 @@ def test_water_filling_is_near_the_optimum_of_all_plans(layout: Layout, seed: in
     plan = WaterFilling(min_ratio=0.0).allocate(AllocationProblem(spectra, ratio, layout))
     found = sum(p.predicted_loss for p in plan.groups)
     dropped = max(
-        (float(s.energies[p.rank]) for s, p in zip(spectra, plan.groups, strict=True) if p.rank is not None), default=0.0
+        (float(s.energies[p.rank]) for s, p in zip(spectra, plan.groups, strict=True) if p.rank is not None),
+        default=0.0,
     )
     assert plan.parameters <= budget
     assert best - 1e-12 <= found <= best + 2 * dropped + 1e-12
@@ -160,5 +159,5 @@ def test_water_filling_spends_all_but_less_than_a_component_and_prefers_what_pay
 
 
 def test_water_filling_says_what_the_least_budget_is() -> None:
-    with pytest.raises(ConfigError, match="below the 0.1250 that one component"):
+    with pytest.raises(ConfigError, match=r"below the 0\.1250 that one component"):
         WaterFilling(min_ratio=0.0).allocate(problem([WeightGroup("q", (0,), 16, 16)], 0.1))

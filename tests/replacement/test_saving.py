@@ -207,7 +207,7 @@ def test_lora_on_matrices_left_dense(dense: Dense, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format_version": 2}, "format version 2"),
-        ({"layout": "woven"}, "layout must be one of plain, got 'woven'"),
+        ({"layout": "woven"}, "layout must be one of plain, pivoted, got 'woven'"),
         ({"group": []}, "unknown keys: group"),
         ({"groups": [{"members": [], "rank": 2}]}, "needs `members`"),
         ({"groups": [{"members": ["model.norm"], "rank": 0}]}, "needs `members`"),

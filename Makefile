@@ -1,0 +1,59 @@
+# Every target makes the environment it needs: `make demo` works on a fresh machine.
+#
+#   PYTHON       interpreter, 3.11 or newer                         make demo PYTHON=python3.12
+#   TORCH_INDEX  extra package index, such as the one of CPU builds  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS         more arguments for `demo` and `test`               make demo ARGS="retain_ratio=0.6"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+CODE := bs_exp tests
+
+# CI sets this variable; slow tests are left out elsewhere.
+ifdef CI
+MARKERS := not gpu and not network
+else
+MARKERS := not slow and not gpu and not network
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo smoke test check fix clean
+
+help:
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(INSTALLED)  ## compress the embedded model and compare it with the dense one
+	$(BIN)/python -m bs_exp $(ARGS)
+
+smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
+	$(BIN)/python -m bs_exp model=tiny_random evaluation=smoke tracking=none name=smoke \
+	  calibration.num_sequences=8 calibration.sequence_length=64 $(ARGS)
+
+test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
+	$(BIN)/python -m pytest -m "$(MARKERS)" $(ARGS)
+
+check: $(INSTALLED)  ## format, lint, strict types and tests
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy --strict bs_exp
+	$(MAKE) test
+
+fix: $(INSTALLED)  ## format, and fix what the linter can fix
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:  ## remove the environment and the checkers' caches (never outputs/)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamp is written last, so an installation that was cut short starts again.
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing the locked versions into .venv; this is done once and takes some minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -e ".[dev]"
+	@touch $@

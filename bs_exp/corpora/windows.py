@@ -1,0 +1,165 @@
+"""Text to token windows, one rule for calibration and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bs_exp.checks import check_at_least, check_choice
+from bs_exp.errors import ConfigError, DataError
+from bs_exp.protocols import Corpus
+from bs_exp.types import LoadedModel, TokenWindows
+
+Order: TypeAlias = Literal["sequential", "random"]
+Tail: TypeAlias = Literal["drop", "keep"]
+
+
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> Int[Tensor, " tokens"]:
+    """The whole text as one sequence; `special_tokens` adds what the tokenizer puts around a text (Llama: one BOS)."""
+    # verbose=False: a corpus is meant to be longer than the model's context, so the tokenizer's warning is noise.
+    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def cut_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    num_sequences: int | None = None,
+    order: Order = "sequential",
+    seed: int = 0,
+    special_tokens: bool = False,
+    tail: Tail = "drop",
+    stride: int | None = None,
+) -> TokenWindows:
+    """Windows of `sequence_length` tokens that start every `stride` tokens (default: one after the other).
+
+    `num_sequences` takes that many: the first ones, or, in random order, those of a permutation drawn from `seed`.
+    What is left after the last window becomes the `tail`, or is dropped.
+    """
+    ids = tokenize(text, tokenizer, special_tokens=special_tokens)
+    if len(ids) < sequence_length:
+        raise DataError(
+            f"The text is too short for one window: {len(ids):,} tokens found, {sequence_length:,} needed. "
+            "Use a longer text or a smaller sequence_length."
+        )
+    stride = stride or sequence_length
+    windows = ids.unfold(0, sequence_length, stride)
+    if num_sequences is not None and num_sequences > len(windows):
+        raise DataError(
+            f"{num_sequences:,} windows of {sequence_length:,} tokens need {num_sequences * stride:,} tokens, but the "
+            f"text has {len(ids):,}, enough for {len(windows):,}. Use a longer text, a smaller sequence_length, "
+            f"or num_sequences of at most {len(windows)} (calibration also takes num_sequences=all)."
+        )
+    chosen = windows[_positions(len(windows), num_sequences, order, seed)]
+    rest = ids[len(windows) * stride :]
+    has_new_tokens = len(ids) > (len(windows) - 1) * stride + sequence_length
+    # A tail has its place after the last window: it means nothing where windows are left out.
+    kept_tail = rest if tail == "keep" and has_new_tokens and num_sequences is None else None
+    return TokenWindows(
+        ids=chosen,
+        tail=kept_tail,
+        provenance={
+            "tokens": len(ids),
+            "available": len(windows),
+            "windows": len(chosen),
+            "sequence_length": sequence_length,
+            "stride": stride,
+            "order": order,
+            "seed": seed if order == "random" else None,
+            "special_tokens": special_tokens,
+            "tail": 0 if kept_tail is None else len(kept_tail),
+            "sha256": _fingerprint(chosen, kept_tail),
+        },
+    )
+
+
+def _positions(available: int, wanted: int | None, order: Order, seed: int) -> Int[Tensor, " chosen"]:
+    if order == "sequential":
+        return torch.arange(available)[:wanted]
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+
+
+def _fingerprint(windows: Int[Tensor, "windows length"], tail: Int[Tensor, " rest"] | None) -> str:
+    """SHA-256 of the shapes and ids."""
+    digest = hashlib.sha256()
+    for ids in (windows, torch.empty(0, dtype=torch.long) if tail is None else tail):
+        digest.update(repr(tuple(ids.shape)).encode())
+        digest.update(ids.contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def max_positions(model: LoadedModel) -> int | None:
+    """The longest sequence that the model has positions for; None where its configuration names no limit."""
+    limit = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def vocabulary_size(model: LoadedModel) -> int:
+    """Number of token ids that the model embeds; a padded one is larger than the tokenizer's."""
+    return cast(nn.Embedding, model.module.get_input_embeddings()).num_embeddings
+
+
+def check_fits(windows: TokenWindows, model: LoadedModel) -> None:
+    """ConfigError if the windows are longer than the model's context, DataError if it has no embedding for a token."""
+    length, limit = windows.ids.shape[1], max_positions(model)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"sequence_length is {length:,}, but the model has {limit:,} positions; set it to {limit} or less."
+        )
+    parts = [windows.ids] if windows.tail is None else [windows.ids, windows.tail]
+    largest = max(int(ids.max()) for ids in parts)
+    vocabulary = vocabulary_size(model)
+    if largest >= vocabulary:
+        raise DataError(
+            f"The tokenizer gives token id {largest:,}, but the model embeds ids below {vocabulary:,}: "
+            "tokenizer and model do not belong together. Load both from the same place."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSet:
+    """The windows on which statistics are gathered: the corpus tokenised whole, cut from the start, remainder dropped.
+
+    `num_sequences` windows (a number, or `all`) are the first ones (`sequential`) or drawn by `seed` (`random`).
+    Basis Sharing, section 4.1: 256 sequences of 2048 tokens.
+    """
+
+    corpus: Corpus
+    num_sequences: int | Literal["all"]
+    sequence_length: int
+    order: Order
+    batch_size: int
+    seed: int
+    special_tokens: bool
+
+    def __post_init__(self) -> None:
+        check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)
+        check_choice("order", self.order, get_args(Order))
+        if self.num_sequences != "all":
+            try:
+                check_at_least(1, num_sequences=self.num_sequences)
+            except ConfigError as error:
+                raise ConfigError(f"{error} Or all, to take every window.") from error
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+        """Windows of equal length, the same for the same settings and text."""
+        text, corpus = self.corpus.read()
+        windows = cut_windows(
+            text,
+            tokenizer,
+            sequence_length=self.sequence_length,
+            num_sequences=None if self.num_sequences == "all" else self.num_sequences,
+            order=self.order,
+            seed=self.seed,
+            special_tokens=self.special_tokens,
+        )
+        provenance: dict[str, Any] = {"corpus": dict(corpus), **windows.provenance}
+        return TokenWindows(ids=windows.ids, provenance=provenance)

@@ -1,0 +1,1 @@
+"""Evaluators: perplexity, accuracy, throughput; and the size of the compressed model."""

@@ -1,0 +1,209 @@
+"""Accuracy on the tasks of the LM Evaluation Harness, measured on the model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import io
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from datasets.exceptions import DatasetsError
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from bs_exp.checks import check_at_least
+from bs_exp.errors import ConfigError, DataError
+from bs_exp.types import LoadedModel
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Any task, group or tag that lm-eval knows, `docs_cloze`, and those in the folders of `include_path`.
+
+    `limit` takes the first items of every task (a number, or a share below 1); `num_fewshot=None` is the task's own.
+    """
+
+    tasks: Sequence[str]
+    limit: float | None
+    num_fewshot: int | None
+    batch_size: int
+    seed: int
+    include_path: Sequence[str]
+
+    def __post_init__(self) -> None:
+        tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks or ())
+        folders = (self.include_path,) if isinstance(self.include_path, str) else tuple(self.include_path or ())
+        if not tasks:
+            raise ConfigError("tasks is empty; name at least one, or leave the accuracy evaluator out.")
+        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(0, num_fewshot=self.num_fewshot)
+        if self.limit is not None and self.limit <= 0:
+            raise ConfigError(f"limit must be positive, or null to take all items, got {self.limit}.")
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise ConfigError(f"include_path must name folders with task YAML files; {folder} is none.")
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "include_path", folders)
+
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
+        """`acc/TASK`, `acc_norm/TASK`, their `acc_stderr/TASK`, and whatever else the tasks measure, by the same rule.
+
+        `acc/mean` is over the requested tasks. Also `items/TASK`, `task_version/TASK` and `lm_eval/version`.
+        """
+        with _quiet(), _seeded(self.seed):
+            tasks, groups = self._load_tasks()
+            harness = HFLM(
+                pretrained=model.module,
+                # A copy: the harness gives the tokenizer a padding token.
+                tokenizer=copy.deepcopy(model.tokenizer),
+                batch_size=self.batch_size,
+                softmax_dtype=torch.float32,
+            )
+            # Not simple_evaluate: it also calls git, pip and the hub for an environment report that the record has.
+            results = evaluate(
+                lm=harness, task_dict={"tasks": tasks, "groups": groups}, limit=self.limit, log_samples=False
+            )
+        return _metrics(results)
+
+    def _load_tasks(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The requested tasks and groups by name, with their data and number of examples in the prompt."""
+        folders = (str(OWN_TASKS), *self.include_path)
+        # Indexing the harness' 14,000 tasks takes ten seconds, which tasks that need none of them are spared.
+        own = _task_manager(folders, include_defaults=False)
+        tasks: dict[str, Any] = {}
+        groups: dict[str, Any] = {}
+        for name in self.tasks:
+            manager = own if name in own.all_subtasks else _task_manager(folders, include_defaults=True)
+            if name not in manager.all_tasks and not Path(name).is_file():
+                raise ConfigError(_unknown(name, manager))
+            loaded = _load(name, manager)
+            tasks |= loaded["tasks"]
+            groups |= loaded.get("groups", {})
+        for task in tasks.values():
+            self._set_fewshot(task)
+        return tasks, groups
+
+    def _set_fewshot(self, task: Any) -> None:
+        """As lm-eval's command line does: a task that says 0 stays without examples."""
+        own = task.get_config("num_fewshot")
+        if own is None or (self.num_fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+        task.set_fewshot_seed(seed=self.seed)
+
+
+@cache
+def _task_manager(folders: tuple[str, ...], *, include_defaults: bool) -> TaskManager:
+    return TaskManager(include_path=list(folders), include_defaults=include_defaults)
+
+
+def _load(name: str, manager: TaskManager) -> Mapping[str, Any]:
+    """The `tasks` and `groups` behind a name."""
+    try:
+        found: Mapping[str, Any] = manager.load([name])
+    except ConnectionError as error:
+        raise DataError(
+            f"The data of task {name} cannot be reached: {error}. Without network, use docs_cloze (embedded), or tasks "
+            "whose data is already in the Hugging Face cache (HF_HOME; HF_HUB_OFFLINE=1 makes it answer at once)."
+        ) from error
+    except (OSError, DatasetsError) as error:
+        raise DataError(f"The data of task {name} cannot be read: {error} The embedded task is docs_cloze.") from error
+    return found
+
+
+def _unknown(name: str, manager: TaskManager) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=5)
+    hint = f"did you mean {', '.join(near)}?" if near else "lm_eval ls tasks lists them."
+    return f"tasks: {name!r} is none of the {len(manager.all_tasks):,} tasks, groups and tags known to lm-eval; {hint}"
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, float | str]:
+    """The harness' `metric,filter` of each task as `metric/TASK`, with the filter appended where a task has several."""
+    metrics: dict[str, float | str] = {"lm_eval/version": metadata.version("lm_eval")}
+    for task, measured in results["results"].items():
+        for key, value in measured.items():
+            metric, _, filter_name = key.partition(",")
+            # "N/A" stands where a standard error is not defined.
+            if filter_name and isinstance(value, int | float):
+                metrics[f"{metric}/{task}" if filter_name == "none" else f"{metric}/{task}/{filter_name}"] = value
+    for task, samples in results["n-samples"].items():
+        metrics[f"items/{task}"] = samples["effective"]
+    for task, version in results["versions"].items():
+        if version is not None:
+            metrics[f"task_version/{task}"] = str(version)
+    for metric in ("acc", "acc_norm"):
+        scored = list(_scored(metric, metrics, results))
+        if scored:
+            metrics[f"{metric}/mean"] = sum(scored) / len(scored)
+    return metrics
+
+
+def _scored(metric: str, metrics: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[float]:
+    """One score per requested task: a group's own where it has one, else those of its tasks."""
+    subtasks = results["group_subtasks"]
+
+    def scores(name: str) -> Iterator[float]:
+        if f"{metric}/{name}" in metrics:
+            yield metrics[f"{metric}/{name}"]
+        else:
+            for subtask in subtasks.get(name, ()):
+                yield from scores(subtask)
+
+    children = {child for group in subtasks.values() for child in group}
+    for name in {**results["results"], **subtasks}:
+        if name not in children:
+            yield from scores(name)
+
+
+class _WithoutBars(io.TextIOBase):
+    """Passes everything on but progress bars, which tqdm redraws with a carriage return."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if text.strip() and "\r" not in text and "\x1b[A" not in text:
+            self._stream.write(text if text.endswith("\n") else f"{text}\n")
+        return len(text)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Harness errors only, and its progress bars on terminals only (it has no switch for them)."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    stderr = sys.stderr if sys.stderr.isatty() else _WithoutBars(sys.stderr)
+    try:
+        with contextlib.redirect_stderr(stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global generators start from the seed, for the tasks that draw from them, and are put back afterwards."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,0 +1,142 @@
+"""Perplexity on any number of corpora."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from bs_exp.checks import check_at_least, check_choice
+from bs_exp.corpora.windows import Tail, check_fits, cut_windows
+from bs_exp.errors import ConfigError
+from bs_exp.protocols import Corpus
+from bs_exp.types import LoadedModel, TokenWindows
+
+Average: TypeAlias = Literal["tokens", "windows"]
+
+# Logits are widened to fp32 this many at a time (512 MiB), so that a large vocabulary costs no second copy of them all.
+_LOGITS_PER_CHUNK = 2**27
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """exp of the mean loss per predicted token; a window's first token is not predicted, having no context.
+
+    `stride` below `sequence_length` makes windows overlap, and each counts only the tokens that are new in it.
+    `tail` keeps or drops the shorter last window; `average` weighs tokens or windows alike; `max_windows` leaves out
+    all but that many full windows, spread evenly over the text. The papers differ (their code): Basis Sharing keeps
+    the tail and averages over windows, SVD-LLM drops the tail.
+    """
+
+    corpora: Mapping[str, Corpus]
+    sequence_length: int
+    stride: int | None
+    tail: Tail
+    average: Average
+    max_windows: int | None
+    batch_size: int
+    special_tokens: bool
+
+    def __post_init__(self) -> None:
+        if not self.corpora:
+            raise ConfigError("corpora is empty; name at least one, or leave the perplexity evaluator out.")
+        # Two tokens are the least of which one is predicted.
+        check_at_least(2, sequence_length=self.sequence_length)
+        check_at_least(1, stride=self.stride, max_windows=self.max_windows, batch_size=self.batch_size)
+        check_choice("tail", self.tail, get_args(Tail))
+        check_choice("average", self.average, get_args(Average))
+        if self.stride is not None and self.stride > self.sequence_length:
+            raise ConfigError(
+                f"stride must be at most sequence_length ({self.sequence_length}), got {self.stride}: "
+                "tokens between the windows would be skipped. Use null for windows one after the other."
+            )
+
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
+        """`ppl/NAME`, and over how many tokens of which text: `ppl_tokens/NAME`, `ppl_text_sha256/NAME`.
+
+        Losses that are not finite make the perplexity `inf`; `ppl_nonfinite/NAME` then counts them.
+        """
+        metrics: dict[str, float | str] = {}
+        for name, corpus in self.corpora.items():
+            text, origin = corpus.read()
+            windows = self._windows(text, model)
+            losses = list(self._window_losses(windows, model.module, label=f"perplexity on {name}"))
+            metrics[f"ppl/{name}"] = _perplexity(losses, self.average)
+            metrics[f"ppl_tokens/{name}"] = sum(len(window) for window in losses)
+            metrics[f"ppl_text_sha256/{name}"] = str(origin["fingerprint"])
+            if nonfinite := int((~torch.cat(losses).isfinite()).sum()):
+                metrics[f"ppl_nonfinite/{name}"] = nonfinite
+        return metrics
+
+    def _windows(self, text: str, model: LoadedModel) -> TokenWindows:
+        windows = cut_windows(
+            text,
+            model.tokenizer,
+            sequence_length=self.sequence_length,
+            num_sequences=None,
+            special_tokens=self.special_tokens,
+            tail=self.tail,
+            stride=self.stride,
+        )
+        check_fits(windows, model)
+        return windows
+
+    def _window_losses(
+        self, windows: TokenWindows, module: PreTrainedModel, *, label: str
+    ) -> Iterator[Float[Tensor, " new"]]:
+        """Losses of the new tokens of each window, tail last."""
+        known = max(1, self.sequence_length - (self.stride or self.sequence_length))
+        ids, tail = windows.ids, windows.tail
+        if self.max_windows is not None and self.max_windows < len(ids):
+            ids, tail = ids[torch.linspace(0, len(ids) - 1, self.max_windows).round().long()], None
+        batches = list(torch.split(ids, self.batch_size))
+        if tail is not None:
+            batches.append(tail[None])
+        first = True
+        for batch in _tracked(batches, label):
+            for losses in token_losses(module, batch):
+                # The first window has no predecessor that counted its beginning.
+                yield losses if first else losses[known - 1 :]
+                first = False
+
+
+def token_losses(module: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length-1"]:
+    """Cross entropy in nats of every token but the first, from logits in fp32, returned in fp64 on the CPU."""
+    ids = ids.to(module.device)
+    with torch.inference_mode():
+        logits = module(input_ids=ids, use_cache=False).logits
+        rows = max(1, _LOGITS_PER_CHUNK // logits.shape[-1])
+        losses = [
+            functional.cross_entropy(some_logits.float(), targets, reduction="none")
+            for sequence, following in zip(logits, ids[:, 1:], strict=True)
+            for some_logits, targets in zip(sequence[:-1].split(rows), following.split(rows), strict=True)
+        ]
+    return torch.cat(losses).view(len(ids), -1).double().cpu()
+
+
+def _perplexity(losses: list[Float[Tensor, " new"]], average: Average) -> float:
+    """exp of the mean over all tokens, or of the mean over windows of their means; `inf` where that is not finite."""
+    if average == "tokens":
+        mean = float(torch.cat(losses).mean())
+    else:
+        # A tail of one token predicts nothing, so it has no mean.
+        mean = float(torch.stack([window.mean() for window in losses if len(window)]).mean())
+    try:
+        return math.exp(mean) if math.isfinite(mean) else math.inf
+    except OverflowError:
+        return math.inf
+
+
+def _tracked(batches: list[Tensor], label: str) -> Iterator[Tensor]:
+    """The batches under a progress bar on stderr, drawn on terminals only."""
+    console = Console(stderr=True)
+    yield from track(batches, label, console=console, transient=True, disable=not console.is_terminal)

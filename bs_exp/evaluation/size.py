@@ -1,0 +1,54 @@
+"""The size of a compressed model against its dense original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from bs_exp.types import CompressedModel, LoadedModel, RankPlan
+
+_BIAS = "bias"
+
+
+def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:
+    """Parameters, bytes and retained shares, counted on the models themselves; tensors used twice are stored once.
+
+    `retain_ratio` is the share kept of the matrices that the plan targets (biases not counted), `model_retain_ratio`
+    that of all parameters. `bytes` is what the tensors of a saved model take, its tokenizer and headers not counted.
+    """
+    positions = dense.architecture.by_position
+    targets = [positions[g.group.matrix, layer].module for g in plan.groups for layer in g.group.layers]
+    dense_targeted = _numbers(_weights(dense.module, targets))
+    targeted = _numbers(_weights(compressed.module, targets))
+    dense_parameters = _numbers(dense.module.parameters())
+    parameters = _numbers(compressed.module.parameters())
+    return {
+        "retain_ratio": targeted / dense_targeted,
+        "model_retain_ratio": parameters / dense_parameters,
+        "targeted_parameters": targeted,
+        "dense_targeted_parameters": dense_targeted,
+        "parameters": parameters,
+        "dense_parameters": dense_parameters,
+        "bytes": stored_bytes(compressed.module),
+        "dense_bytes": stored_bytes(dense.module),
+    }
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and saved buffers, each stored once."""
+    # keep_vars: without it every entry is a new tensor, and ties cannot be seen.
+    return sum(tensor.nbytes for tensor in _unique(module.state_dict(keep_vars=True).values()))
+
+
+def _weights(module: nn.Module, targets: Iterable[str]) -> Iterator[Tensor]:
+    for target in targets:
+        yield from (p for name, p in module.get_submodule(target).named_parameters() if name != _BIAS)
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in _unique(tensors))
+
+
+def _unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    return {id(tensor): tensor for tensor in tensors}.values()

@@ -1,0 +1,121 @@
+"""Tokens per second: reading a prompt and writing its continuation, apart."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bs_exp.checks import check_at_least
+from bs_exp.corpora.windows import max_positions, vocabulary_size
+from bs_exp.errors import ConfigError
+from bs_exp.types import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Median over `repeats` of prefill and of greedy decoding with a key-value cache, after `warmup` unmeasured runs.
+
+    The prompt is `batch_size` sequences of random tokens: the time does not depend on what they say.
+    Compare numbers of one device, dtype, batch and length only.
+    """
+
+    batch_size: int
+    prompt_length: int
+    generated_length: int
+    repeats: int
+    warmup: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            batch_size=self.batch_size,
+            prompt_length=self.prompt_length,
+            generated_length=self.generated_length,
+            repeats=self.repeats,
+        )
+        check_at_least(0, warmup=self.warmup)
+
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
+        """`throughput/prefill_tok_s` and `throughput/decode_tok_s` with their `_min` and `_max`, peak memory, settings.
+
+        Peak memory is what the accelerator allocated during the runs. On a CPU it is left out: the process' peak cannot
+        be reset, and would blame the model that is measured last (the record has the peak of the whole run).
+        """
+        self._check_fits(model)
+        module = model.module
+        generator = torch.Generator().manual_seed(self.seed)
+        prompt = torch.randint(vocabulary_size(model), (self.batch_size, self.prompt_length), generator=generator)
+        prompt = prompt.to(module.device)
+        for _ in range(self.warmup):
+            self._run(module, prompt)
+        on_accelerator = module.device.type != "cpu"
+        if on_accelerator:
+            torch.accelerator.reset_peak_memory_stats(module.device)
+        runs = [self._run(module, prompt) for _ in range(self.repeats)]
+        prefill = [prompt.numel() / seconds for seconds, _ in runs]
+        decode = [self.batch_size * self.generated_length / seconds for _, seconds in runs]
+        return {
+            **_spread("throughput/prefill_tok_s", prefill),
+            **_spread("throughput/decode_tok_s", decode),
+            **({"throughput/peak_memory_bytes": _peak_memory(module.device)} if on_accelerator else {}),
+            "throughput/device": _device_name(module.device),
+            "throughput/dtype": str(module.dtype).removeprefix("torch."),
+            "throughput/batch_size": self.batch_size,
+            "throughput/prompt_length": self.prompt_length,
+            "throughput/generated_length": self.generated_length,
+            "throughput/repeats": self.repeats,
+            "throughput/warmup": self.warmup,
+        }
+
+    def _check_fits(self, model: LoadedModel) -> None:
+        length, limit = self.prompt_length + self.generated_length, max_positions(model)
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"prompt_length {self.prompt_length} and generated_length {self.generated_length} add up to {length} "
+                f"tokens, but the model has {limit} positions; make them shorter."
+            )
+
+    def _run(self, module: PreTrainedModel, prompt: Int[Tensor, "batch length"]) -> tuple[float, float]:
+        """Seconds of the prefill, and of `generated_length` decoding steps."""
+        # As in generate(): of the prompt only the last logits are needed, and most models can leave the others out.
+        last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
+        with torch.inference_mode():
+            start = _now(module.device)
+            output = module(input_ids=prompt, use_cache=True, **last_only)
+            token = output.logits[:, -1:].argmax(-1)
+            prefilled = _now(module.device)
+            for _ in range(self.generated_length):
+                output = module(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                token = output.logits[:, -1:].argmax(-1)
+            return prefilled - start, _now(module.device) - prefilled
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def _peak_memory(device: torch.device) -> int:
+    return int(torch.accelerator.max_memory_allocated(device))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,101 @@
+"""What a run tells while it runs: stages with their timings, progress bars, notes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+def _stderr() -> Console:
+    # Progress goes to stderr, so that stdout holds the report alone. Soft wrapping: a log line stays one line.
+    return Console(file=sys.stderr, soft_wrap=True, highlight=False)
+
+
+@dataclass
+class Journal:
+    """Tells the user what happens, and remembers it: `timings` in seconds by stage, `notes` in order.
+
+    Progress bars are drawn on terminals only. `quiet` keeps everything off the screen.
+    """
+
+    quiet: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _stages: list[str] = field(default_factory=list)
+    _failed: str | None = None
+    _console: Console = field(default_factory=_stderr)
+    _progress: Progress | None = None
+
+    @property
+    def current(self) -> str | None:
+        """The stage at work; after a failure, the innermost stage that it left."""
+        return self._failed or (self._stages[-1] if self._stages else None)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what happens inside; a stage entered twice adds up, and an outer stage includes its inner ones."""
+        self._stages.append(name)
+        start = time.perf_counter()
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            seconds = time.perf_counter() - start
+            self.timings[name] = self.timings.get(name, 0.0) + seconds
+            self._stages.pop()
+            if finished:
+                self._print(f"{'  ' * len(self._stages)}{escape(name):<24}[dim]{seconds:>8.1f} s[/dim]")
+            else:
+                self._failed = self._failed or name
+
+    def note(self, message: str) -> None:
+        """One line for the user, kept in the record."""
+        self.notes.append(message)
+        self._print(f"[yellow]note:[/yellow] {escape(message)}")
+
+    def track(self, iterable: Iterable[Item], *, label: str, total: int | None = None) -> Iterator[Item]:
+        """The items, under a progress bar; the bar goes when they end, also if they end early."""
+        if self.quiet or not self._console.is_terminal:
+            yield from iterable
+            return
+        # One live display per terminal: an inner bar joins the outer one's.
+        outermost = self._progress is None
+        progress = self._progress = self._progress or self._new_progress()
+        if outermost:
+            progress.start()
+        task = progress.add_task(label, total=total)
+        try:
+            for item in iterable:
+                yield item
+                progress.advance(task)
+        finally:
+            progress.remove_task(task)
+            if outermost:
+                progress.stop()
+                self._progress = None
+
+    def _new_progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+
+    def _print(self, text: str) -> None:
+        if not self.quiet:
+            self._console.print(text)

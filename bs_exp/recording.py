@@ -1,0 +1,124 @@
+"""A run's record while the run goes on: begun early, kept up to date, closed whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bs_exp import environment
+from bs_exp.errors import RecordError, TrackingError
+from bs_exp.journal import Journal
+from bs_exp.protocols import TrackedRun, Tracker
+from bs_exp.records import FILE_NAME, RunRecord, Status, write_record
+from bs_exp.tracking.none import NullTrackedRun
+
+
+def new_record(
+    *, name: str, config: Mapping[str, Any], config_hash: str, folder: Path, sweep: Mapping[str, Any] | None = None
+) -> RunRecord:
+    """The record with which a run begins."""
+    # Same settings in the same folder: the same run, started again.
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    return RunRecord(
+        name=name,
+        run_id=f"{config_hash[:8]}-{place[:8]}",
+        status=Status.RUNNING,
+        started=_utc_now(),
+        command=tuple(sys.orig_argv),
+        config=config,
+        config_hash=config_hash,
+        process=os.getpid(),
+        sweep=sweep,
+        versions=environment.versions(),
+        source=environment.source(),
+        hardware=environment.hardware(),
+    )
+
+
+class Recorder:
+    """Keeps the record of a run on disk and in the tracker; a context that notes how the run ended.
+
+    It never swallows what ended the run: errors, Ctrl-C and exits are recorded and go on.
+    """
+
+    def __init__(self, record: RunRecord, folder: Path, journal: Journal) -> None:
+        self.record = record
+        self.folder = folder
+        self.journal = journal
+        self._tracked: TrackedRun = NullTrackedRun()
+
+    def update(self, **changes: Any) -> None:
+        """Replaces fields of the record and writes it, with the journal's timings and notes."""
+        timings = {name: round(seconds, 4) for name, seconds in self.journal.timings.items()}
+        self.record = replace(self.record, timings=timings, notes=tuple(self.journal.notes), **changes)
+        write_record(self.record, self.folder)
+
+    def track(self, tracker: Tracker) -> None:
+        """Follows the run in a tracker too; if that cannot be, says so and goes on."""
+        try:
+            self._tracked = tracker.start(self.record.to_dict(), self.folder)
+        except TrackingError as error:
+            self._untrack(error)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Sends metrics to the tracker."""
+        try:
+            self._tracked.log(metrics)
+        except TrackingError as error:
+            self._untrack(error)
+
+    def __enter__(self) -> Self:
+        self.update()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.update(status=Status.COMPLETED, finished=_utc_now())
+            else:
+                self._record_failure(error)
+        finally:
+            self._close_tracker()
+
+    def _record_failure(self, error: BaseException) -> None:
+        # Exceptions outside Exception (KeyboardInterrupt, SystemExit) are orders to stop, not failures.
+        status = Status.FAILED if isinstance(error, Exception) else Status.INTERRUPTED
+        try:
+            self.update(status=status, finished=_utc_now(), error=self._describe(error))
+            error.add_note(f"Recorded in {self.folder / FILE_NAME}")
+        except RecordError as unwritten:  # what ended the run matters more than the record of it
+            error.add_note(str(unwritten))
+
+    def _describe(self, error: BaseException) -> dict[str, Any]:
+        return {
+            "type": type(error).__name__,
+            "message": "\n".join([str(error), *getattr(error, "__notes__", [])]),
+            "stage": self.journal.current,
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+
+    def _close_tracker(self) -> None:
+        tracked, self._tracked = self._tracked, NullTrackedRun()
+        try:
+            tracked.finish(self.record.to_dict())
+        except TrackingError as error:
+            self._untrack(error)
+            self.update()
+
+    def _untrack(self, error: TrackingError) -> None:
+        self._tracked = NullTrackedRun()
+        self.journal.note(f"{error} The run goes on without tracking; its record holds everything.")
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

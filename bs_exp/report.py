@@ -1,0 +1,166 @@
+"""The table at the end of a run: dense and compressed side by side. Made from the record alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bs_exp.records import FILE_NAME, RunRecord
+
+_ABSENT = "-"
+# Without a terminal the width is unknown; files and logs are read at 80 columns.
+_PIPED_WIDTH = 80
+# Stages that round to 0.0 s are left out.
+_SHORT = 0.05
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_ACCURACIES = ("acc/", "acc_norm/")
+_STANDARD_ERROR = "_stderr/"
+_SIZES = (  # title, dense, compressed
+    ("parameters", "dense_parameters", "parameters"),
+    ("  in targeted matrices", "dense_targeted_parameters", "targeted_parameters"),
+    ("bytes", "dense_bytes", "bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric of both models; `error` is the standard error of each."""
+
+    name: str
+    dense: Any
+    compressed: Any
+    error: tuple[Any, Any] = (None, None)
+
+    @property
+    def is_measurement(self) -> bool:
+        """Tells the models apart: a fraction, or a count that differs. The rest is settings: text, equal counts."""
+        values = (self.dense, self.compressed)
+        if any(isinstance(value, str) for value in values):
+            return False
+        return any(isinstance(value, float) for value in values) or self.dense != self.compressed
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        dense, compressed = (_value(v) + _error(e) for v, e in zip(self._values, self.error, strict=True))
+        # A share of items changes by points: a relative change of an accuracy misleads.
+        change = _points if self.name.startswith(_ACCURACIES) else _percent
+        return self.name, dense, compressed, change(self.dense, self.compressed)
+
+    @property
+    def _values(self) -> tuple[Any, Any]:
+        return self.dense, self.compressed
+
+
+def print_report(record: RunRecord, folder: Path, console: Console | None = None) -> None:
+    """Prints what a run found, how long it took, and where record and model lie."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED_WIDTH
+    with console.capture() as table:
+        console.print(_table(record))
+    # Rich pads every line to the table's width; what is piped into a file should not end in blanks.
+    lines = [line.rstrip() for line in table.get().splitlines()]
+    for title, text in _facts(record):
+        lines += wrap(text, console.width, initial_indent=f"{title:<9}", subsequent_indent=" " * 9, **_WHOLE_WORDS)
+    # Paths are copied from here: never wrapped, whatever the width.
+    lines += [f"{title:<9}{path}" for title, path in _places(record, folder)]
+    console.file.write("\n".join(lines) + "\n")
+
+
+def metric_rows(record: RunRecord) -> list[Row]:
+    """Every metric of a record, its standard error beside it."""
+    dense, compressed = record.metrics.get("dense", {}), record.metrics.get("compressed", {})
+    rows = []
+    for name in dict.fromkeys([*dense, *compressed]):
+        if _STANDARD_ERROR not in name:
+            error = name.replace("/", _STANDARD_ERROR, 1)
+            rows.append(Row(name, dense.get(name), compressed.get(name), (dense.get(error), compressed.get(error))))
+    return rows
+
+
+def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
+    if settings := [row for row in metric_rows(record) if not row.is_measurement]:
+        yield "settings", ", ".join(f"{row.name} {_value(row.dense)}" for row in settings)
+    if record.plan:
+        yield "kept", _kept(record)
+    if long := {name: value for name, value in record.timings.items() if value >= _SHORT}:
+        yield "time", ", ".join(f"{name} {_seconds(value)}" for name, value in long.items())
+    if hits := record.cache.get("hits"):
+        yield "cache", ", ".join(f"{count} {kind}{'s' * (count > 1)} reused" for kind, count in hits.items())
+
+
+def _table(record: RunRecord) -> Table:
+    title = f"{record.name}: {record.status}"
+    table = Table(box=SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False)
+    table.add_column("", overflow="fold")
+    for column in ("dense", "compressed", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in metric_rows(record):
+        if row.is_measurement:
+            table.add_row(*row.cells)
+    table.add_section()
+    for name, dense, compressed in _SIZES:
+        if compressed in record.size:
+            table.add_row(*Row(name, record.size.get(dense), record.size[compressed]).cells)
+    return table
+
+
+def _kept(record: RunRecord) -> str:
+    plan = record.plan or {}
+    whole = record.size.get("model_retain_ratio")
+    shared = sum(len(group["layers"]) > 1 and group["rank"] is not None for group in plan["groups"])
+    return (
+        f"{plan['retain_ratio']:.1%} of the targeted parameters (asked: {plan['requested_ratio']:.1%})"
+        + (f", {whole:.1%} of the model" if whole is not None else "")
+        + f"; {len(plan['groups'])} {'group' if len(plan['groups']) == 1 else 'groups'}, {shared} with a shared basis"
+    )
+
+
+def _places(record: RunRecord, folder: Path) -> Iterator[tuple[str, Path]]:
+    yield "record", folder / FILE_NAME
+    if record.model_folder is not None:
+        yield "model", folder / record.model_folder
+
+
+def _value(value: Any) -> str:
+    match value:
+        case None:
+            return _ABSENT
+        case str():
+            return value if len(value) <= 16 else f"{value[:12]}…"
+        case int():
+            return f"{value:,}"
+        case float() if math.isfinite(value) and abs(value) >= 1000:
+            return f"{value:,.0f}"
+        case _:
+            return f"{value:.4g}"
+
+
+def _error(value: Any) -> str:
+    return f" ± {value:.2g}" if isinstance(value, float) else ""
+
+
+def _percent(dense: Any, compressed: Any) -> str:
+    """Relative change; empty where a ratio says nothing."""
+    return f"{compressed / dense - 1:+.1%}" if _finite(dense) and _finite(compressed) and dense != 0 else ""
+
+
+def _points(dense: Any, compressed: Any) -> str:
+    return f"{100 * (compressed - dense):+.1f} pt" if _finite(dense) and _finite(compressed) else ""
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"

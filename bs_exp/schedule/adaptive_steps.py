@@ -1,0 +1,43 @@
+"""Rounds as large as the predicted loss allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bs_exp.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSteps:
+    """Each round removes parameters until its predicted loss grows by `max_loss` over that of the ratio reached.
+
+    Steps lie between `min_size` and `max_size` of the targeted parameters. Otherwise as `EqualSteps`. The loss
+    is in the metric's unit: nats per token with whitening=two_sided.
+    """
+
+    max_loss: float
+    min_size: float
+    max_size: float
+
+    def __post_init__(self) -> None:
+        if self.max_loss <= 0.0:
+            raise ConfigError(f"schedule.max_loss must be above 0 (nats per token), got {self.max_loss}.")
+        if not 0.0 < self.min_size <= self.max_size <= 1.0:
+            raise ConfigError(
+                "schedule.min_size and schedule.max_size must satisfy 0 < min_size <= max_size <= 1, got "
+                f"{self.min_size} and {self.max_size}."
+            )
+
+    def next_ratio(self, current: float, target: float, loss_at: Callable[[float], float]) -> float:
+        smallest = round(current - self.min_size, 6)
+        if smallest - target < 0.5 * self.min_size:
+            return target
+        limit = loss_at(current) + self.max_loss
+        low, high = max(target, round(current - self.max_size, 6)), smallest
+        if loss_at(low) <= limit:
+            return low
+        while high - low > 0.1 * self.min_size:  # loss_at(low) is above the limit
+            middle = round(0.5 * (low + high), 6)
+            low, high = (low, middle) if loss_at(middle) <= limit else (middle, high)
+        return target if high - target < 0.5 * self.min_size else high

@@ -1,0 +1,110 @@
+"""What a user meets when something is wrong, or stops a run: a message, an exit status, and a record that says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bs_exp.records import RecordError, RunRecord, Status, read_record
+
+Cli = Callable[..., Any]
+Tiny = tuple[str, ...]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        ("sed=1", "error: sed does not exist. Did you mean seed?"),
+        ("calibration.num_sequence=3", "error: calibration.num_sequence does not exist. Did you mean num_sequences?"),
+        ("model=dmo", "error: model=dmo does not exist. Did you mean demo?"),
+        ("seed=abc", "error: seed: Value 'abc'"),
+    ],
+)
+def test_typo_stops_before_any_work(cli: Cli, tiny: Tiny, tmp_path: Path, slip: str, message: str) -> None:
+    done = cli(*tiny, slip, "hydra.run.dir=out")
+    assert done.status == 1
+    assert done.err.startswith(message)
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("slip", "message", "stage"),
+    [
+        ("retain_ratio=0", "error: retain_ratio must be", "configure"),
+        ("sharing.group_size=0", "error: sharing.group_size must be", "configure"),
+        ("sharing.group_size=9", "error: ", None),
+        ("evaluation.files=[absent.txt]", "error: ", "perplexity (dense)"),
+        ("calibration.sequence_length=100000", "error: ", "tokenise"),
+        ("objective=acc/none", "error: objective must be one of ppl/text", None),
+    ],
+)
+def test_bad_setting_leaves_a_record(
+    cli: Cli, tiny: Tiny, tmp_path: Path, slip: str, message: str, stage: str | None
+) -> None:
+    done = cli(*tiny, slip, "hydra.run.dir=out")
+    assert done.status == 1
+    # Lines before it tell of stages that went well.
+    assert [line for line in done.err.splitlines() if line.startswith(message)]
+    assert "Traceback" not in done.err
+    assert f"Recorded in {tmp_path}/out/record.json" in done.err
+    record = read_record(tmp_path / "out")
+    assert record.status == Status.FAILED
+    assert record.finished is not None
+    assert record.error is not None
+    assert stage is None or record.error["stage"] == stage
+    assert "Traceback" in record.error["traceback"]
+
+
+@pytest.mark.parametrize(("dial", "full_error"), [("debug=true", False), ("debug=false", True)])
+def test_traceback_where_asked_for(cli: Cli, tiny: Tiny, dial: str, full_error: bool) -> None:
+    done = cli(*tiny, "retain_ratio=0", dial, full_error=full_error)
+    assert done.status == 1
+    assert done.err.index("error: retain_ratio must be") < done.err.index("Traceback")
+
+
+@pytest.mark.parametrize(("order", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_says_so(tiny: Tiny, texts: Path, tmp_path: Path, order: signal.Signals, status: int) -> None:
+    text = (texts / "B.txt").read_text()
+    (tmp_path / "long.txt").write_text(" ".join([text] * 100))
+    command = [sys.executable, "-m", "bs_exp", *tiny, "evaluation.files=[long.txt]", "hydra.run.dir=out"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as run:
+        _wait_for(lambda record: "model" in record.provenance, tmp_path / "out")
+        run.send_signal(order)
+        errors = run.communicate(timeout=60)[1]
+    record = read_record(tmp_path / "out")
+    assert record.status == Status.INTERRUPTED
+    assert record.error is not None
+    assert record.error["type"] == ("KeyboardInterrupt" if order == signal.SIGINT else "SystemExit")
+    assert record.provenance["model"]
+    assert "compressed" not in record.metrics
+    assert run.returncode == status
+    assert "Traceback" not in errors
+
+
+def _wait_for(condition: Callable[[RunRecord], bool], folder: Path) -> None:
+    end = time.monotonic() + 100
+    while time.monotonic() < end:
+        try:
+            if condition(read_record(folder)):
+                return
+        except RecordError:
+            pass  # not begun yet
+        time.sleep(0.02)
+    pytest.fail("the run never came that far")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,198 @@
+"""Every option composes and instantiates, shows all its dials, and a slip of the keyboard gets a helpful answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from bs_exp.allocation.uniform import UniformAllocation
+from bs_exp.config import RootConfig, build, config_hash, explain, root_folder
+from bs_exp.errors import ConfigError
+from bs_exp.sharing.adjacent import AdjacentSharing
+from bs_exp.sharing.none import NoSharing
+from bs_exp.whitening.gram import GramWhitening
+from bs_exp.whitening.identity import IdentityWhitening
+
+CONF = root_folder() / "conf"
+GROUPS = sorted(RootConfig.__dataclass_fields__.keys() & {path.name for path in CONF.iterdir() if path.is_dir()})
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
+PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SWEEPS = sorted(path.stem for path in (root_folder() / "sweeps").glob("*.yaml"))
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def composed() -> Iterator[Compose]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides, **options: compose("config", list(overrides), **options)
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """Nodes that name a class, the inner ones too."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from _nodes(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _nodes(value)
+
+
+def _fill(node: DictConfig) -> None:
+    """Gives mandatory values a name; constructors do not look whether it exists."""
+    for key in node:
+        if OmegaConf.is_missing(node, key):
+            node[key] = "name"
+
+
+def test_every_group_has_options() -> None:
+    assert {group for group, _ in OPTIONS} == RootConfig.__dataclass_fields__.keys() - {
+        field.name for field in dataclasses.fields(RootConfig) if field.type in ("str", "int", "float", "bool")
+    } - {"objective", "cache"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_instantiates(composed: Compose, group: str, option: str) -> None:
+    cfg = composed(f"{group}={option}")
+    _fill(cfg[group])
+    if "_target_" in cfg[group]:
+        instantiate(cfg[group], _convert_="all")
+    else:
+        child = {"calibration": "set", "evaluation": "evaluators"}[group]
+        assert instantiate(cfg[group][child], _convert_="all")
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_shows_every_dial(composed: Compose, group: str, option: str) -> None:
+    nodes = list(_nodes(OmegaConf.to_container(composed(f"{group}={option}")[group], resolve=False)))
+    assert nodes
+    for node in nodes:
+        strategy = get_class(node["_target_"])
+        fields = {field.name for field in dataclasses.fields(strategy) if field.init}  # type: ignore[arg-type]
+        assert node.keys() - {"_target_"} == fields, node["_target_"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_builds(composed: Compose, preset: str) -> None:
+    cfg = composed(f"experiment={preset}")
+    assert cfg.name == preset
+    build(cfg)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_sweep_composes(composed: Compose, sweep: str) -> None:
+    assert composed(f"sweeps={sweep}", return_hydra_config=True).hydra.mode.name == "MULTIRUN"
+
+
+@pytest.mark.parametrize(
+    ("preset", "sharing", "whitening"),
+    [
+        ("svd", NoSharing, IdentityWhitening),
+        ("svd_llm", NoSharing, GramWhitening),
+        ("basis_sharing", AdjacentSharing, GramWhitening),
+    ],
+)
+def test_presets_are_the_published_methods(composed: Compose, preset: str, sharing: type, whitening: type) -> None:
+    recipe = build(composed(f"experiment={preset}")).recipe
+    assert isinstance(recipe.sharing, sharing)
+    assert isinstance(recipe.whitening, whitening)
+    assert isinstance(recipe.allocation, UniformAllocation)
+
+
+def test_default_is_basis_sharing_in_pairs_at_four_fifths(composed: Compose) -> None:
+    cfg = composed()
+    assert (cfg.name, cfg.retain_ratio, cfg.sharing.group_size) == ("basis_sharing", 0.8, 2)
+    choices = composed(return_hydra_config=True).hydra.runtime.choices
+    assert (choices.model, choices.calibration, choices.tracking) == ("demo", "python_docs", "wandb")
+
+
+def test_command_line_beats_preset(composed: Compose) -> None:
+    cfg = composed("experiment=svd", "sharing=mlp", "name=mine")
+    assert (cfg.name, list(cfg.sharing.matrices)) == ("mine", list(composed("sharing=mlp").sharing.matrices))
+
+
+def test_runs_started_at_once_get_their_own_folders(composed: Compose) -> None:
+    first, second = (composed(return_hydra_config=True).hydra for _ in range(2))
+    assert first.run.dir != second.run.dir
+    assert first.sweep.dir != second.sweep.dir
+    assert first.run.dir == first.run.dir  # the suffix is drawn once per configuration
+
+
+def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
+    def digest(*overrides: str) -> str:
+        config = OmegaConf.to_container(composed(*overrides), resolve=True)
+        assert isinstance(config, dict)
+        return config_hash(config)
+
+    plain = digest()
+    assert digest("name=other", "tracking=none", "cache.dir=null", "save_model=true", "debug=true") == plain
+    assert digest("retain_ratio=0.7") != plain
+    assert digest("seed=1") != plain
+    assert digest("experiment=svd") != plain
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sed=1", ["sed does not exist", "Did you mean seed?", "retain_ratio"]),
+        ("calibration.num_sequence=3", ["calibration.num_sequence does not exist", "num_sequences?", "batch_size"]),
+        ("calibratoin.seed=3", ["calibratoin does not exist", "Did you mean calibration?"]),
+        ("sharing.groupsize=3", ["sharing.groupsize does not exist", "Did you mean group_size?"]),
+        ("model=dmo", ["model=dmo does not exist", "Did you mean demo?", "tiny_random"]),
+        ("experiment=svdllm", ["experiment=svdllm does not exist", "Did you mean svd_llm?", "basis_sharing"]),
+        ("seed=abc", ["seed: ", "'abc'", "Integer"]),
+        ("save_model=perhaps", ["save_model: ", "'perhaps'", "bool"]),
+        ("retain_ratio=[1]", ["retain_ratio: ", "[1]", "Float"]),
+        ("seed", ["'seed'", "key=value"]),
+        ("retain_ratio=0.5,0.6", ["retain_ratio=0.5,0.6", "--multirun"]),
+    ],
+)
+def test_typo_gets_an_answer(composed: Compose, override: str, expected: list[str]) -> None:
+    with pytest.raises(HydraException) as caught:
+        composed(override)
+    message = explain(caught.value)
+    for part in expected:
+        assert part in message
+    assert "_target_" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("retain_ratio=0", ["retain_ratio", "0"]),
+        ("retain_ratio=1.01", ["retain_ratio", "1.01"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("sharing.group_size=0", ["sharing.group_size", "0", "1"]),
+        ("calibration.num_sequences=0", ["calibration.num_sequences", "0"]),
+        ("calibration.order=backwards", ["calibration.order", "backwards", "sequential", "random"]),
+        ("whitening.ridge=-1", ["whitening.ridge", "-1"]),
+        ("tracking.mode=sometimes", ["tracking.mode", "sometimes", "offline"]),
+        ("calibration=text", ["calibration.files must be set"]),
+        ("evaluation=text", ["evaluation.files must be set"]),
+        ("model=local", ["model.path must be set", "model.path=VALUE"]),
+        ("+sed=1", ["sed does not exist", "Did you mean seed?"]),
+        ("+sharing.size=1", ["sharing", "size"]),
+        ("model.dtype=${nothing}", ["nothing"]),
+    ],
+)
+def test_wrong_value_gets_an_answer(composed: Compose, override: str, expected: list[str]) -> None:
+    cfg = composed(override)
+    with pytest.raises(Exception) as caught:  # of several libraries: the message is what counts
+        build(cfg)
+    message = explain(caught.value)
+    for part in expected:
+        assert part in message
+
+
+def test_a_constructors_complaint_keeps_its_type(composed: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"^sharing\.group_size"):
+        build(composed("sharing.group_size=0"))
