@@ -132,7 +132,8 @@ def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Met
     # One side of every component is orthogonal to that of the others, so errors add up by component, with the ridge or
     # without; the ridge's share is known exactly, and is no error on any input.
     norms = basis_t.norm(dim=1) * coefficients.norm(dim=1)
-    return (squares - metric.ridge * norms.square()).clamp_min(0.0)
+    without_ridge: Tensor = squares - metric.ridge * norms.square()
+    return without_ridge.clamp_min(0.0)
 
 
 def _unwhiten(left: Tensor, metric: Metric) -> Tensor:
