@@ -5,8 +5,8 @@ Importing the package registers its plug-in with Transformers, so that `from_pre
 
 from __future__ import annotations
 
-from bs_exp.hf_plugin import SharedLinear
+from bs_exp.hf_plugin import PivotedLinear, SharedLinear
 from bs_exp.replacement import to_dense
 from bs_exp.saving import save_model
 
-__all__ = ["SharedLinear", "save_model", "to_dense"]
+__all__ = ["PivotedLinear", "SharedLinear", "save_model", "to_dense"]

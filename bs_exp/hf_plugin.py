@@ -77,7 +77,7 @@ class SharedLinear(nn.Module):
         # At least fp32 for the product, so that half-precision factors are rounded once.
         precise = torch.promote_types(self.weight.dtype, torch.float32)
         product = self.weight.detach().to(precise) @ self.basis.detach().to(precise)
-        return _dense_layer(self, product.to(self.weight.dtype))
+        return _dense_layer(self, product.to(self.weight.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -91,10 +91,11 @@ class PivotedLinear(nn.Module):
 
     The basis consists of columns of the product itself (one Parameter for all layers of a group): `count` of this
     layer's output columns are `z[start : start + count]`, and `weight [d_out - count, rank]` makes the others. `pivots`
-    holds one bit per output column, packed into bytes: whether it is a basis column.
+    holds one bit per output column, packed into bytes: whether it is a basis column. The bias is called `output_bias`
+    because Transformers cuts a `bias` beside a tied parameter to the rows of `weight`.
     """
 
-    bias: nn.Parameter | None
+    output_bias: nn.Parameter | None
     pivots: Tensor
     order: Tensor
 
@@ -112,7 +113,7 @@ class PivotedLinear(nn.Module):
         super().__init__()
         self.basis = basis
         self.weight = weight
-        self.register_parameter("bias", bias)
+        self.register_parameter("output_bias", bias)
         self.register_buffer("pivots", pivots)
         self.register_buffer("order", torch.empty(0, dtype=torch.int64, device=pivots.device), persistent=False)
         self.start = start
@@ -166,19 +167,19 @@ class PivotedLinear(nn.Module):
         z = nn.functional.linear(x, self.basis)
         own = z[..., self.start : self.start + self.count]
         y = torch.cat((own, nn.functional.linear(z, self.weight)), dim=-1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+        return y if self.output_bias is None else y + self.output_bias
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
         precise = torch.promote_types(self.weight.dtype, torch.float32)
         basis = self.basis.detach().to(precise)
         rows = torch.cat((basis[self.start : self.start + self.count], self.weight.detach().to(precise) @ basis))
-        return _dense_layer(self, rows[self.order].to(self.weight.dtype))
+        return _dense_layer(self, rows[self.order].to(self.weight.dtype), self.output_bias)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"own={self.count}, bias={self.bias is not None}"
+            f"own={self.count}, bias={self.output_bias is not None}"
         )
 
 
@@ -194,17 +195,19 @@ def unpack_bits(packed: Tensor, length: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).flatten()[:length].bool()
 
 
-def _dense_layer(factorised: SharedLinear | PivotedLinear, product: Tensor) -> nn.Linear | Conv1D:
+def _dense_layer(
+    factorised: SharedLinear | PivotedLinear, product: Tensor, bias: nn.Parameter | None
+) -> nn.Linear | Conv1D:
     """The dense layer with the weight `product [d_out, d_in]` that a factorised layer stands for."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         dense: nn.Linear | Conv1D = (
             Conv1D(factorised.out_features, factorised.in_features)
             if factorised.is_conv1d
-            else nn.Linear(factorised.in_features, factorised.out_features, bias=factorised.bias is not None)
+            else nn.Linear(factorised.in_features, factorised.out_features, bias=bias is not None)
         )
     stored = product.T.contiguous() if factorised.is_conv1d else product
     dense.weight = nn.Parameter(stored, requires_grad=factorised.weight.requires_grad)
-    dense.register_parameter("bias", factorised.bias)
+    dense.register_parameter("bias", bias)
     return dense.train(factorised.training)
 
 

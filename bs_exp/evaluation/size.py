@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bs_exp.types import CompressedModel, LoadedModel, RankPlan
 
-_BIAS = "bias"
+_BIASES = ("bias", "output_bias")
 
 
 def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:
@@ -43,7 +43,7 @@ def stored_bytes(module: nn.Module) -> int:
 
 def _weights(module: nn.Module, targets: Iterable[str]) -> Iterator[Tensor]:
     for target in targets:
-        yield from (p for name, p in module.get_submodule(target).named_parameters() if name != _BIAS)
+        yield from (p for name, p in module.get_submodule(target).named_parameters() if name not in _BIASES)
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bs_exp.layout.plain import PlainLayout
+from bs_exp.protocols import Layout
 from bs_exp.replacement import replace_matrices, twin
 from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
 
@@ -31,9 +33,10 @@ def random_factors(architecture: Architecture) -> Iterator[SharedFactors]:
             yield SharedFactors(group, basis, coefficients)
 
 
-def compressed_twin(dense: LoadedModel) -> PreTrainedModel:
-    module = twin(dense.module)
-    replace_matrices(module, dense.architecture, random_factors(dense.architecture))
+def compressed_twin(dense: LoadedModel, layout: Layout | None = None) -> PreTrainedModel:
+    module, layout = twin(dense.module), layout or PlainLayout()
+    factors = (layout.arrange(shared) for shared in random_factors(dense.architecture))
+    replace_matrices(module, dense.architecture, factors, layout=layout.name)
     return module
 
 

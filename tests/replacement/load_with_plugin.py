@@ -23,7 +23,7 @@ for family, logits in expected["compressed"].items():
         again = model(ids).logits
     prompt = tokenizer("A word", return_tensors="pt").input_ids
     made = model.generate(prompt, max_new_tokens=3, do_sample=False)
-    layers = [m for m in model.modules() if isinstance(m, bs_exp.SharedLinear)]
+    layers = [m for m in model.modules() if isinstance(m, bs_exp.SharedLinear | bs_exp.PivotedLinear)]
     seen[family] = {
         "equal": torch.equal(again, logits),
         "prompt": tokenizer.decode(made[0, : prompt.shape[1]]),
