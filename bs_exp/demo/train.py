@@ -31,7 +31,7 @@ LOG_EVERY, SAVE_EVERY, EVALUATE_EVERY = 20, 100, 500
 class TrainingRecipe:
     """Everything the trained weights depend on, besides the data."""
 
-    steps: int = 3300
+    steps: int = 2400
     optimizer: str = "muon"
     """`muon`: Muon for the matrices inside the blocks, AdamW for the rest; `adamw`: AdamW for all."""
     learning_rate: float = 6e-3
