@@ -20,6 +20,13 @@ def check_at_least(minimum: int, **settings: int | None) -> None:
             raise ConfigError(f"{setting} must be a whole number of at least {minimum}, got {value!r}.")
 
 
+def check_number(minimum: float, **settings: float | None) -> None:
+    """ConfigError unless every setting that is not None is a finite number of at least `minimum`."""
+    for setting, value in settings.items():
+        if value is not None and not minimum <= value < float("inf"):
+            raise ConfigError(f"{setting} must be a finite number of at least {minimum:g}, got {value!r}.")
+
+
 def check_share(*, above: float | None = None, **settings: float) -> None:
     """ConfigError unless every setting lies in [0, 1), or in (`above`, 1] where `above` is given."""
     for setting, value in settings.items():

@@ -1,46 +1,103 @@
-"""One forward and backward pass over the calibration windows: Grams of the loss gradients at the matrices' outputs."""
+"""One forward and backward pass over the calibration windows: squared loss gradients of outputs and of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
-from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 
-def gather_output_grams(
-    model: LoadedModel, windows: TokenWindows, *, batch_size: int, journal: Journal
-) -> Mapping[str, Float[Tensor, "d_out d_out"]]:
-    """`sum_t g_t g_t^T` by module, with `g_t` the gradient of the summed token loss at the module's output.
+class Accumulator(Protocol):
+    """What is kept of the gradients of one matrix."""
+
+    reads_inputs: ClassVar[bool]
+
+    def add(self, inputs: Tensor, gradients: Tensor, batch: torch.Size) -> None:
+        """Takes a matrix's inputs in a batch of sequences x positions (empty if it does not read them), and the loss
+        gradients at its outputs."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, by name."""
+
+
+class OutputGramSum:
+    """`gram`: `sum_t g_t g_t^T` with `g_t` the gradient of the summed token loss at the output."""
+
+    reads_inputs: ClassVar[bool] = False
+
+    def __init__(self, matrix: WeightMatrix) -> None:
+        self._gram = torch.zeros(matrix.d_out, matrix.d_out, dtype=torch.float64)
+
+    def add(self, inputs: Tensor, gradients: Tensor, batch: torch.Size) -> None:
+        rows = gradients.reshape(-1, gradients.shape[-1]).float()
+        self._gram += (rows.mT @ rows).double().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gram": self._gram}
+
+
+class SquaredGradientRows:
+    """`rows`: row sums of `(dLoss/dW)^2`, averaged over sequences; the loss is that of a sequence's tokens, summed.
+
+    Of all gradients of weights, one sequence's of one matrix exists at a time.
+    """
+
+    reads_inputs: ClassVar[bool] = True
+
+    def __init__(self, matrix: WeightMatrix) -> None:
+        self._rows = torch.zeros(matrix.d_in, dtype=torch.float64)
+        self._sequences = 0
+
+    def add(self, inputs: Tensor, gradients: Tensor, batch: torch.Size) -> None:
+        for x, g in zip(_by_sequence(inputs, batch), _by_sequence(gradients, batch), strict=True):
+            self._rows += (x.mT @ g).square().sum(1).double().cpu()
+        self._sequences += batch[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self._rows / max(self._sequences, 1)}
+
+
+ACCUMULATORS: Mapping[Statistic, type[OutputGramSum] | type[SquaredGradientRows]] = {
+    Statistic.OUTPUT_GRAM: OutputGramSum,
+    Statistic.WEIGHT_GRADIENT: SquaredGradientRows,
+}
+
+
+def gather_gradients(
+    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, journal: Journal
+) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
+    """Tensors by statistic (of `ACCUMULATORS`) and module, from gradients of the token loss.
 
     The labels are the text's own next tokens (empirical Fisher). No parameter gets a gradient: backward runs through
     activations only. Products in fp32, accumulated in fp64 on the CPU. Hooks and `requires_grad` flags are as before
     afterwards, whatever happened. Raises CalibrationError if gradients are not finite.
     """
-    modules = {m.module: model.module.get_submodule(m.module) for m in model.architecture.matrices}
-    grams = {m.module: torch.zeros(m.d_out, m.d_out, dtype=torch.float64) for m in model.architecture.matrices}
+    matrices = model.architecture.matrices
+    sums = {m.module: {s: ACCUMULATORS[s](m) for s in sorted(statistics)} for m in matrices}
+    modules = {m.module: model.module.get_submodule(m.module) for m in matrices}
     batches = windows.ids.split(batch_size)
-    with _activation_gradients(model.module), _hooks(modules, grams):
-        for batch in journal.track(batches, label="output gradients", total=len(batches)):
+    with _activation_gradients(model.module):
+        for batch in journal.track(batches, label="gradients", total=len(batches)):
             ids = batch.to(model.device)
-            logits = model.module(input_ids=ids, use_cache=False).logits
-            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
-            loss.backward()
-    broken = [name for name, gram in grams.items() if not bool(gram.diagonal().isfinite().all())]
-    if broken:
+            with _hooks(modules, sums, ids.shape):
+                logits = model.module(input_ids=ids, use_cache=False).logits
+                predicted, labels = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+                functional.cross_entropy(predicted, labels, reduction="sum").backward()
+    found = {s: {name: sums[name][s].tensors() for name in modules} for s in sorted(statistics)}
+    if broken := [name for by_module in found.values() for name, tensors in by_module.items() if not _finite(tensors)]:
         raise CalibrationError(
             f"The loss gradients at {broken[-1]} hold NaN or infinite values on the calibration text. Load the model "
             "in another dtype (model.dtype=float32 or bfloat16), or check its weights."
         )
-    return grams
+    return found
 
 
 @contextmanager
@@ -61,20 +118,39 @@ def _activation_gradients(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(modules: Mapping[str, nn.Module], grams: dict[str, Tensor]) -> Iterator[None]:
-    def watch(name: str) -> Any:
-        def accumulate(gradient: Tensor) -> None:
-            rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            grams[name] += (rows.mT @ rows).double().cpu()
-
+def _hooks(
+    modules: Mapping[str, nn.Module], sums: Mapping[str, Mapping[Statistic, Accumulator]], batch: torch.Size
+) -> Iterator[None]:
+    def watch(accumulators: Sequence[Accumulator]) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            # Backward through activations alone does not keep the inputs, so they are kept only for who reads them.
+            reads = any(accumulator.reads_inputs for accumulator in accumulators)
+            inputs = arguments[0].detach() if reads else output.new_empty(0)
+
+            def accumulate(gradients: Tensor) -> None:
+                for accumulator in accumulators:
+                    accumulator.add(inputs, gradients, batch)
+
             output.register_hook(accumulate)
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(watch(tuple(sums[name].values()))) for name, module in modules.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_sequence(activations: Tensor, batch: torch.Size) -> Tensor:
+    """Activations (sequences, positions, channels) in fp32. Some families fold the first two axes into one."""
+    rows = activations.reshape(-1, activations.shape[-1]).float()
+    # Tokens that were routed elsewhere are not here: the rest of the batch then counts as one sequence.
+    return rows.unflatten(0, batch) if len(rows) == batch.numel() else rows[None]
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    # What is infinite anywhere in a Gram is infinite on its diagonal.
+    seen = [tensor.diagonal() if tensor.dim() == 2 else tensor for tensor in tensors.values()]
+    return all(bool(tensor.isfinite().all()) for tensor in seen)

@@ -1,11 +1,11 @@
-"""One pass over the calibration windows: the Gram `X^T X` of every input site."""
+"""One forward pass over the calibration windows: what is known of the inputs at every input site."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -15,13 +15,21 @@ from torch.utils.hooks import RemovableHandle
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
 from bs_exp.models.architecture import backbone
-from bs_exp.types import LoadedModel, TokenWindows, WeightMatrix
+from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 Grams = Mapping[str, Float[Tensor, "d_in d_in"]]
 
 
 def gather_grams(model: LoadedModel, windows: TokenWindows, *, batch_size: int, journal: Journal) -> Grams:
-    """`X^T X` by input site, summed over all tokens: products in fp32, accumulated in fp64, on the CPU.
+    """`X^T X` by input site, summed over all tokens; see `gather_inputs`."""
+    found = gather_inputs(model, windows, {Statistic.GRAM}, batch_size=batch_size, journal=journal)
+    return {site: tensors["gram"] for site, tensors in found[Statistic.GRAM].items()}
+
+
+def gather_inputs(
+    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, journal: Journal
+) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
+    """Tensors by statistic (of `ACCUMULATORS`) and input site: products in fp32, accumulated in fp64, on the CPU.
 
     No logits are computed. Hooks are gone afterwards, whatever happened.
     Raises CalibrationError if activations are not finite, or matrices of one site read different inputs.
@@ -29,24 +37,81 @@ def gather_grams(model: LoadedModel, windows: TokenWindows, *, batch_size: int, 
     sites: dict[str, list[WeightMatrix]] = defaultdict(list)
     for matrix in model.architecture.matrices:
         sites[matrix.input_site].append(matrix)
-    grams = {site: torch.zeros(m[0].d_in, m[0].d_in, dtype=torch.float64) for site, m in sites.items()}
+    sums = {site: {s: ACCUMULATORS[s](m[0].d_in) for s in sorted(statistics)} for site, m in sites.items()}
     network = backbone(model.module)
     batches = windows.ids.split(batch_size)
-    with torch.inference_mode(), _hooks(model.module, sites, grams):
+    with torch.inference_mode(), _hooks(model.module, sites, sums):
         for batch in journal.track(batches, label="calibrating", total=len(batches)):
             network(input_ids=batch.to(model.device), use_cache=False)
+    found = {s: {site: sums[site][s].tensors() for site in sites} for s in sorted(statistics)}
     for site, matrices in sites.items():
-        _check(grams[site], matrices)
-    return grams
+        for by_site in found.values():
+            _check(by_site[site], matrices)
+    return found
+
+
+class Accumulator(Protocol):
+    """What is kept of the inputs at one site."""
+
+    def add(self, rows: Float[Tensor, "tokens d_in"]) -> None:
+        """Takes the fp32 inputs of a batch."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, by name."""
+
+
+class GramSum:
+    """`gram`: `X^T X`."""
+
+    def __init__(self, channels: int) -> None:
+        self._gram = torch.zeros(channels, channels, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        self._gram += (rows.mT @ rows).double().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gram": self._gram}
+
+
+class MomentSums:
+    """By channel: `absolute`, the mean of |x|; `peak`, its maximum; `fourth`, the mean of x^4."""
+
+    def __init__(self, channels: int) -> None:
+        self._tokens = 0
+        self._absolute, self._peak, self._fourth = torch.zeros(3, channels, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        sizes = rows.abs()
+        self._tokens += len(rows)
+        self._absolute += sizes.sum(0).double().cpu()
+        self._peak = torch.maximum(self._peak, sizes.amax(0).double().cpu())
+        self._fourth += sizes.square().square().sum(0).double().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "absolute": self._absolute / max(self._tokens, 1),
+            "peak": self._peak,
+            "fourth": self._fourth / max(self._tokens, 1),
+        }
+
+
+ACCUMULATORS: Mapping[Statistic, type[GramSum] | type[MomentSums]] = {
+    Statistic.GRAM: GramSum,
+    Statistic.INPUT_MOMENTS: MomentSums,
+}
 
 
 @contextmanager
-def _hooks(module: nn.Module, sites: Mapping[str, Sequence[WeightMatrix]], grams: dict[str, Tensor]) -> Iterator[None]:
-    """Hooks that accumulate the Gram of each site's first matrix, and compare the inputs of its others once."""
+def _hooks(
+    module: nn.Module,
+    sites: Mapping[str, Sequence[WeightMatrix]],
+    sums: Mapping[str, Mapping[Statistic, Accumulator]],
+) -> Iterator[None]:
+    """Hooks that accumulate the inputs of each site's first matrix, and compare the inputs of its others once."""
     handles: list[RemovableHandle] = []
     try:
         for site, (first, *others) in sites.items():
-            watch = _SiteWatch(site, grams[site])
+            watch = _SiteWatch(site, tuple(sums[site].values()))
             handles.append(module.get_submodule(first.module).register_forward_pre_hook(watch.accumulate))
             handles.extend(module.get_submodule(m.module).register_forward_pre_hook(watch.compare(m)) for m in others)
         yield
@@ -56,11 +121,11 @@ def _hooks(module: nn.Module, sites: Mapping[str, Sequence[WeightMatrix]], grams
 
 
 class _SiteWatch:
-    """The running Gram of one input site."""
+    """What has run through one input site."""
 
-    def __init__(self, site: str, gram: Tensor) -> None:
+    def __init__(self, site: str, sums: Sequence[Accumulator]) -> None:
         self._site = site
-        self._gram = gram
+        self._sums = sums
         self._first_input: Tensor | None = None
         self._compared: set[str] = set()
 
@@ -68,7 +133,8 @@ class _SiteWatch:
         inputs = arguments[0]
         self._first_input = inputs
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self._gram += (rows.mT @ rows).double().cpu()
+        for accumulator in self._sums:
+            accumulator.add(rows)
 
     def compare(self, matrix: WeightMatrix) -> Any:
         """A hook that checks, in the first batch, that a matrix reads what the site's first matrix reads."""
@@ -77,7 +143,7 @@ class _SiteWatch:
             if matrix.module in self._compared:
                 return
             self._compared.add(matrix.module)
-            # NaN equals NaN here: it is reported for what it is, once the Grams are complete.
+            # NaN equals NaN here: it is reported for what it is, once all inputs were seen.
             if self._first_input is None or not torch.allclose(
                 arguments[0], self._first_input, rtol=0.0, atol=0.0, equal_nan=True
             ):
@@ -89,8 +155,10 @@ class _SiteWatch:
         return hook
 
 
-def _check(gram: Tensor, matrices: Sequence[WeightMatrix]) -> None:
-    if not bool(gram.diagonal().isfinite().all()):
+def _check(tensors: Mapping[str, Tensor], matrices: Sequence[WeightMatrix]) -> None:
+    # What is infinite anywhere in a Gram is infinite on its diagonal.
+    seen = [tensor.diagonal() if tensor.dim() == 2 else tensor for tensor in tensors.values()]
+    if not all(bool(tensor.isfinite().all()) for tensor in seen):
         names = ", ".join(m.module for m in matrices)
         raise CalibrationError(
             f"The inputs of {names} hold NaN or infinite values on the calibration text, so everything behind them is "

@@ -2,39 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bs_exp.cache import Cache, Entry, content_key
-from bs_exp.calibration.gradients import gather_output_grams
-from bs_exp.calibration.grams import gather_grams
+from bs_exp.calibration import gradients, grams
 from bs_exp.journal import Journal
 from bs_exp.protocols import Calibration
-from bs_exp.types import Architecture, GroupStatistics, LoadedModel, Statistic, TokenWindows, WeightGroup
+from bs_exp.types import (
+    Architecture,
+    GroupStatistics,
+    InputMoments,
+    LoadedModel,
+    Statistic,
+    TokenWindows,
+    WeightGradient,
+    WeightGroup,
+    WeightMatrix,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationStats:
-    """Grams by input site and output Grams by module; only those of the group that is asked for are in memory."""
+    """Entries by statistic and by what they belong to: input sites, or modules for what is taken at outputs.
+
+    Only those of the group that is asked for are in memory.
+    """
 
     architecture: Architecture
     tokens: int
-    grams: Mapping[str, Entry]
-    output_grams: Mapping[str, Entry]
+    entries: Mapping[Statistic, Mapping[str, Entry]]
 
     def of(self, group: WeightGroup, device: torch.device) -> GroupStatistics:
         """The statistics of a group. Its Gram is the sum of its layers': the Gram of their inputs stacked
-        (Basis Sharing, section 3.1)."""
+        (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
         matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
-        gram, output_grams = None, None
-        if self.grams:
-            gram = _sum(self.grams[m.input_site].tensor("gram").to(device) for m in matrices)
-        if self.output_grams:
-            output_grams = {m.layer: self.output_grams[m.module].tensor("gram").to(device) for m in matrices}
-        return GroupStatistics(group=group, tokens=self.tokens, gram=gram, output_grams=output_grams)
+        gram, output_grams, moments, gradient = None, None, None, None
+        if found := self.entries.get(Statistic.GRAM):
+            gram = _sum(found[m.input_site].tensor("gram").to(device) for m in matrices)
+        if found := self.entries.get(Statistic.OUTPUT_GRAM):
+            output_grams = {m.layer: found[m.module].tensor("gram").to(device) for m in matrices}
+        if found := self.entries.get(Statistic.INPUT_MOMENTS):
+            moments = _moments([found[m.input_site] for m in matrices], device)
+        if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
+            gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
+        return GroupStatistics(
+            group=group,
+            tokens=self.tokens,
+            gram=gram,
+            output_grams=output_grams,
+            moments=moments,
+            weight_gradient=gradient,
+        )
 
 
 def statistics_key(model: LoadedModel, windows: TokenWindows, batch_size: int) -> str:
@@ -58,27 +81,44 @@ def calibrate(
 ) -> CalibrationStats:
     """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
     key = statistics_key(model, windows, calibration.batch_size)
-
-    def gathered(
-        statistic: Statistic, names: Set[str], gather: Callable[..., Mapping[str, Tensor]]
-    ) -> dict[str, Entry]:
-        if statistic not in needs:
-            return {}
-        keys = {name: content_key(statistics=key, name=name) for name in sorted(names)}
-        found = {name: cache.find(statistic, name_key) for name, name_key in keys.items()}
-        entries = {name: entry for name, entry in found.items() if entry is not None}
-        if len(entries) < len(keys):
-            grams = gather(model, windows, batch_size=calibration.batch_size, journal=journal)
-            entries = {name: cache.store(statistic, keys[name], {"gram": gram}) for name, gram in grams.items()}
-        return entries
-
     matrices = model.architecture.matrices
-    return CalibrationStats(
-        architecture=model.architecture,
-        tokens=windows.ids.numel(),
-        grams=gathered(Statistic.GRAM, {m.input_site for m in matrices}, gather_grams),
-        output_grams=gathered(Statistic.OUTPUT_GRAM, {m.module for m in matrices}, gather_output_grams),
+    entries: dict[Statistic, Mapping[str, Entry]] = {}
+    for gather, offered, names in (
+        (grams.gather_inputs, grams.ACCUMULATORS.keys(), {m.input_site for m in matrices}),
+        (gradients.gather_gradients, gradients.ACCUMULATORS.keys(), {m.module for m in matrices}),
+    ):
+        keys = {name: content_key(statistics=key, name=name) for name in sorted(names)}
+        missing = set()
+        for statistic in sorted(needs & offered):
+            found = {name: cache.find(statistic, name_key) for name, name_key in keys.items()}
+            entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
+            if len(entries[statistic]) < len(keys):
+                missing.add(statistic)
+        if missing:
+            gathered = gather(model, windows, missing, batch_size=calibration.batch_size, journal=journal)
+            for statistic, by_name in gathered.items():
+                entries[statistic] = {name: cache.store(statistic, keys[name], t) for name, t in by_name.items()}
+    return CalibrationStats(architecture=model.architecture, tokens=windows.ids.numel(), entries=entries)
+
+
+def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:
+    absolute, peak, fourth = (
+        torch.stack([site.tensor(name) for site in sites]).to(device) for name in ("absolute", "peak", "fourth")
     )
+    return InputMoments(absolute=absolute.mean(0), peak=peak.amax(0), fourth=fourth.mean(0))
+
+
+def _gradient(
+    modules: Mapping[str, Entry],
+    matrices: Sequence[WeightMatrix],
+    of_type: Sequence[WeightMatrix],
+    device: torch.device,
+) -> WeightGradient:
+    rows = _sum(modules[m.module].tensor("rows") for m in matrices)
+    here = float(rows.sum()) / len(matrices)
+    everywhere = sum(float(modules[m.module].tensor("rows").sum()) for m in of_type) / len(of_type)
+    # Without any gradient, all layers are alike.
+    return WeightGradient(rows=rows.to(device), sensitivity=math.sqrt(here / everywhere) if everywhere else 1.0)
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
-from bs_exp.types import Statistic
+from bs_exp.types import GroupStatistics, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,5 +14,5 @@ class NoImportance:
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
-    def reweight(self, gram: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
-        return gram
+    def reweight(self, statistics: GroupStatistics) -> GroupStatistics:
+        return statistics

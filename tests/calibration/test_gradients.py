@@ -1,16 +1,27 @@
-"""Output Grams are second moments of loss gradients, gathered without touching the parameters."""
+"""Squared gradients of outputs and weights are what the formulas say, gathered without touching the parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Set
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
-from bs_exp.calibration.gradients import gather_output_grams
+from bs_exp.calibration.gradients import gather_gradients
 from bs_exp.journal import Journal
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
-from bs_exp.types import TokenWindows
+from bs_exp.types import LoadedModel, Statistic, TokenWindows
+
+BOTH = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT})
+
+
+def gather(model: LoadedModel, ids: Tensor, statistics: Set[Statistic] = BOTH, batch_size: int = 2) -> Any:
+    windows = TokenWindows(ids=ids, provenance={})
+    return gather_gradients(model, windows, statistics, batch_size=batch_size, journal=Journal(quiet=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
@@ -18,7 +29,7 @@ def test_bias_gradients_are_sums_of_output_gradients(family: str) -> None:
     """Oracle: with one predicted token per sequence position, autograd's own weight gradient is `x^T g`."""
     model = tiny_random(family)
     ids = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
-    grams = gather_output_grams(model, TokenWindows(ids=ids, provenance={}), batch_size=2, journal=Journal(quiet=True))
+    grams = gather(model, ids)[Statistic.OUTPUT_GRAM]
     for matrix in model.architecture.matrices[:: max(1, len(model.architecture.matrices) // 5)]:
         module = module_of(model.module, matrix)
         captured: dict[str, torch.Tensor] = {}
@@ -35,7 +46,28 @@ def test_bias_gradients_are_sums_of_output_gradients(family: str) -> None:
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         [gradient] = torch.autograd.grad(loss, captured["probe"])
         rows = gradient.reshape(-1, matrix.d_out).double()
-        torch.testing.assert_close(grams[matrix.module], rows.T @ rows, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grams[matrix.module]["gram"], rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_weight_gradients_are_those_of_each_sequence(family: str, batch_size: int) -> None:
+    """Oracle: autograd's own gradient of every weight, one sequence at a time; whatever the batches."""
+    model = tiny_random(family)
+    ids = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
+    found = gather(model, ids, {Statistic.WEIGHT_GRADIENT}, batch_size)
+    assert found.keys() == {Statistic.WEIGHT_GRADIENT}
+    modules = {m: module_of(model.module, m) for m in model.architecture.matrices}
+    expected = {m: torch.zeros(m.d_in).double() for m in modules}
+    for sequence in ids:
+        logits = model.module(sequence[None]).logits
+        loss = functional.cross_entropy(logits[0, :-1], sequence[1:], reduction="sum")
+        gradients = torch.autograd.grad(loss, [module.weight for module in modules.values()])
+        for (matrix, module), gradient in zip(modules.items(), gradients, strict=True):
+            inputs_axis = 1 if isinstance(module, nn.Linear) else 0
+            expected[matrix] += gradient.double().square().sum(1 - inputs_axis) / len(ids)
+    for matrix, rows in expected.items():
+        torch.testing.assert_close(found[Statistic.WEIGHT_GRADIENT][matrix.module]["rows"], rows, rtol=1e-3, atol=1e-7)
 
 
 def test_parameters_keep_their_flags_and_get_no_gradients() -> None:
@@ -43,7 +75,7 @@ def test_parameters_keep_their_flags_and_get_no_gradients() -> None:
     frozen = model.module.get_input_embeddings().weight
     frozen.requires_grad_(False)
     ids = torch.randint(0, 256, (2, 12))
-    gather_output_grams(model, TokenWindows(ids=ids, provenance={}), batch_size=2, journal=Journal(quiet=True))
+    gather(model, ids)
     assert not frozen.requires_grad
     others = [p for p in model.module.parameters() if p is not frozen]
     assert all(p.requires_grad and p.grad is None for p in others)

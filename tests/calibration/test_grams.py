@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bs_exp.calibration.grams import gather_grams
+from bs_exp.calibration.grams import gather_grams, gather_inputs
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
-from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.types import LoadedModel, Statistic, TokenWindows
 
 
 def windows(count: int = 5, length: int = 16, seed: int = 0) -> TokenWindows:
@@ -45,6 +45,37 @@ def test_every_matrix_has_the_gram_of_its_own_input(family: str) -> None:
         assert gram.dtype == torch.float64
         torch.testing.assert_close(gram, inputs.T @ inputs, rtol=1e-5, atol=1e-5)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_moments_are_those_of_all_inputs_and_come_with_the_grams(family: str) -> None:
+    """Oracle: the inputs of every module, kept, in one batch."""
+    model, data = tiny_random(family), windows()
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module_of(model.module, m).register_forward_pre_hook(
+            lambda module, arguments, name=m.module: seen.__setitem__(name, arguments[0].detach().clone())
+        )
+        for m in model.architecture.matrices
+    ]
+    with torch.no_grad():
+        model.module(data.ids)
+    for handle in handles:
+        handle.remove()
+    wanted = {Statistic.GRAM, Statistic.INPUT_MOMENTS}
+    found = gather_inputs(model, data, wanted, batch_size=2, journal=Journal(quiet=True))
+    assert found.keys() == wanted
+    grams = gather_grams(model, data, batch_size=2, journal=Journal(quiet=True))
+    for matrix in model.architecture.matrices:
+        inputs = seen[matrix.module].reshape(-1, matrix.d_in).double()
+        moments = found[Statistic.INPUT_MOMENTS][matrix.input_site]
+        for name, expected in (
+            ("absolute", inputs.abs().mean(0)),
+            ("peak", inputs.abs().amax(0)),
+            ("fourth", inputs.pow(4).mean(0)),
+        ):
+            torch.testing.assert_close(moments[name], expected, rtol=1e-5, atol=1e-8)
+        assert torch.equal(found[Statistic.GRAM][matrix.input_site]["gram"], grams[matrix.input_site])
 
 
 def test_one_gram_per_input_site() -> None:

@@ -1,0 +1,237 @@
+"""What every whitening keeps: a usable metric, the optimum in it, same in same out, and the formulas of the papers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bs_exp.decomposition import decompose, truncate
+from bs_exp.errors import ConfigError, DecompositionError
+from bs_exp.protocols import Whitening
+from bs_exp.types import GroupStatistics, InputMoments, LossUnit, Metric, Statistic, WeightGradient, WeightGroup
+from bs_exp.whitening.block_diagonal import BlockDiagonalWhitening
+from bs_exp.whitening.diagonal import DiagonalWhitening
+from bs_exp.whitening.fisher_rows import FisherRowsWhitening
+from bs_exp.whitening.gram import GramWhitening
+from bs_exp.whitening.identity import IdentityWhitening
+from bs_exp.whitening.two_sided import TwoSidedWhitening
+
+TOKENS = 300
+STRATEGIES: list[Whitening] = [
+    IdentityWhitening(),
+    GramWhitening(ridge=1e-6),
+    DiagonalWhitening(alpha=0.5, size="mean", epsilon=1e-6),
+    DiagonalWhitening(alpha=1.0, size="max", epsilon=1e-3),
+    FisherRowsWhitening(ridge=1e-6),
+    BlockDiagonalWhitening(blocks=3, ridge=1e-6),
+    BlockDiagonalWhitening(blocks=100, ridge=1e-6),
+    TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0),
+]
+GROUPS = [WeightGroup("q", (0,), 20, 12), WeightGroup("q", (0, 1), 20, 16), WeightGroup("down", (3,), 12, 30)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(group: WeightGroup) -> Tensor:
+    """The inputs of the group's layers, stacked: correlated, with channels of unequal size."""
+    mixing = torch.eye(group.d_in, dtype=torch.float64) + 0.3 * normal(group.d_in, group.d_in, seed=1)
+    return normal(TOKENS * group.size, group.d_in) @ mixing * torch.linspace(0.2, 3.0, group.d_in).double()
+
+
+def statistics(group: WeightGroup) -> GroupStatistics:
+    x = inputs(group)
+    gradients = {layer: normal(TOKENS, group.d_out, seed=10 + layer) / 10 for layer in group.layers}
+    return GroupStatistics(
+        group=group,
+        tokens=TOKENS,
+        gram=x.T @ x,
+        output_grams={layer: g.T @ g for layer, g in gradients.items()},
+        moments=InputMoments(absolute=x.abs().mean(0), peak=x.abs().amax(0), fourth=x.pow(4).mean(0)),
+        weight_gradient=WeightGradient(rows=normal(group.d_in, seed=3).square(), sensitivity=1.0),
+    )
+
+
+def whitener_of(metric: Metric) -> Tensor:
+    assert metric.whitener is not None
+    return metric.whitener
+
+
+def error(metric: Metric, group: WeightGroup, difference: Tensor) -> float:
+    """The norm of an error in a metric, in the metric's unit, squared unless that is nats."""
+    left = difference if metric.whitener is None else metric.whitener @ difference
+    blocks = dict(zip(group.layers, left.split(group.d_out, dim=1), strict=True))
+    if metric.right is not None:
+        blocks = {layer: block @ metric.right[layer] for layer, block in blocks.items()}
+    total = sum(float(block.square().sum()) for block in blocks.values())
+    if metric.unit is LossUnit.NATS:
+        return total / 2
+    return total - metric.ridge * float(difference.square().sum())  # the ridge is no error
+
+
+@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
+def test_the_metric_is_upper_triangular_and_invertible(whitening: Whitening, group: WeightGroup) -> None:
+    metric = whitening.metric(statistics(group))
+    if metric.whitener is not None:
+        assert metric.whitener.shape == (group.d_in, group.d_in) and metric.whitener.dtype == torch.float64
+        assert torch.equal(metric.whitener, metric.whitener.triu())
+        assert bool((metric.whitener.diagonal() > 0).all())
+    assert metric.ridge >= 0.0
+
+
+@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
+def test_truncation_is_the_optimum_in_the_metric_and_predicts_its_error(
+    whitening: Whitening, group: WeightGroup
+) -> None:
+    """Oracle: the definition of the metric's norm; Eckart and Young's bound from a full SVD of the whitened weight."""
+    weight = normal(group.d_in, group.columns, seed=7)
+    metric = whitening.metric(statistics(group))
+    decomposition = decompose(group, weight, metric)
+    for rank in (1, group.full_rank // 2, group.full_rank):
+        factors = truncate(decomposition, rank)
+        product = torch.cat([factors.basis @ factors.coefficients[layer] for layer in group.layers], dim=1)
+        measured = error(metric, group, weight - product)
+        predicted = float(decomposition.spectrum.energies[rank:].sum())
+        assert predicted == pytest.approx(measured, rel=1e-6, abs=1e-9 * float(decomposition.spectrum.energies.sum()))
+    assert torch.allclose(product, weight, atol=1e-8)  # full rank
+    if metric.right is None:
+        whitened = weight if metric.whitener is None else metric.whitener @ weight
+        torch.testing.assert_close(decomposition.spectrum.singular_values, torch.linalg.svdvals(whitened))
+
+
+@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
+def test_same_in_same_out_and_the_input_is_untouched(whitening: Whitening) -> None:
+    given, before = statistics(GROUPS[1]), statistics(GROUPS[1])
+    first, second = whitening.metric(given), whitening.metric(given)
+    assert (first.ridge, first.damping, first.unit) == (second.ridge, second.damping, second.unit)
+    if first.whitener is not None:
+        assert torch.equal(first.whitener, whitener_of(second))
+    for one, other in zip(_tensors(given), _tensors(before), strict=True):
+        assert torch.equal(one, other)
+
+
+def _tensors(given: GroupStatistics) -> list[Tensor]:
+    assert given.gram is not None and given.output_grams and given.moments and given.weight_gradient
+    moments = given.moments
+    outputs = given.output_grams.values()
+    return [given.gram, *outputs, moments.absolute, moments.peak, moments.fourth, given.weight_gradient.rows]
+
+
+@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
+def test_what_is_needed_is_said(whitening: Whitening) -> None:
+    given = statistics(GROUPS[0])
+    available: dict[Statistic, dict[str, Any]] = {
+        Statistic.GRAM: {"gram": None},
+        Statistic.OUTPUT_GRAM: {"output_grams": None},
+        Statistic.INPUT_MOMENTS: {"moments": None},
+        Statistic.WEIGHT_GRADIENT: {"weight_gradient": None},
+    }
+    for statistic, without in available.items():
+        if statistic in whitening.needs:
+            with pytest.raises(ValueError, match="needs"):
+                whitening.metric(dataclasses.replace(given, **without))
+        else:
+            whitening.metric(dataclasses.replace(given, **without))
+
+
+@pytest.mark.parametrize("size", ["mean", "max"])
+def test_diagonal_is_asvds_scaling(size: str) -> None:
+    group = GROUPS[1]
+    columns = inputs(group).abs().T.tolist()
+    sizes = [sum(c) / len(c) if size == "mean" else max(c) for c in columns]
+    found = DiagonalWhitening(alpha=0.7, size=size, epsilon=1e-6).metric(statistics(group))
+    torch.testing.assert_close(whitener_of(found), torch.diag(torch.tensor([s**0.7 + 1e-6 for s in sizes]).double()))
+
+
+@pytest.mark.parametrize("size", ["mean", "max"])
+def test_diagonal_with_alpha_zero_is_plain_svd(size: str) -> None:
+    group, weight = GROUPS[0], normal(20, 12)
+    plain = truncate(decompose(group, weight, IdentityWhitening().metric(statistics(group))), 5)
+    scaled = DiagonalWhitening(alpha=0.0, size=size, epsilon=1e-6).metric(statistics(group))
+    torch.testing.assert_close(whitener_of(scaled), (1 + 1e-6) * torch.eye(20).double())
+    found = truncate(decompose(group, weight, scaled), 5)
+    torch.testing.assert_close(found.basis @ found.coefficients[0], plain.basis @ plain.coefficients[0])
+
+
+def test_fisher_rows_is_fwsvds_weighting() -> None:
+    """`D^-1 [D W]_k` with D from the definition, by a full SVD."""
+    group, weight = GROUPS[0], normal(20, 12)
+    given = statistics(group)
+    assert given.weight_gradient is not None
+    d = torch.diag(given.weight_gradient.rows.sqrt())
+    u, s, v = torch.linalg.svd(d @ weight, full_matrices=False)
+    expected = torch.linalg.inv(d) @ (u[:, :5] * s[:5]) @ v[:5]
+    found = truncate(decompose(group, weight, FisherRowsWhitening(ridge=1e-12).metric(given)), 5)
+    torch.testing.assert_close(found.basis @ found.coefficients[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_without_gradient_and_a_channel_without_activation_survive() -> None:
+    group, weight = GROUPS[0], normal(20, 12)
+    given = statistics(group)
+    assert given.weight_gradient is not None and given.moments is not None
+    given.weight_gradient.rows[3] = 0.0
+    given.moments.absolute[3] = 0.0
+    for whitening in (FisherRowsWhitening(ridge=1e-6), DiagonalWhitening(alpha=0.5, size="mean", epsilon=1e-6)):
+        factors = truncate(decompose(group, weight, whitening.metric(given)), group.full_rank)
+        torch.testing.assert_close(factors.basis @ factors.coefficients[0], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_no_gradient_at_all_is_an_error() -> None:
+    given = dataclasses.replace(
+        statistics(GROUPS[0]), weight_gradient=WeightGradient(rows=torch.zeros(20).double(), sensitivity=1.0)
+    )
+    with pytest.raises(DecompositionError, match="zero on all calibration sequences"):
+        FisherRowsWhitening(ridge=1e-6).metric(given)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
+def test_one_block_is_whitening_by_the_gram(group: WeightGroup) -> None:
+    one = BlockDiagonalWhitening(blocks=1, ridge=1e-6).metric(statistics(group))
+    gram = GramWhitening(ridge=1e-6).metric(statistics(group))
+    assert torch.equal(whitener_of(one), whitener_of(gram)) and one.ridge == gram.ridge
+
+
+@pytest.mark.parametrize(("blocks", "sizes"), [(2, [10, 10]), (3, [7, 7, 6]), (20, [1] * 20), (99, [1] * 20)])
+def test_blocks_are_whitened_apart(blocks: int, sizes: list[int]) -> None:
+    """Oracle: every block of channels has its own Gram and its own root."""
+    x = inputs(GROUPS[0])
+    found = whitener_of(BlockDiagonalWhitening(blocks=blocks, ridge=0.0).metric(statistics(GROUPS[0])))
+    roots = [torch.linalg.cholesky(part.T @ part).T for part in x.split(sizes, dim=1)]
+    torch.testing.assert_close(found, torch.block_diag(*roots), rtol=1e-9, atol=1e-9)
+
+
+def test_on_uncorrelated_channels_blocks_change_nothing() -> None:
+    given = dataclasses.replace(statistics(GROUPS[0]), gram=torch.diag(torch.linspace(1, 9, 20).double()))
+    whole = whitener_of(GramWhitening(ridge=0.0).metric(given))
+    for blocks in (2, 7, 20):
+        torch.testing.assert_close(whitener_of(BlockDiagonalWhitening(blocks=blocks, ridge=0.0).metric(given)), whole)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "message"),
+    [
+        (DiagonalWhitening, {"alpha": -0.5}, r"^alpha must be a finite number of at least 0, got -0\.5"),
+        (DiagonalWhitening, {"alpha": float("nan")}, r"^alpha must be"),
+        (DiagonalWhitening, {"size": "median"}, r"^size must be one of mean, max, got 'median'"),
+        (DiagonalWhitening, {"epsilon": 0.0}, r"^epsilon must be a finite number of at least 1e-12, got 0\.0"),
+        (FisherRowsWhitening, {"ridge": 0.0}, r"^ridge must be above 0"),
+        (BlockDiagonalWhitening, {"blocks": 0}, r"^blocks must be a whole number of at least 1, got 0"),
+        (BlockDiagonalWhitening, {"blocks": 2.5}, r"^blocks must be a whole number"),
+        (BlockDiagonalWhitening, {"ridge": -1.0}, r"^ridge must be at least 0"),
+    ],
+)
+def test_settings_that_make_no_sense(strategy: type, settings: dict[str, Any], message: str) -> None:
+    usual: dict[type, dict[str, Any]] = {
+        DiagonalWhitening: {"alpha": 0.5, "size": "mean", "epsilon": 1e-6},
+        FisherRowsWhitening: {"ridge": 1e-6},
+        BlockDiagonalWhitening: {"blocks": 4, "ridge": 1e-6},
+    }
+    with pytest.raises(ConfigError, match=message):
+        strategy(**{**usual[strategy], **settings})
