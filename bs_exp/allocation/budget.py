@@ -1,12 +1,22 @@
-"""What ranks cost, and what a plan is made of."""
+"""What ranks cost, and how wanted shares become ranks under an exact budget: the mathematics of all allocators."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import PlannedGroup, RankPlan, Spectrum, WeightGroup
+
+Item = TypeVar("Item")
 
 
 def check_retain_ratio(ratio: float) -> None:
@@ -35,6 +45,196 @@ def largest_rank(group: WeightGroup, parameters: int, layout: Layout) -> int:
     return low
 
 
+def least_parameters(group: WeightGroup, layout: Layout, lowest: float = 0.0) -> int:
+    """What a group costs at least: `lowest` of its parameters, its rank rounded down, and one component in any case."""
+    rank = max(1, largest_rank(group, parameter_budget(group.parameters, lowest), layout))
+    return group.parameters if rank >= group.full_rank else min(layout.parameters(group, rank), group.parameters)
+
+
+def whole(group: WeightGroup) -> str:
+    """One pool for all groups."""
+    return "all groups"
+
+
+def by_type(group: WeightGroup) -> str:
+    """One pool per matrix type."""
+    return f"type {group.matrix}"
+
+
+Pool = Callable[[WeightGroup], str]
+
+
+def check_affordable(
+    groups: Iterable[WeightGroup], ratio: float, layout: Layout, *, lowest: float = 0.0, pool: Pool = whole
+) -> None:
+    """Raises ConfigError unless one component per group, and `lowest` of each, fits into the budget of every pool."""
+    check_retain_ratio(ratio)
+    for name, members in _pools(groups, pool).items():
+        total = sum(group.parameters for group in members)
+        least = sum(least_parameters(group, layout, lowest) for group in members)
+        if least > parameter_budget(total, ratio):
+            bound = f" with allocation.min_ratio={lowest}" if lowest else ""
+            of = "" if pool is whole else f" ({name})"
+            raise ConfigError(
+                f"retain_ratio {ratio} is below the {least / total:.4f} that one component per group{of}{bound} needs. "
+                f"Raise retain_ratio{' or lower allocation.min_ratio' if lowest else ''}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What one group may choose: ranks (None is dense) by rising cost in parameters, and a loss for each."""
+
+    ranks: tuple[int | None, ...]
+    costs: Float[Tensor, " choices"]
+    losses: Float[Tensor, " choices"]
+
+    def best(self, price: float) -> int:
+        """The choice with the least `loss + price * parameters`; of equals the cheaper one."""
+        return int((self.losses + price * self.costs).argmin())
+
+
+def spectrum_choices(spectrum: Spectrum, layout: Layout, *, lowest: float = 0.0, highest: float = 1.0) -> Choices:
+    """The ranks from `lowest` to `highest` of a group's parameters, with the energy that each of them drops.
+
+    A rank that costs as much as the group is no choice: dense costs no more and loses nothing.
+    """
+    group = spectrum.group
+    first = max(1, largest_rank(group, parameter_budget(group.parameters, lowest), layout))
+    costs = [layout.parameters(group, rank) for rank in range(first, group.full_rank)]
+    # The first rank is always a choice: a group keeps one component, whatever the bounds.
+    limit = max(parameter_budget(group.parameters, highest), costs[0] if costs else 0)
+    ranks = [rank for rank, cost in enumerate(costs, start=first) if cost < group.parameters and cost <= limit]
+    # tail[k] = energies[k:].sum(), added from the small end
+    tail = spectrum.energies.double().cpu().flip(0).cumsum(0).flip(0)
+    dense = [group.parameters] if highest == 1.0 or not ranks else []
+    return Choices(
+        ranks=(*ranks, *(None for _ in dense)),
+        costs=torch.tensor([*costs[: len(ranks)], *dense], dtype=torch.float64),
+        losses=torch.tensor([*(float(tail[rank]) for rank in ranks), *(0.0 for _ in dense)], dtype=torch.float64),
+    )
+
+
+def cost_of(choices: Sequence[Choices], chosen: Sequence[int]) -> int:
+    """Parameters of a choice per group."""
+    return sum(int(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
+
+
+def spend(choices: Sequence[Choices], chosen: Sequence[int], budget: int) -> list[int]:
+    """Spends what is left, each time on the best saving of loss per parameter among the steps that fit.
+
+    What is left in the end is less than any group's next component.
+    """
+    chosen = list(chosen)
+    left = budget - cost_of(choices, chosen)
+    while True:
+        best: tuple[float, int, int, int] | None = None
+        for group, (c, at) in enumerate(zip(choices, chosen, strict=True)):
+            extra = c.costs[at + 1 :] - c.costs[at]
+            fits = int((extra <= left).sum())
+            if fits == 0:
+                continue
+            gains = (c.losses[at] - c.losses[at + 1 : at + 1 + fits]) / extra[:fits]
+            step = int(gains.argmax())
+            candidate = (float(gains[step]), -group, at + 1 + step, int(extra[step]))
+            best = candidate if best is None or candidate > best else best
+        if best is None:
+            return chosen
+        _, negative, choice, extra_cost = best
+        chosen[-negative] = choice
+        left -= extra_cost
+
+
+def spread(
+    wanted: Float[Tensor, " n"],
+    sizes: Float[Tensor, " n"],
+    low: Float[Tensor, " n"],
+    high: Float[Tensor, " n"],
+    total: float,
+) -> Float[Tensor, " n"]:
+    """`clip(c * wanted, low, high)` with the largest c at which `sum(sizes * .)` is within the total.
+
+    What a clipped entry cannot take, or must have, is so spread over the others in proportion to what they want. An
+    entry that wants nothing gets what the others cannot hold. The total must lie between the sums of the bounds.
+    """
+    most = float(wanted.max())
+    wanted = (wanted.double() / most).clamp_min(1e-12) if most > 0.0 else torch.ones_like(wanted, dtype=torch.float64)
+
+    def at(factor: float) -> Tensor:
+        return torch.minimum(torch.maximum(factor * wanted, low), high)
+
+    below, above = 0.0, float((high / wanted).max())
+    if float((sizes * at(above)).sum()) <= total:
+        return at(above)
+    for _ in range(1100):  # until no number lies between
+        middle = 0.5 * (below + above)
+        if not below < middle < above:
+            break
+        if float((sizes * at(middle)).sum()) <= total:
+            below = middle
+        else:
+            above = middle
+    return at(below)
+
+
+def share_out(
+    problem: AllocationProblem,
+    wanted: Sequence[float],
+    *,
+    removing: bool = False,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+    pool: Pool = whole,
+) -> list[int | None]:
+    """Ranks that keep (or remove) parameters in proportion to what each group wants, and spend the budget.
+
+    `wanted` are shares of the groups' own parameters, of which only the proportions within a pool count; every pool has
+    the same budget per parameter. Shares are clipped between `lowest` (one component at least) and `highest` (1 is
+    dense; beyond break-even a group is dense too), the excess is spread again over the others. Ranks are rounded down;
+    the remainder goes, over all pools, where a component comes closest to the share that was meant, until none fits.
+    """
+    if problem.retain_ratio == 1.0:
+        return [None] * len(problem.spectra)
+    groups = [spectrum.group for spectrum in problem.spectra]
+    check_affordable(groups, problem.retain_ratio, problem.layout, lowest=lowest, pool=pool)
+    highest = max(highest, problem.retain_ratio)
+    choices = [spectrum_choices(s, problem.layout, lowest=lowest, highest=highest) for s in problem.spectra]
+    targets = torch.zeros(len(groups), dtype=torch.float64)
+    for members in _pools(range(len(groups)), lambda index: pool(groups[index])).values():
+        sizes = torch.tensor([groups[i].parameters for i in members], dtype=torch.float64)
+        low = torch.stack([choices[i].costs[0] for i in members]) / sizes
+        high = torch.maximum(low, torch.full_like(low, highest))
+        budget = parameter_budget(sum(groups[i].parameters for i in members), problem.retain_ratio)
+        wants = torch.tensor([wanted[i] for i in members], dtype=torch.float64)
+        if removing:
+            shares = 1.0 - spread(wants, sizes, 1.0 - high, 1.0 - low, float(sizes.sum()) - budget)
+        else:
+            shares = spread(wants, sizes, low, high, budget)
+        targets[members] = sizes * shares
+    return nearest_ranks(problem, choices, targets.tolist())
+
+
+def nearest_ranks(problem: AllocationProblem, choices: Sequence[Choices], targets: Sequence[float]) -> list[int | None]:
+    """The largest ranks within each group's target of parameters, and then the remainder of the budget spent.
+
+    The loss that is spent on is the squared distance to the target: the largest shortfall is filled first.
+    """
+    budget = parameter_budget(sum(s.group.parameters for s in problem.spectra), problem.retain_ratio)
+    # Targets are sums and products of floats; a rank that they meet up to rounding is met.
+    chosen = [max(0, int((c.costs <= target + 1e-4).sum()) - 1) for c, target in zip(choices, targets, strict=True)]
+    distances = [
+        Choices(c.ranks, c.costs, (c.costs - target).square()) for c, target in zip(choices, targets, strict=True)
+    ]
+    if (spent := cost_of(choices, chosen)) > budget:
+        raise ValueError(f"targets cost {spent} parameters, which is more than the budget of {budget}")
+    return [c.ranks[i] for c, i in zip(choices, spend(distances, chosen, budget), strict=True)]
+
+
+def mean_over_layers(group: WeightGroup, by_layer: Mapping[int, float]) -> float:
+    """What a group gets where layers are given something: the mean of its layers'."""
+    return sum(by_layer[layer] for layer in group.layers) / group.size
+
+
 def planned(spectrum: Spectrum, rank: int | None, layout: Layout) -> PlannedGroup:
     """The plan's entry for a group at a rank; None leaves it dense."""
     group = spectrum.group
@@ -53,3 +253,10 @@ def make_plan(problem: AllocationProblem, ranks: list[int | None]) -> RankPlan:
     """The plan that gives the problem's groups these ranks."""
     groups = tuple(planned(s, rank, problem.layout) for s, rank in zip(problem.spectra, ranks, strict=True))
     return RankPlan(groups=groups, requested_ratio=problem.retain_ratio, layout=problem.layout.name)
+
+
+def _pools(items: Iterable[Item], pool: Callable[[Item], str]) -> Mapping[str, list[Item]]:
+    members: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        members[pool(item)].append(item)
+    return members

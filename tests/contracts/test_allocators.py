@@ -11,26 +11,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_exp.allocation.budget import largest_rank, parameter_budget
+from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic
+from bs_exp.allocation.effective_rank import EffectiveRank
+from bs_exp.allocation.loss_threshold import LossThreshold
+from bs_exp.allocation.smooth import SmoothAllocation
+from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.errors import ConfigError
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import Allocation, AllocationProblem, Layout
-from bs_exp.types import LossUnit, Spectrum, WeightGroup
+from bs_exp.types import LayerProfile, LossUnit, Spectrum, WeightGroup
 
-ALLOCATORS: list[Allocation] = [UniformAllocation(), WaterFilling(min_ratio=0.0), WaterFilling(min_ratio=0.2)]
+
+def heuristic(sign: str, max_ratio: float | None = None) -> DipSvdHeuristic:
+    return DipSvdHeuristic(
+        sign=sign, beta=0.25, effective_rank="energy", threshold=0.9, spread=0.2, min_ratio=None, max_ratio=max_ratio
+    )
+
+
+def smooth(unit: str, smoothness: float, max_ratio: float = 1.0) -> SmoothAllocation:
+    return SmoothAllocation(smoothness=smoothness, unit=unit, relative=True, min_ratio=0.1, max_ratio=max_ratio)
+
+
+# They spend the budget up to less than one component.
+SPENDING: list[Allocation] = [
+    UniformAllocation(fill=True),
+    WaterFilling(min_ratio=0.0),
+    WaterFilling(min_ratio=0.2),
+    heuristic("paper"),
+    heuristic("code", max_ratio=1.0),
+    EffectiveRank(beta=0.0),
+    SvdLlmV2(),
+    LossThreshold(max_loss=None, relative=False),
+    LossThreshold(max_loss=None, relative=True),
+    smooth("block", 1.0),
+    smooth("matrix", 0.0),
+]
+ALLOCATORS: list[Allocation] = [UniformAllocation(), heuristic("code"), smooth("block", 0.1, max_ratio=0.7), *SPENDING]
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 
 
 def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
     generator = torch.Generator().manual_seed(seed)
-    values = torch.rand(group.full_rank, generator=generator, dtype=torch.float64).sort(descending=True).values
+    # Above 1, as norms over many tokens are.
+    values = 1.0 + 99.0 * torch.rand(group.full_rank, generator=generator, dtype=torch.float64) ** 2
+    values = values.sort(descending=True).values
     return Spectrum(group=group, singular_values=values, energies=values.square(), ridge=0.0)
 
 
 def problem(groups: Sequence[WeightGroup], ratio: float, layout: Layout = LAYOUTS[0]) -> AllocationProblem:
-    return AllocationProblem(tuple(spectrum(g, seed) for seed, g in enumerate(groups)), ratio, layout)
+    spectra = tuple(spectrum(g, seed) for seed, g in enumerate(groups))
+    return AllocationProblem(
+        spectra, ratio, layout, random_profile(1 + max(layer for g in groups for layer in g.layers))
+    )
+
+
+def random_profile(layers: int) -> LayerProfile:
+    generator = torch.Generator().manual_seed(layers)
+    values = torch.rand(layers, 32, generator=generator, dtype=torch.float64) ** 4
+    return LayerProfile(
+        sensitivity=0.1 + torch.rand(layers, generator=generator, dtype=torch.float64),
+        output_singular_values=dict(enumerate(values.sort(descending=True).values)),
+    )
 
 
 def uniform_rank(group: WeightGroup, ratio: float) -> int:
@@ -64,9 +108,34 @@ def test_within_budget_and_bounds(
             assert 1 <= planned.rank <= planned.group.full_rank
             assert planned.parameters == layout.parameters(planned.group, planned.rank) < planned.group.parameters
             tail = float(given_spectrum.energies[planned.rank :].sum())
-            assert planned.predicted_loss**2 == pytest.approx(tail, abs=1e-12)
+            assert planned.predicted_loss**2 == pytest.approx(tail, rel=1e-12)
     assert plan.retain_ratio == plan.parameters / plan.dense_parameters
     assert allocator.allocate(case) == plan
+
+
+@pytest.mark.parametrize("allocator", SPENDING, ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@settings(max_examples=40, deadline=None)
+@given(groups=GROUPS, ratio=st.floats(0.35, 1.0))
+def test_what_is_left_is_less_than_one_component(
+    allocator: Allocation, layout: Layout, groups: list[WeightGroup], ratio: float
+) -> None:
+    plan = allocator.allocate(problem(groups, ratio, layout))
+    left = parameter_budget(plan.dense_parameters, ratio) - plan.parameters
+    for planned in plan.groups:
+        if planned.rank is not None:  # the next component, or, past break-even, the dense matrices
+            dearer = layout.parameters(planned.group, planned.rank + 1)
+            assert 0 <= left < min(dearer, planned.group.parameters) - planned.parameters
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
+def test_a_budget_that_no_plan_meets_is_refused_before_there_are_spectra(allocator: Allocation) -> None:
+    groups = (WeightGroup("q", (0,), 16, 16), WeightGroup("q", (1,), 16, 16))
+    allocator.check(groups, 0.5, PlainLayout())
+    with pytest.raises(ConfigError, match=r"retain_ratio 0\.11 .*(component|min_ratio).*Raise retain_ratio"):
+        allocator.check(groups, 0.11, PlainLayout())
+    with pytest.raises(ConfigError, match=r"retain_ratio 0\.11 "):
+        allocator.allocate(problem(groups, 0.11))
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)

@@ -1,0 +1,99 @@
+"""The same loss for every group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from bs_exp.allocation.budget import (
+    Choices,
+    check_affordable,
+    cost_of,
+    make_plan,
+    parameter_budget,
+    spectrum_choices,
+    spend,
+)
+from bs_exp.errors import ConfigError
+from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.types import LossUnit, RankPlan, Spectrum, Statistic, WeightGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossThreshold:
+    """Every group gets the smallest rank whose predicted loss is at most `max_loss`.
+
+    `max_loss: null` takes the smallest threshold that meets the budget, and spends what is left where a component saves
+    most. A given threshold decides alone what is kept, at most `retain_ratio`. Losses are in the metric's unit
+    (`||X dW||`, or nats per token); `relative` divides each by the loss of dropping the whole group, which makes
+    matrix types comparable where the unit does not.
+    The closed rank rule of truncated SVD: the tail of the spectrum below a bound.
+    """
+
+    max_loss: float | None
+    relative: bool
+
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.max_loss is not None and not self.max_loss > 0.0:
+            raise ConfigError(
+                f"max_loss must be above 0, or null for the one that meets the budget, got {self.max_loss}."
+            )
+
+        if self.relative and self.max_loss is not None and self.max_loss >= 1.0:
+            raise ConfigError(
+                f"max_loss must be below 1 with allocation.relative=true (a share of the whole), got {self.max_loss}."
+            )
+
+    def check(self, groups: tuple[WeightGroup, ...], retain_ratio: float, layout: Layout) -> None:
+        check_affordable(groups, retain_ratio, layout)
+
+    def allocate(self, problem: AllocationProblem) -> RankPlan:
+        """Ranks within the budget; without a given threshold, less than one component below it.
+
+        Raises ConfigError if the given threshold, or one component per group, needs more than the budget.
+        """
+        self.check(tuple(s.group for s in problem.spectra), problem.retain_ratio, problem.layout)
+        total = sum(s.group.parameters for s in problem.spectra)
+        budget = parameter_budget(total, problem.retain_ratio)
+        choices = [self._choices(spectrum, problem.layout) for spectrum in problem.spectra]
+        if self.max_loss is None:
+            chosen = spend(choices, _at(choices, affordable_loss(choices, budget)), budget)
+        else:
+            chosen = _at(choices, self.max_loss)
+            if (cost := cost_of(choices, chosen)) > budget:
+                raise ConfigError(
+                    f"allocation.max_loss={self.max_loss} keeps {cost / total:.4f} of the parameters, which is more "
+                    f"than retain_ratio {problem.retain_ratio}. Raise retain_ratio, or allow a loss of "
+                    f"{affordable_loss(choices, budget):.4g}, which meets it."
+                )
+        return make_plan(problem, [c.ranks[i] for c, i in zip(choices, chosen, strict=True)])
+
+    def _choices(self, spectrum: Spectrum, layout: Layout) -> Choices:
+        """The group's ranks with their losses in the unit of `max_loss`."""
+        choices = spectrum_choices(spectrum, layout)
+        losses = choices.losses if spectrum.unit is LossUnit.NATS else choices.losses.sqrt()
+        whole = spectrum.loss(0) if self.relative else 1.0
+        return Choices(choices.ranks, choices.costs, losses / whole if whole else losses)
+
+
+def affordable_loss(choices: Sequence[Choices], budget: int) -> float:
+    """The smallest threshold whose smallest ranks fit into the budget: one of the losses, since ranks are whole."""
+    losses = torch.cat([c.losses for c in choices]).unique()
+    low, high = 0, len(losses) - 1  # at the largest loss every group has its cheapest choice
+    while low < high:
+        middle = (low + high) // 2
+        if cost_of(choices, _at(choices, float(losses[middle]))) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    return float(losses[low])
+
+
+def _at(choices: Sequence[Choices], threshold: float) -> list[int]:
+    """The cheapest choice of every group within the threshold; dense is one, and loses nothing."""
+    return [int((c.losses <= threshold).int().argmax()) for c in choices]
