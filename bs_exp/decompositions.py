@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -103,10 +103,8 @@ def decompose_missing(
         values = GroupStatistics(group=group, tokens=0)
         if statistics is not None:
             values = statistics.of(group, weight.device)
-        if values.gram is not None:
-            values = replace(values, gram=importance.reweight(values.gram))
         try:
-            decomposition = decompose(group, weight, whitening.metric(values))
+            decomposition = decompose(group, weight, whitening.metric(importance.reweight(values)))
         except (DecompositionError, LinAlgError) as error:
             raise DecompositionError(f"{group.name} ({', '.join(m.module for m in matrices)}): {error}") from error
         made[group] = cache.store(KIND, key, _tensors(decomposition))

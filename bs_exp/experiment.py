@@ -62,6 +62,7 @@ class Experiment:
         compressed = compress(dense, self.recipe, self.cache, recorder.journal)
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
+            update=dict(compressed.update),
             size=measure_size(dense, compressed, compressed.plan),
             provenance={**recorder.record.provenance, "calibration": dict(compressed.calibration)},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -64,8 +64,13 @@ class Journal:
         self.notes.append(message)
         self._print(f"[yellow]note:[/yellow] {escape(message)}")
 
-    def track(self, iterable: Iterable[Item], *, label: str, total: int | None = None) -> Iterator[Item]:
-        """The items, under a progress bar; the bar goes when they end, also if they end early."""
+    def track(
+        self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None
+    ) -> Iterator[Item]:
+        """The items, under a progress bar; the bar goes when they end, also if they end early.
+
+        A label that is a function is asked again after every item.
+        """
         if self.quiet or not self._console.is_terminal:
             yield from iterable
             return
@@ -74,11 +79,12 @@ class Journal:
         progress = self._progress = self._progress or self._new_progress()
         if outermost:
             progress.start()
-        task = progress.add_task(label, total=total)
+        title = label if callable(label) else lambda: label
+        task = progress.add_task(title(), total=total)
         try:
             for item in iterable:
                 yield item
-                progress.advance(task)
+                progress.update(task, advance=1, description=title())
         finally:
             progress.remove_task(task)
             if outermost:

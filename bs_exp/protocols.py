@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bs_exp.cache import Cache
+from bs_exp.journal import Journal
 from bs_exp.types import (
     Architecture,
     GroupStatistics,
+    LayerProfile,
     LoadedModel,
     Metric,
     RankPlan,
@@ -48,16 +49,24 @@ class Sharing(Protocol):
 
 
 class Importance(Protocol):
-    """Local importance: which channels count more in the metric."""
+    """Local importance: which channels count more in the metric.
 
-    needs: ClassVar[frozenset[Statistic]]
+    A strategy that re-weights needs a Gram, and a whitening that reads it. Predicted losses are then those of the
+    re-weighted metric, no longer errors of the outputs.
+    """
 
-    def reweight(self, gram: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
-        """The Gram with important channels amplified."""
+    @property
+    def needs(self) -> frozenset[Statistic]: ...
+
+    def reweight(self, statistics: GroupStatistics) -> GroupStatistics:
+        """The statistics with important channels amplified in the Gram; the given ones are not changed."""
 
 
 class Whitening(Protocol):
-    """In which metric the error of a group is measured."""
+    """In which metric the error of a group is measured.
+
+    Importance acts on the Gram: only a whitening that lists it in `needs` can be re-weighted.
+    """
 
     needs: ClassVar[frozenset[Statistic]]
 
@@ -79,15 +88,24 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
-    """All that an allocator may see: the groups' spectra, what ranks cost, and the share of parameters to keep."""
+    """All that an allocator may see: the groups' spectra, what ranks cost, and the share of parameters to keep.
+
+    `profile` holds what calibration found of the blocks, as far as the allocator `needs` it.
+    """
 
     spectra: tuple[Spectrum, ...]
     retain_ratio: float
     layout: Layout
+    profile: LayerProfile | None = None
 
 
 class Allocation(Protocol):
     """Who gets the ranks."""
+
+    needs: ClassVar[frozenset[Statistic]]
+
+    def check(self, groups: tuple[WeightGroup, ...], retain_ratio: float, layout: Layout) -> None:
+        """ConfigError if no plan is possible for these groups and this budget; asked before any work."""
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
         """A plan within the budget."""
@@ -116,8 +134,10 @@ class Schedule(Protocol):
 class Update(Protocol):
     """What happens to the factors after truncation."""
 
-    def apply(self, compressed: PreTrainedModel, dense: LoadedModel, calibration: Calibration) -> None:
-        """Changes the factors of the compressed model in place."""
+    def apply(
+        self, compressed: PreTrainedModel, dense: LoadedModel, calibration: Calibration, cache: Cache, journal: Journal
+    ) -> Mapping[str, Any]:
+        """Changes the factors of the compressed model in place; plain data on what was done, empty for nothing."""
 
 
 class Evaluator(Protocol):

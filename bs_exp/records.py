@@ -49,6 +49,7 @@ class RunRecord:
     finished: str | None = None
     error: Mapping[str, Any] | None = None  # type, message, stage, traceback
     plan: Mapping[str, Any] | None = None  # RankPlan.to_dict()
+    update: Mapping[str, Any] = field(default_factory=dict)  # what the update of the factors did, and its cost
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # dense, compressed
     size: Mapping[str, Any] = field(default_factory=dict)
     objective: float | None = None

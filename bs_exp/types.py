@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,11 @@ class Statistic(StrEnum):
     """What calibration can gather. A strategy lists what it `needs`; nothing else is collected."""
 
     GRAM = "gram"  # X^T X, one per input site
+    INPUT_MOMENTS = "input_moments"  # mean |x|, max |x| and mean x^4 by channel, one of each per input site
     OUTPUT_GRAM = "output_gram"  # g^T g with g = dLoss/dy at a matrix's output, one per matrix; costs a backward pass
+    SENSITIVITY = "sensitivity"  # ||dLoss/dW||_F / ||W||_F, summed over each block's matrices; costs a backward pass
+    BLOCK_OUTPUTS = "block_outputs"  # singular values of each block's outputs
+    WEIGHT_GRADIENT = "weight_gradient"  # E[(dLoss/dW)^2] summed over each row, one per matrix; costs a backward pass
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,27 @@ class WeightGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Moments of each input channel x over tokens (and layers): mean of |x|, maximum of |x|, mean of x^4, in fp64."""
+
+    absolute: Float[Tensor, " d_in"]
+    peak: Float[Tensor, " d_in"]
+    fourth: Float[Tensor, " d_in"]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightGradient:
+    """Squared loss gradients of a group's weights, averaged over calibration sequences (empirical Fisher), in fp64.
+
+    `rows` sums them over all columns of the group. `sensitivity` is the root of their sum per layer, in units of the
+    same over all layers of the matrix type: 1 is a layer like the others.
+    """
+
+    rows: Float[Tensor, " d_in"]
+    sensitivity: float
+
+
+@dataclass(frozen=True, eq=False)
 class GroupStatistics:
     """The statistics of one group: Grams are sums over tokens (and, for `gram`, over the group's layers), in fp64.
 
@@ -146,12 +171,30 @@ class GroupStatistics:
     tokens: int
     gram: Float[Tensor, "d_in d_in"] | None = None
     output_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    moments: InputMoments | None = None
+    weight_gradient: WeightGradient | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProfile:
+    """What calibration knows of whole blocks of the dense model, in fp64; what no strategy asked for is None.
+
+    `sensitivity` sums `||dLoss/dW||_F / ||W||_F` over a block's matrices. `output_singular_values` belong to the
+    outputs of a block (tokens x channels), falling.
+    """
+
+    sensitivity: Float[Tensor, " layers"] | None = None
+    output_singular_values: Mapping[int, Float[Tensor, " channels"]] | None = None
 
 
 class LossUnit(StrEnum):
-    """What the predicted losses of a metric mean."""
+    """What the predicted losses of a metric mean.
 
-    OUTPUT_NORM = "output_norm"  # ||X dW||_F on the calibration inputs (||dW||_F where nothing is whitened)
+    A norm is that of the outputs only with the plain Gram as metric (whitening `gram`, importance `none`). Elsewhere it
+    is the error in the metric itself: in the weights, in scaled weights, or on inputs whose channels are re-weighted.
+    """
+
+    OUTPUT_NORM = "output_norm"  # ||S dW||_F; with whitening by the plain Gram ||X dW||_F on the calibration inputs
     NATS = "nats"  # increase of the mean token loss, to second order
 
 
@@ -159,7 +202,8 @@ class LossUnit(StrEnum):
 class Metric:
     """The norm `||S dW R||_F` in which a group's error is measured; None is the identity. All in fp64.
 
-    `whitener` S is upper triangular with `S^T S = Gram + ridge * I`; `right` holds, by layer, a lower triangular R with
+    `whitener` S is upper triangular with `S^T S = M + ridge * I`, where M is the Gram, possibly re-weighted, or what
+    else the whitening puts in its place; `right` holds, by layer, a lower triangular R with
     `R R^T = output Gram + damping * I` (`damping` is the largest of the layers').
     """
 
@@ -309,10 +353,11 @@ class CompressedModel:
     """A compressed model and the plan it follows; untouched parameters are those of the dense model.
 
     `calibration` is the provenance of the windows that were used, empty if the recipe needed none; `rounds` are the
-    shares that were kept on the way, the last one being the plan's.
+    shares that were kept on the way, the last one being the plan's; `update` says what the update did to the factors.
     """
 
     module: PreTrainedModel
     plan: RankPlan
     calibration: Mapping[str, Any]
     rounds: tuple[float, ...]
+    update: Mapping[str, Any] = field(default_factory=dict)

@@ -17,6 +17,8 @@ from bs_exp.config import RootConfig, build, config_hash, explain, root_folder
 from bs_exp.errors import ConfigError
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
+from bs_exp.whitening.diagonal import DiagonalWhitening
+from bs_exp.whitening.fisher_rows import FisherRowsWhitening
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 
@@ -99,6 +101,9 @@ def test_sweep_composes(composed: Compose, sweep: str) -> None:
         ("svd", NoSharing, IdentityWhitening),
         ("svd_llm", NoSharing, GramWhitening),
         ("basis_sharing", AdjacentSharing, GramWhitening),
+        ("asvd", NoSharing, DiagonalWhitening),
+        ("fwsvd", NoSharing, FisherRowsWhitening),
+        ("dipsvd_local", NoSharing, GramWhitening),
     ],
 )
 def test_presets_are_the_published_methods(composed: Compose, preset: str, sharing: type, whitening: type) -> None:
@@ -175,6 +180,8 @@ def test_typo_gets_an_answer(composed: Compose, override: str, expected: list[st
         ("calibration.num_sequences=0", ["calibration.num_sequences", "0"]),
         ("calibration.order=backwards", ["calibration.order", "backwards", "sequential", "random"]),
         ("whitening.ridge=-1", ["whitening.ridge", "-1"]),
+        ("importance=channel importance.a=0", ["importance.a", "0", "at least 1"]),
+        ("whitening=diagonal importance=channel", ["ChannelImportance", "DiagonalWhitening", "importance=none"]),
         ("tracking.mode=sometimes", ["tracking.mode", "sometimes", "offline"]),
         ("calibration=text", ["calibration.files must be set"]),
         ("evaluation=text", ["evaluation.files must be set"]),
@@ -185,7 +192,7 @@ def test_typo_gets_an_answer(composed: Compose, override: str, expected: list[st
     ],
 )
 def test_wrong_value_gets_an_answer(composed: Compose, override: str, expected: list[str]) -> None:
-    cfg = composed(override)
+    cfg = composed(*override.split())
     with pytest.raises(Exception) as caught:  # of several libraries: the message is what counts
         build(cfg)
     message = explain(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache, Entry
 from bs_exp.errors import CacheError, ConfigError, DecompositionError
+from bs_exp.importance.adaptive_channel import AdaptiveChannelImportance
+from bs_exp.importance.channel import ChannelImportance
 from bs_exp.importance.none import NoImportance
+from bs_exp.importance.soft_channel import SoftChannelImportance
 from bs_exp.journal import Journal
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import module_of
@@ -24,6 +28,9 @@ from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
 from bs_exp.types import LoadedModel, TokenWindows
 from bs_exp.update.none import NoUpdate
+from bs_exp.whitening.block_diagonal import BlockDiagonalWhitening
+from bs_exp.whitening.diagonal import DiagonalWhitening
+from bs_exp.whitening.fisher_rows import FisherRowsWhitening
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 
@@ -168,6 +175,7 @@ def test_another_sharing_reuses_the_grams(tmp_path: Path) -> None:
         {"calibration": RandomTokens(batch_size=4)},
         {"whitening": GramWhitening(ridge=1e-3)},
         {"whitening": IdentityWhitening()},
+        {"importance": ChannelImportance(p=0.1, a=None, form="one_sided")},
     ],
     ids=repr,
 )
@@ -177,6 +185,55 @@ def test_what_decompositions_depend_on_is_in_their_key(tmp_path: Path, other: di
     second = Cache(tmp_path)
     compress(dense, replace(RECIPE, **other), second, Journal(quiet=True))  # type: ignore[arg-type]
     assert second.hits["decomposition"] == 0
+
+
+WHITENINGS = [
+    DiagonalWhitening(alpha=0.5, size="mean", epsilon=1e-6),
+    FisherRowsWhitening(ridge=1e-6),
+    BlockDiagonalWhitening(blocks=4, ridge=1e-6),
+]
+IMPORTANCES = [
+    ChannelImportance(p=0.1, a=None, form="one_sided"),
+    SoftChannelImportance(p=0.1, a=None, temperature=0.5, form="two_sided"),
+    AdaptiveChannelImportance(p=0.1, a_min=1.0, a_max=None, by="kurtosis", form="one_sided"),
+    AdaptiveChannelImportance(p=0.1, a_min=1.0, a_max=None, by="sensitivity", form="two_sided"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    "change", [*({"whitening": w} for w in WHITENINGS), *({"importance": i} for i in IMPORTANCES)], ids=repr
+)
+def test_every_metric_goes_all_the_way_and_another_ratio_is_free(family: str, change: dict[str, Any]) -> None:
+    dense, cache, ids = tiny_random(family), Cache(None), torch.arange(20)[None]
+    recipe = replace(RECIPE, **change)
+    plain = compress(dense, RECIPE, cache, Journal(quiet=True))
+    made = compress(dense, recipe, cache, Journal(quiet=True))
+    assert made.plan.retain_ratio == plain.plan.retain_ratio
+    with torch.no_grad():
+        logits = made.module(ids).logits
+        assert bool(logits.isfinite().all()) and not torch.equal(logits, plain.module(ids).logits)
+    misses = cache.misses.copy()
+    compress(dense, replace(recipe, retain_ratio=0.4), cache, Journal(quiet=True))
+    assert cache.misses == misses
+
+
+def test_a_factor_of_one_is_no_importance() -> None:
+    dense, ids = tiny_random(), torch.arange(20)[None]
+    plain = compress(dense, RECIPE, Cache(None), Journal(quiet=True))
+    for form in ("one_sided", "two_sided"):
+        off = ChannelImportance(p=0.1, a=1.0, form=form)
+        made = compress(dense, replace(RECIPE, importance=off), Cache(None), Journal(quiet=True))
+        assert made.plan == plain.plan
+        with torch.no_grad():
+            assert torch.equal(made.module(ids).logits, plain.module(ids).logits)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
+@pytest.mark.parametrize("whitening", [IdentityWhitening(), *WHITENINGS[:2]], ids=repr)
+def test_importance_that_cannot_act_is_refused(importance: Any, whitening: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{type(importance).__name__} re-weights the Gram.*importance=none"):
+        replace(RECIPE, importance=importance, whitening=whitening)
 
 
 def test_other_weights_are_another_key(tmp_path: Path) -> None:

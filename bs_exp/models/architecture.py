@@ -150,6 +150,11 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return trunk
 
 
+def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The blocks of a dense model, by layer."""
+    return tuple(block for _, block in _blocks(model))
+
+
 def _as_in_out(module: nn.Linear | Conv1D) -> Tensor:
     weight: Tensor = module.weight
     return weight if isinstance(module, Conv1D) else weight.T

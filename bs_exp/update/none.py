@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from bs_exp.cache import Cache
+from bs_exp.journal import Journal
 from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel
 
@@ -14,5 +18,7 @@ from bs_exp.types import LoadedModel
 class NoUpdate:
     """Nothing is updated."""
 
-    def apply(self, compressed: PreTrainedModel, dense: LoadedModel, calibration: Calibration) -> None:
-        return None
+    def apply(
+        self, compressed: PreTrainedModel, dense: LoadedModel, calibration: Calibration, cache: Cache, journal: Journal
+    ) -> Mapping[str, Any]:
+        return {}

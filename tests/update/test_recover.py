@@ -1,0 +1,346 @@
+"""Recovery trains the factors and nothing else, never for the worse, and to the same bits however often interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bs_exp.allocation.uniform import UniformAllocation
+from bs_exp.cache import Cache
+from bs_exp.errors import CalibrationError, ConfigError, DataError
+from bs_exp.hf_plugin import PivotedLinear, SharedLinear
+from bs_exp.importance.none import NoImportance
+from bs_exp.journal import Journal
+from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.layout.plain import PlainLayout
+from bs_exp.models.tiny import TinyRandom, tiny_random
+from bs_exp.pipeline import Recipe, compress
+from bs_exp.protocols import Layout
+from bs_exp.records import read_record
+from bs_exp.saving import save_model
+from bs_exp.schedule.single import SingleRound
+from bs_exp.sharing.adjacent import AdjacentSharing
+from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
+from bs_exp.update import distillation
+from bs_exp.update.distillation import find_factors, kl_divergence
+from bs_exp.update.none import NoUpdate
+from bs_exp.update.recover import KIND, Recovery
+from bs_exp.whitening.gram import GramWhitening
+
+QUIET = Journal(quiet=True)
+LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
+RECOVERY = Recovery(
+    steps=8,
+    batch_size=4,
+    accumulation=1,
+    learning_rate=0.02,
+    schedule="cosine",
+    warmup=0.1,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    temperature=1.0,
+    autocast="none",
+    holdout=0.2,
+    evaluate_every=2,
+    patience=None,
+    checkpoint_minutes=None,
+    seed=0,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Calibration on random tokens."""
+
+    count: int = 16
+    batch_size: int = 8
+
+    def windows(self, tokenizer: object) -> TokenWindows:
+        ids = torch.randint(0, 256, (self.count, 24), generator=torch.Generator().manual_seed(1))
+        return TokenWindows(ids=ids, provenance={"sha256": f"tokens-{self.count}"})
+
+
+def recipe(layout: Layout = LAYOUTS[0], update: Any = RECOVERY) -> Recipe:
+    return Recipe(
+        calibration=Tokens(),
+        sharing=AdjacentSharing(matrices=("q", "k", "v", "qkv", "up", "gate"), group_size=2),
+        whitening=GramWhitening(ridge=1e-6),
+        importance=NoImportance(),
+        allocation=UniformAllocation(),
+        layout=layout,
+        schedule=SingleRound(),
+        update=update,
+        retain_ratio=0.5,
+    )
+
+
+def recovered(
+    dense: LoadedModel, update: Any = RECOVERY, cache: Cache | None = None, **options: Any
+) -> CompressedModel:
+    return compress(dense, recipe(update=update, **options), cache or Cache(None), QUIET)
+
+
+def values(module: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_divergence_falls_and_only_factors_change(family: str, layout: Layout) -> None:
+    dense = tiny_random(family)
+    before = values(dense.module)
+    plain = recovered(dense, NoUpdate(), layout=layout)
+    made = recovered(dense, layout=layout)
+    report = made.update
+    assert report["held_out_kl_after"] < 0.95 * report["held_out_kl_before"]
+    assert same(before, values(dense.module))
+    assert made.plan == plain.plan and made.calibration == plain.calibration
+    factors, old, new = find_factors(made.module), values(plain.module), values(made.module)
+    changed = {name for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {
+        name for name, parameter in made.module.named_parameters(remove_duplicate=False)
+        if any(parameter is factor for factor in factors.values())
+    }  # fmt: skip
+    assert made.module.get_input_embeddings().weight is dense.module.get_input_embeddings().weight
+    assert all(p.requires_grad and p.grad is None for p in [*made.module.parameters(), *dense.module.parameters()])
+    kinds = {type(layer) for layer in made.module.modules()} & {SharedLinear, PivotedLinear}
+    assert kinds == {PivotedLinear if layout.name == "pivoted" else SharedLinear}
+
+
+def test_the_reported_divergence_is_that_of_the_result() -> None:
+    """Oracle: the held-out KL by torch's own categorical distributions."""
+    dense = tiny_random()
+    made = recovered(dense)
+    _, held_out = RECOVERY.split(Tokens().windows(None).ids)
+    with torch.no_grad():
+        ours, theirs = (torch.distributions.Categorical(logits=m(held_out).logits) for m in (dense.module, made.module))
+    measured = float(torch.distributions.kl_divergence(ours, theirs).mean())
+    assert made.update["held_out_kl_after"] == pytest.approx(measured, rel=1e-4)
+    assert made.update["held_out_kl_after"] == min(value for _, value in made.update["held_out_kl"])
+
+
+def test_a_shared_basis_stays_one_parameter() -> None:
+    module = recovered(tiny_random()).module
+    first, second, third = (layer.self_attn.q_proj for layer in module.model.layers)
+    assert first.basis is second.basis and first.basis is not third.basis
+    assert sum(name.endswith("basis") for name, _ in module.named_parameters()) == len(
+        {name for name in find_factors(module) if name.endswith("basis")}
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_the_saved_model_holds_the_trained_factors(layout: Layout, tmp_path: Path) -> None:
+    dense, ids = tiny_random(), torch.arange(20)[None]
+    made = recovered(dense, layout=layout)
+    folder = save_model(made.module, dense.tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, made.module(ids).logits)
+
+
+def test_same_seed_same_bits() -> None:
+    dense = tiny_random()
+    first, second = recovered(dense), recovered(dense)
+    assert same(values(first.module), values(second.module))
+    other = recovered(dense, replace(RECOVERY, seed=1))
+    assert not same(values(first.module), values(other.module))
+
+
+def test_zero_steps_change_nothing() -> None:
+    dense = tiny_random()
+    made = recovered(dense, replace(RECOVERY, steps=0))
+    assert same(values(made.module), values(recovered(dense, NoUpdate()).module))
+    assert made.update["steps"] == 0
+
+
+def test_a_dense_model_has_nothing_to_train() -> None:
+    journal = Journal(quiet=True)
+    made = compress(tiny_random(), replace(recipe(), retain_ratio=1.0), Cache(None), journal)
+    assert made.update["steps"] == 0 and "recovery: there are no factors to train" in journal.notes
+
+
+def test_training_that_does_harm_is_undone() -> None:
+    dense, journal = tiny_random(), Journal(quiet=True)
+    harmful = replace(RECOVERY, learning_rate=10.0, warmup=0.0, schedule="constant", clip_norm=None, patience=2)
+    made = compress(dense, recipe(update=harmful), Cache(None), journal)
+    assert same(values(made.module), values(recovered(dense, NoUpdate()).module))
+    assert made.update["held_out_kl_after"] == made.update["held_out_kl_before"]
+    assert made.update["steps"] == 4  # two evaluations without gain
+    assert any("stay as they were" in note for note in journal.notes)
+
+
+@dataclass
+class Interrupting(Journal):
+    """Ctrl-C in front of a step."""
+
+    quiet: bool = True
+    steps: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def track(self, iterable: Any, *, label: str | Callable[[], str], total: int | None = None) -> Iterator[Any]:
+        for done, item in enumerate(iterable):
+            if callable(label) and done == self.steps:
+                raise KeyboardInterrupt
+            yield item
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_interrupted_recovery_goes_on_to_the_same_bits(dtype: str, tmp_path: Path) -> None:
+    dense = TinyRandom(dtype=dtype).load()
+    update = replace(RECOVERY, checkpoint_minutes=0.0)
+    whole = recovered(dense, update)
+    for steps in (3, 2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(dense, recipe(update=update), Cache(tmp_path), Interrupting(steps=steps))
+    journal = Journal(quiet=True)
+    resumed = compress(dense, recipe(update=update), Cache(tmp_path), journal)
+    assert "recovery: 5 of 8 steps came from the cache" in journal.notes
+    assert same(values(whole.module), values(resumed.module))
+    assert resumed.update["held_out_kl"] == whole.update["held_out_kl"]
+    assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
+    # Once finished, it is found: nothing is trained again, and only the result stays on disk.
+    again = compress(dense, recipe(update=update), Cache(tmp_path), Interrupting(steps=0))
+    assert same(values(whole.module), values(again.module))
+    [file] = (tmp_path / KIND).iterdir()
+    stored = sum(f.numel() * f.element_size() for f in find_factors(whole.module).values())
+    assert stored < file.stat().st_size < 1.5 * stored
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.01}, {"seed": 1}, {"steps": 7}, {"temperature": 2.0}])
+def test_other_settings_are_another_training(changes: dict[str, Any], tmp_path: Path) -> None:
+    dense = tiny_random()
+    recovered(dense, cache=Cache(tmp_path))
+    cache = Cache(tmp_path)
+    recovered(dense, replace(RECOVERY, **changes), cache)
+    assert (cache.hits[KIND], cache.misses[KIND]) == (0, 1)
+    same_result = Cache(tmp_path)
+    recovered(dense, replace(RECOVERY, checkpoint_minutes=1.0), same_result)
+    assert (same_result.hits[KIND], same_result.misses[KIND]) == (1, 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_factors_are_trained_in_fp32(dtype: str) -> None:
+    """Steps far below what the stored dtype can resolve add up."""
+    dense = TinyRandom(dtype=dtype).load()
+    small = replace(RECOVERY, steps=40, learning_rate=5e-4, schedule="constant", evaluate_every=10)
+    made = recovered(dense, small)
+    assert made.update["held_out_kl_after"] < 0.98 * made.update["held_out_kl_before"]
+    assert {p.dtype for p in made.module.parameters()} == {dense.module.dtype}
+
+
+def test_accumulation_changes_rounding_alone() -> None:
+    dense = tiny_random()
+    dense.module.double()
+    whole, parts = recovered(dense), recovered(dense, replace(RECOVERY, accumulation=3))
+    for name, value in values(whole.module).items():
+        torch.testing.assert_close(values(parts.module)[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_autocast_recovers_too() -> None:
+    report = recovered(tiny_random(), replace(RECOVERY, autocast="bfloat16")).update
+    assert report["held_out_kl_after"] < 0.9 * report["held_out_kl_before"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_in_pieces(temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "_LOGITS", 20)  # pieces of two tokens, the last of one
+    random = torch.Generator().manual_seed(0)
+    logits, target = (3.0 * torch.randn(3, 3, 10, generator=random).to(dtype) for _ in range(2))
+    logits.requires_grad_()
+    ours, theirs = (torch.distributions.Categorical(logits=x.double() / temperature) for x in (target, logits))
+    expected = temperature**2 * torch.distributions.kl_divergence(ours, theirs).sum()
+    [gradient] = torch.autograd.grad(expected, logits)
+    measured = kl_divergence(logits, target, temperature)
+    assert measured.item() == pytest.approx(expected.item(), rel=1e-5)
+    [own] = torch.autograd.grad(measured, logits)
+    torch.testing.assert_close(own, gradient)
+
+
+def test_a_divergence_that_is_not_a_number_names_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    real = kl_divergence
+
+    def nan_later(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return real(logits, target, temperature) * (float("nan") if calls == 5 else 1.0)
+
+    dense = tiny_random()
+    monkeypatch.setattr(distillation, "kl_divergence", nan_later)
+    # One call measures the held-out windows before the first step.
+    with pytest.raises(CalibrationError, match=r"loss of step 2 is nan\..*update\.learning_rate \(now 0\.02\)"):
+        recovered(dense, replace(RECOVERY, accumulation=2))
+    assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    settings = replace(RECOVERY, steps=100, warmup=0.1)
+    rates = [settings.rate(step) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == rates[10] == 1.0 and 0.0 < rates[-1] < 0.001
+    assert replace(settings, schedule="linear").rate(55) == pytest.approx(0.5)
+    assert replace(settings, schedule="constant").rate(99) == 1.0
+
+
+def test_every_training_window_is_seen_once_per_epoch_and_no_held_out_one() -> None:
+    ids = torch.arange(10)[:, None].expand(10, 4)
+    training, held_out = RECOVERY.split(ids)
+    assert sorted([*training[:, 0].tolist(), *held_out[:, 0].tolist()]) == list(range(10)) and len(held_out) == 2
+    epochs = RECOVERY.batches(8).flatten().view(-1, 8)
+    assert all(sorted(epoch.tolist()) == list(range(8)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_one_window_is_too_few() -> None:
+    with pytest.raises(DataError, match="at least 2 calibration windows"):
+        compress(tiny_random(), replace(recipe(), calibration=Tokens(count=1)), Cache(None), QUIET)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": -1},
+        {"batch_size": 0},
+        {"accumulation": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"schedule": "cosinus"},
+        {"warmup": 1.0},
+        {"weight_decay": -0.1},
+        {"clip_norm": 0.0},
+        {"temperature": 0.0},
+        {"autocast": "float16"},
+        {"holdout": 0.0},
+        {"holdout": 1.0},
+        {"evaluate_every": 0},
+        {"patience": 0},
+        {"checkpoint_minutes": -1.0},
+        {"seed": -1},
+    ],
+    ids=repr,
+)
+def test_settings_out_of_range_name_themselves(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))} must"):
+        replace(RECOVERY, **wrong)
+
+
+def test_a_run_records_what_recovery_did(cli: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path) -> None:
+    settings = ("experiment=basis_sharing", "retain_ratio=0.5", "update=recover", "update.steps=6")
+    done = cli(*tiny, *settings, "update.evaluate_every=3", f"hydra.run.dir={tmp_path}/out")
+    assert done.status == 0, done.err
+    record = read_record(tmp_path / "out")
+    assert record.update["steps"] == 6
+    assert record.update["held_out_kl_after"] < record.update["held_out_kl_before"]
+    assert "recovery: held-out KL" in done.err and record.timings["update"] > 0
