@@ -15,7 +15,7 @@ from bs_exp import environment
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import measure_size
-from bs_exp.pipeline import Recipe, compress
+from bs_exp.pipeline import Recipe, compress, prepare
 from bs_exp.protocols import Evaluator, ModelSource, Tracker
 from bs_exp.recording import Recorder
 from bs_exp.saving import save_model
@@ -57,9 +57,10 @@ class Experiment:
 
     def _compare(self, recorder: Recorder) -> float | None:
         dense = self._load(recorder)
+        preparation = prepare(dense, self.recipe, recorder.journal)
         dense_metrics = self._evaluate(dense, "dense", recorder)
         objective = self._objective_name(dense_metrics)
-        compressed = compress(dense, self.recipe, self.cache, recorder.journal)
+        compressed = compress(dense, self.recipe, self.cache, recorder.journal, preparation)
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
             update=dict(compressed.update),

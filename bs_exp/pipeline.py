@@ -14,7 +14,7 @@ from bs_exp.calibration.profile import profile_blocks
 from bs_exp.calibration.statistics import calibrate, statistics_key
 from bs_exp.corpora.windows import check_fits
 from bs_exp.decompositions import KIND, Decompositions, decompose_missing, decomposition_keys
-from bs_exp.errors import ConfigError
+from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.journal import Journal
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import (
@@ -102,16 +102,39 @@ class ReadOnce:
         return self._windows
 
 
-def compress(dense: LoadedModel, recipe: Recipe, cache: Cache, journal: Journal) -> CompressedModel:
+@dataclass(frozen=True, eq=False)
+class Preparation:
+    """What a recipe makes of a model before any work: who shares with whom, and the calibration windows."""
+
+    groups: tuple[WeightGroup, ...]
+    calibration: ReadOnce
+
+
+def prepare(dense: LoadedModel, recipe: Recipe, journal: Journal) -> Preparation:
+    """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work."""
+    with journal.stage("group"):
+        groups = recipe.sharing.groups(dense.architecture)
+        recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
+    calibration = ReadOnce(recipe.calibration, dense, journal)
+    if recipe.needs:
+        try:
+            calibration.windows(dense.tokenizer)
+        except BsExpError as error:
+            error.add_note("This is about the calibration text and its windows (calibration=...).")
+            raise
+    return Preparation(groups, calibration)
+
+
+def compress(
+    dense: LoadedModel, recipe: Recipe, cache: Cache, journal: Journal, preparation: Preparation | None = None
+) -> CompressedModel:
     """A compressed twin of `dense`, within the recipe's retain ratio; untouched parameters are shared with it.
 
     Every round of the schedule takes its statistics on the model compressed so far, and factorises the original
     weights.
     """
-    with journal.stage("group"):
-        groups = recipe.sharing.groups(dense.architecture)
-        recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
-    calibration = ReadOnce(recipe.calibration, dense, journal)
+    prepared = preparation or prepare(dense, recipe, journal)
+    groups, calibration = prepared.groups, prepared.calibration
     windows = calibration.windows(dense.tokenizer) if recipe.needs else None
     profile = None
     if windows and recipe.allocation.needs:
