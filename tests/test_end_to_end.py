@@ -59,16 +59,17 @@ def test_contract_as_others_script_it(tmp_path: Path, texts: Path) -> None:
     assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("preset", ["svd", "svd_llm", "basis_sharing"])
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_preset_runs(cli: Cli, tiny: Tiny, tmp_path: Path, preset: str) -> None:
-    done = cli(*tiny, f"experiment={preset}", "hydra.run.dir=out")
+    few_steps = ["update.steps=4", "update.evaluate_every=2"] if preset == "best_recovered" else []
+    done = cli(*tiny, f"experiment={preset}", "hydra.run.dir=out", *few_steps)
     assert done.status == 0, done.err
     assert f"{preset}: completed" in done.out
     record = read_record(tmp_path / "out")
     assert record.name == preset
     assert record.objective == record.metrics["compressed"]["ppl/text"]
     shared = [g for g in record.plan["groups"] if len(g["layers"]) > 1]  # type: ignore[index]
-    assert bool(shared) == (preset == "basis_sharing")
+    assert bool(shared) == (preset in ("basis_sharing", "drank"))
 
 
 def test_record_tells_where_its_numbers_come_from(cli: Cli, tiny: Tiny, texts: Path, tmp_path: Path) -> None:
