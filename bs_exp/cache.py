@@ -1,8 +1,8 @@
 """Tensors on disk under a key of their content, so that what was computed once is never computed again.
 
 A stale hit is impossible: the key is a hash of everything the tensors depend on, and the file repeats it. A truncated
-file is impossible to use: files are written under a temporary name, synced and renamed, and safetensors refuses a file
-whose size does not fit its header.
+file is impossible to use: files are written under a temporary name, synced and renamed, and their content is compared
+with its checksum when a process first opens them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import hashlib
 import json
 import os
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bs_exp.errors import CacheError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def content_key(**parts: Any) -> str:
@@ -84,6 +86,7 @@ class Cache:
     misses: Counter[str] = field(default_factory=Counter)
     damaged: Counter[str] = field(default_factory=Counter)
     _memory: dict[tuple[str, str], MemoryEntry] = field(default_factory=dict)
+    _verified: set[Path] = field(default_factory=set)
 
     def find(self, kind: str, key: str) -> Entry | None:
         """The entry under a key, or None. A damaged file counts as absent, and is overwritten by the next `store`."""
@@ -102,7 +105,8 @@ class Cache:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"key": key})
+            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(stored, temporary, {"key": key, **{name: _checksum(tensor) for name, tensor in stored.items()}})
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -126,10 +130,19 @@ class Cache:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                intact = (file.metadata() or {}).get("key") == key
+                metadata = file.metadata() or {}
+                intact = metadata.get("key") == key
+                if intact and path not in self._verified:
+                    intact = all(_checksum(file.get_tensor(name)) == metadata.get(name) for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError):
             intact = False
         if not intact:
             self.damaged[kind] += 1
             return None
+        self._verified.add(path)
         return FileEntry(path)
+
+
+def _checksum(tensor: Tensor) -> str:
+    """CRC-32 of the bytes: against bad disks and power cuts, not against malice."""
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"

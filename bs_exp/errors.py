@@ -27,6 +27,10 @@ class DecompositionError(BsExpError):
     """A group whose weights or Gram cannot be factorised."""
 
 
+class SaveError(BsExpError, OSError):
+    """The compressed model cannot be written."""
+
+
 class CacheError(BsExpError):
     """The cache folder cannot be written."""
 

@@ -13,7 +13,7 @@ from datasets.utils import logging as datasets_logging
 
 from bs_exp import environment
 from bs_exp.cache import Cache
-from bs_exp.errors import ConfigError
+from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.pipeline import Recipe, compress, prepare
 from bs_exp.protocols import Evaluator, ModelSource, Tracker
@@ -86,7 +86,11 @@ class Experiment:
         metrics: dict[str, Any] = {}
         for name, evaluator in self.evaluators.items():
             with recorder.journal.stage(f"{name} ({label})"):
-                found = evaluator.evaluate(model)
+                try:
+                    found = evaluator.evaluate(model)
+                except BsExpError as error:
+                    error.add_note(f"This is about the evaluation, its part {name!r} (evaluation=...).")
+                    raise
             if twice := sorted(metrics.keys() & found.keys()):
                 raise ConfigError(f"Two evaluators report {twice[0]}, one of them {name}; name their corpora apart.")
             metrics.update(found)

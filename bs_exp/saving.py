@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp import hf_plugin
-from bs_exp.errors import ConfigError
+from bs_exp.errors import ConfigError, SaveError
 from bs_exp.replacement import is_factorised
 
 _CONFIG = "config.json"
@@ -24,6 +25,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     folder = Path(folder).absolute()
     _check_replaceable(folder)
+    try:
+        _write(model, tokenizer, folder)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"Cannot write the model to {folder}: {error}. Nothing half-written is left. "
+            "Free some space, or name another folder (hydra.run.dir=DIR)."
+        ) from error
+    return folder
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target: a rename must not cross file systems.
     with tempfile.TemporaryDirectory(
@@ -36,7 +48,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         if folder.exists():
             folder.rename(Path(scratch, "old"))
         written.rename(folder)
-    return folder
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -18,6 +18,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What a matrix does in its block; `models/roles.yaml` says which names mean which.
+MATRIX_TYPES = (
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "o",
+    "gate",
+    "up",
+    "gate_up",
+    "down",
+    "q_a",
+    "q_b",
+    "kv_a",
+    "kv_b",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+)
+
 
 class Statistic(StrEnum):
     """What calibration can gather. A strategy lists what it `needs`; nothing else is collected."""

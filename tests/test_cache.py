@@ -51,6 +51,17 @@ def test_a_truncated_file_is_a_miss_and_is_replaced(tmp_path: Path, keep: float)
     assert entry is not None and torch.equal(entry.tensor("a"), TENSORS["a"])
 
 
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+def test_a_file_with_a_changed_byte_is_a_miss(tmp_path: Path, byte: int) -> None:
+    Cache(tmp_path).store("gram", "k", TENSORS)
+    [path] = (tmp_path / "gram").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-20] = byte if content[-20] != byte else 0x7F
+    path.write_bytes(content)
+    cache = Cache(tmp_path)
+    assert cache.find("gram", "k") is None and cache.damaged["gram"] == 1
+
+
 def test_a_file_under_another_name_is_not_trusted(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     cache.store("gram", "old", TENSORS)

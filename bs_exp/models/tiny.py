@@ -28,11 +28,11 @@ _BASE = {
     "num_attention_heads": 4,
     "num_hidden_layers": 3,
     "intermediate_size": 48,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
 }
 _GROUPED = {**_BASE, "num_key_value_heads": 2}
 _HEAD_DIM = {**_GROUPED, "head_dim": 8}
-_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 48, "n_positions": 128}
+_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 48, "n_positions": 512}
 
 # Hugging Face model type -> settings of its config class. A new family for the tests is a row here.
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -49,7 +49,7 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 4,
         "num_hidden_layers": 3,
         "ffn_dim": 48,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
     },
     "gpt2": _GPT,
     "gpt_neox": _BASE,

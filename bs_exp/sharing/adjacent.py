@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
+from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError
-from bs_exp.types import Architecture, WeightGroup
+from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,7 @@ class AdjacentSharing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrices", tuple(self.matrices))
-        if self.group_size < 1:
-            raise ConfigError(f"sharing.group_size must be at least 1, got {self.group_size}; 1 turns sharing off.")
+        check_at_least(1, group_size=self.group_size)
         if not self.matrices:
             raise ConfigError("sharing.matrices is empty: name matrix types such as [q, k, v], or use sharing=none.")
 
@@ -36,6 +36,11 @@ class AdjacentSharing:
             raise ConfigError(
                 f"sharing.group_size must be between 1 and {architecture.num_layers} (layers of this "
                 f"{architecture.family} model), got {self.group_size}; 1 turns sharing off."
+            )
+        if unknown := sorted(set(self.matrices) - set(MATRIX_TYPES)):
+            raise ConfigError(
+                f"sharing.matrices: {', '.join(unknown)} is no matrix type. Matrix types: {', '.join(MATRIX_TYPES)}; "
+                f"this model has {', '.join(architecture.matrix_types)}."
             )
         if not set(self.matrices) & set(architecture.matrix_types):
             raise ConfigError(

@@ -167,9 +167,9 @@ def model() -> LoadedModel:
 
 
 def test_windows_longer_than_the_context_do_not_fit(model: LoadedModel) -> None:
-    check_fits(cut_windows("x" * 128, TOKENIZER, sequence_length=128), model)
-    with pytest.raises(ConfigError, match="sequence_length is 129, but the model has 128 positions"):
-        check_fits(cut_windows("x" * 129, TOKENIZER, sequence_length=129), model)
+    check_fits(cut_windows("x" * 512, TOKENIZER, sequence_length=512), model)
+    with pytest.raises(ConfigError, match="sequence_length is 513, but the model has 512 positions"):
+        check_fits(cut_windows("x" * 513, TOKENIZER, sequence_length=513), model)
 
 
 def test_a_tokenizer_of_another_model_does_not_fit(model: LoadedModel) -> None:

@@ -74,7 +74,8 @@ def _log_likelihood(model: LoadedModel, context: str, continuation: str) -> floa
     encode = model.tokenizer
     given, scored = encode(context)["input_ids"], encode(f" {continuation}")["input_ids"]
     # The harness cuts from the left what the model has no positions for.
-    ids: Tensor = torch.tensor([(given + scored)[-129:]])
+    longest = model.module.config.max_position_embeddings + 1
+    ids: Tensor = torch.tensor([(given + scored)[-longest:]])
     with torch.no_grad():
         log_probabilities = model.module(ids[:, :-1]).logits[0].double().log_softmax(-1)
     return float(log_probabilities[-len(scored) :].gather(1, ids[0, -len(scored) :, None]).sum())

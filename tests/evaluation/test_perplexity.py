@@ -149,8 +149,8 @@ def test_bf16_models_are_measured_in_fp32(model: LoadedModel) -> None:
 
 
 def test_windows_longer_than_the_model_and_texts_too_short_are_refused(model: LoadedModel) -> None:
-    with pytest.raises(ConfigError, match="sequence_length is 200, but the model has 128 positions"):
-        _perplexity(sequence_length=200, corpora={"long": Fixed(TEXT * 9)}).evaluate(model)
+    with pytest.raises(ConfigError, match="sequence_length is 600, but the model has 512 positions"):
+        _perplexity(sequence_length=600, corpora={"long": Fixed(TEXT * 30)}).evaluate(model)
     with pytest.raises(DataError, match="66 tokens found, 128 needed"):
         _perplexity(sequence_length=128).evaluate(model)
 

@@ -55,8 +55,8 @@ def test_runs_are_counted() -> None:
 
 
 def test_lengths_beyond_the_context_are_refused() -> None:
-    with pytest.raises(ConfigError, match="add up to 129 tokens, but the model has 128 positions"):
-        _throughput(prompt_length=100, generated_length=29).evaluate(tiny_random("llama"))
+    with pytest.raises(ConfigError, match="add up to 513 tokens, but the model has 512 positions"):
+        _throughput(prompt_length=500, generated_length=13).evaluate(tiny_random("llama"))
 
 
 @pytest.mark.parametrize("name", ["batch_size", "prompt_length", "generated_length", "repeats"])

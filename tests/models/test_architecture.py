@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.architecture import backbone, find_architecture, module_of, read_roles, weight_of
 from bs_exp.models.tiny import FAMILIES, tiny_random
-from bs_exp.types import LoadedModel
+from bs_exp.types import MATRIX_TYPES, LoadedModel
 
 LLAMA = {
     "q": ("attn_in", "self_attn.q_proj", 32, 32),
@@ -268,3 +268,7 @@ def test_a_replaced_layer_is_no_dense_layer() -> None:
     model.module.get_submodule("model.layers.1.self_attn").q_proj = nn.Identity()
     with pytest.raises(ModelError, match=r"model\.layers\.1\.self_attn\.q_proj is a Identity"):
         weight_of(model.module, matrix)
+
+
+def test_the_table_knows_exactly_the_matrix_types() -> None:
+    assert tuple(read_roles().sites) == MATRIX_TYPES

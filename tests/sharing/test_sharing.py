@@ -69,7 +69,11 @@ def test_group_size_out_of_range(size: int) -> None:
 
 
 def test_types_that_the_model_lacks() -> None:
-    with pytest.raises(ConfigError, match=r"\['query'\] names no matrix type .*'down'"):
-        AdjacentSharing(matrices=("query",), group_size=2).groups(architecture())
+    with pytest.raises(ConfigError, match=r"\['gate'\] names no matrix type .*'down'"):
+        AdjacentSharing(matrices=("gate",), group_size=2).groups(architecture())
+    with pytest.raises(ConfigError, match="gaet is no matrix type"):
+        AdjacentSharing(matrices=("q", "gaet"), group_size=2).groups(architecture())
+    with pytest.raises(ConfigError, match="whole number of at least 1, got 'two'"):
+        AdjacentSharing(matrices=("q",), group_size="two")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="empty"):
         AdjacentSharing(matrices=(), group_size=2)
