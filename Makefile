@@ -1,7 +1,7 @@
 # Every target makes the environment it needs: `make demo` works on a fresh machine.
 #
 #   PYTHON       interpreter, 3.11 or newer                         make demo PYTHON=python3.12
-#   TORCH_INDEX  extra package index, such as the one of CPU builds  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   TORCH_INDEX  extra package index for torch, such as the one of its CPU builds
 #   ARGS         more arguments for `demo` and `test`               make demo ARGS="retain_ratio=0.6"
 
 PYTHON ?= python3
