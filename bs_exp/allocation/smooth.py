@@ -139,7 +139,7 @@ def minimise(
     """Shares p with `weights @ p = target`, within bounds, of least `sum f(mean @ p) / F + smoothness |step @ p|^2`."""
     slopes = [curve.derivative() for curve in curves]
     start = np.full(mean.shape[1], target)
-    if min(target - bounds[0], bounds[1] - target) < 1e-3:  # the mean of all is all but on a bound, so all are
+    if min(target - bounds[0], bounds[1] - target) < 1e-9:  # the mean of all lies on a bound, so all do
         return start
     scale = sum(float(curve(target)) for curve in curves) or 1.0
 
@@ -149,17 +149,23 @@ def minimise(
         slope = np.array([float(slope(share)) for slope, share in zip(slopes, groups, strict=True)]) / scale
         return value + smoothness * float(steps @ steps), slope @ mean + 2.0 * smoothness * (steps @ step)
 
+    # Near a ratio of 1 the uniform plan loses almost nothing and slopes in its units are huge: SLSQP wants them near 1.
+    unit = 1.0 / max(1.0, float(np.abs(objective(start)[1]).max()))
+
+    def conditioned(shares: Vector) -> tuple[float, Vector]:
+        value, slope = objective(shares)
+        return unit * value, unit * slope
+
     found: Any = minimize(
-        objective,
+        conditioned,
         start,
         jac=True,
         method="SLSQP",
         bounds=[bounds] * len(start),
         constraints={"type": "eq", "fun": lambda p: weights @ p - target, "jac": lambda p: weights},
-        options={"maxiter": 1000, "ftol": 1e-9},
+        options={"maxiter": 1000, "ftol": 1e-9 * unit},
     )
-    # Status 8, no descent left within rounding: every iterate keeps the constraints, so this is an end too.
-    if not found.success and found.status != 8:
+    if not found.success:
         raise ConfigError(
             f"allocation=smooth found no optimum: SLSQP says {found.message!r} after {found.nit} steps. Change "
             f"allocation.smoothness (now {smoothness}) or the bounds (now {bounds[0]} and {bounds[1]})."
