@@ -114,7 +114,11 @@ def saved(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_fresh_process_gives_the_same_logits_bit_for_bit(dense: Dense, saved: Path) -> None:
     script = Path(__file__).with_name("load_with_plugin.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(hf_plugin.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(hf_plugin.__file__).parents[1]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     done = subprocess.run(
         [sys.executable, str(script), str(saved)], env=environment, capture_output=True, text=True, check=False
     )

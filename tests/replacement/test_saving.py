@@ -42,7 +42,11 @@ def saved(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_fresh(script: str, folder: Path, *flags: str, **environment: str) -> Any:
     """What a script prints in a process of its own, away from the repository and without a network."""
-    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     done = subprocess.run(
         [sys.executable, *flags, str(Path(__file__).with_name(script)), str(folder)],
         cwd=folder,
