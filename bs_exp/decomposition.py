@@ -56,11 +56,7 @@ def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric:
     S at all). Either way `basis @ coefficients` is the weight itself, since U or V is orthogonal whatever its accuracy.
     Raises DecompositionError if the weight is not finite.
     """
-    weight = weight.double()
-    if not bool(weight.isfinite().all()):
-        raise DecompositionError("the weight holds NaN or infinite entries.")
-    scaled = _by_layer(group, weight, metric, lambda block, right: block @ right)
-    whitened = scaled if metric.whitener is None else metric.whitener @ scaled
+    scaled, whitened = _whitened(group, weight, metric)
     if weight.shape[0] <= weight.shape[1]:
         left = torch.linalg.eigh(whitened @ whitened.mT).eigenvectors.flip(1)
         basis_t = _unwhiten(left, metric).mT
@@ -87,6 +83,26 @@ def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric:
     return Decomposition(spectrum=spectrum, basis_t=basis_t, coefficients=coefficients)
 
 
+def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Spectrum:
+    """The spectrum alone, from eigenvalues: for comparing many candidate groups of which few are factorised.
+
+    Errors of the square roots are at `sqrt(eps)` of the largest singular value, and squared losses in the unit of a
+    norm include the share of the ridge, which `decompose` takes out.
+    Raises DecompositionError if the weight is not finite.
+    """
+    _, whitened = _whitened(group, weight, metric)
+    square = whitened @ whitened.mT if whitened.shape[0] <= whitened.shape[1] else whitened.mT @ whitened
+    squares = torch.linalg.eigvalsh(square).flip(0).clamp_min(0.0)
+    return Spectrum(
+        group=group,
+        singular_values=squares.sqrt(),
+        energies=squares / 2.0 if metric.unit is LossUnit.NATS else squares,
+        ridge=metric.ridge,
+        unit=metric.unit,
+        damping=metric.damping,
+    )
+
+
 def split_by_layer(
     group: WeightGroup, basis_t: Float[Tensor, "rank d_in"], coefficients: Float[Tensor, "rank columns"]
 ) -> SharedFactors:
@@ -104,6 +120,15 @@ def truncate(decomposition: Decomposition, rank: int) -> SharedFactors:
     if not 1 <= rank <= group.full_rank:
         raise ValueError(f"rank of {group.name} must be between 1 and {group.full_rank}, got {rank}.")
     return split_by_layer(group, decomposition.basis_t[:rank], decomposition.coefficients[:rank])
+
+
+def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """`[W_1 R_1 .. W_n R_n]` and `S` times that, in fp64."""
+    weight = weight.double()
+    if not bool(weight.isfinite().all()):
+        raise DecompositionError("the weight holds NaN or infinite entries.")
+    scaled = _by_layer(group, weight, metric, lambda block, right: block @ right)
+    return scaled, scaled if metric.whitener is None else metric.whitener @ scaled
 
 
 def _shifted(gram: Tensor, damping: float) -> Tensor:

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import torch
-
-from bs_exp.cache import Cache, Entry, content_key
-from bs_exp.calibration.statistics import CalibrationStats
+from bs_exp.cache import Cache, Entry
 from bs_exp.decomposition import decompose, split_by_layer
 from bs_exp.errors import DecompositionError
 from bs_exp.journal import Journal
-from bs_exp.models.architecture import weight_of
-from bs_exp.protocols import Importance, Whitening
-from bs_exp.types import (
-    Decomposition,
-    GroupStatistics,
-    LoadedModel,
-    LossUnit,
-    RankPlan,
-    SharedFactors,
-    Spectrum,
-    WeightGroup,
-)
+from bs_exp.measures import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
+from bs_exp.types import RankPlan, SharedFactors, Spectrum, WeightGroup
 
 KIND = "decomposition"
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +24,7 @@ class Decompositions:
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
         """All spectra, in the order of the groups."""
-        return tuple(
-            Spectrum(
-                group=group,
-                singular_values=entry.tensor("singular_values"),
-                energies=entry.tensor("energies"),
-                ridge=float(entry.tensor("ridge")),
-                unit=LossUnit.NATS if bool(entry.tensor("nats")) else LossUnit.OUTPUT_NORM,
-                damping=float(entry.tensor("damping")),
-            )
-            for group, entry in self.entries.items()
-        )
+        return tuple(read_spectrum(group, entry) for group, entry in self.entries.items())
 
     def truncated(self, plan: RankPlan) -> Iterator[SharedFactors]:
         """The factors of a plan, one group at a time; groups that stay dense are left out."""
@@ -60,65 +36,27 @@ class Decompositions:
                 )
 
 
-def decomposition_keys(
-    model: LoadedModel,
-    groups: Iterable[WeightGroup],
-    *,
-    whitening: Whitening,
-    importance: Importance,
-    statistics: str | None,
-) -> dict[WeightGroup, str]:
-    """The cache key of each group: the weights, the statistics, and the strategies that make the metric from them."""
-    return {
-        group: content_key(
-            model=model.fingerprint,
-            device=model.device.type,
-            statistics=statistics,
-            whitening=repr(whitening),
-            importance=repr(importance) if statistics else None,
-            group=asdict(group),
-        )
-        for group in groups
-    }
+def decompose_groups(
+    groups: Iterable[WeightGroup], measures: GroupMeasures, cache: Cache, journal: Journal
+) -> Decompositions:
+    """The decompositions of groups, from the cache where it has them; the others are made one at a time and stored.
 
-
-def decompose_missing(
-    model: LoadedModel,
-    missing: Mapping[WeightGroup, str],
-    *,
-    whitening: Whitening,
-    importance: Importance,
-    statistics: CalibrationStats | None,
-    cache: Cache,
-    journal: Journal,
-) -> dict[WeightGroup, Entry]:
-    """Decomposes groups, one at a time, and stores each under its key.
-
+    Statistics are gathered only if some decomposition is missing.
     Raises DecompositionError, with the group's name, if its weights or its Gram cannot be factorised.
     """
-    made = {}
-    for group, key in journal.track(missing.items(), label="decomposing", total=len(missing)):
-        matrices = [model.architecture.by_position[group.matrix, layer] for layer in group.layers]
-        weight = torch.cat([weight_of(model.module, m).detach().double() for m in matrices], dim=1)
-        values = GroupStatistics(group=group, tokens=0)
-        if statistics is not None:
-            values = statistics.of(group, weight.device)
-        try:
-            decomposition = decompose(group, weight, whitening.metric(importance.reweight(values)))
-        except (DecompositionError, LinAlgError) as error:
-            raise DecompositionError(f"{group.name} ({', '.join(m.module for m in matrices)}): {error}") from error
-        made[group] = cache.store(KIND, key, _tensors(decomposition))
-    return made
-
-
-def _tensors(decomposition: Decomposition) -> dict[str, torch.Tensor]:
-    spectrum = decomposition.spectrum
-    return {
-        "basis_t": decomposition.basis_t.cpu(),
-        "coefficients": decomposition.coefficients.cpu(),
-        "singular_values": spectrum.singular_values.cpu(),
-        "energies": spectrum.energies.cpu(),
-        "ridge": torch.tensor(spectrum.ridge, dtype=torch.float64),
-        "nats": torch.tensor(spectrum.unit is LossUnit.NATS),
-        "damping": torch.tensor(spectrum.damping, dtype=torch.float64),
-    }
+    keys = {group: measures.key(group) for group in groups}
+    entries = {group: cache.find(KIND, key) for group, key in keys.items()}
+    missing = [group for group, entry in entries.items() if entry is None]
+    if missing:
+        measures.gather()
+    with journal.stage("decompose"):
+        for group in journal.track(missing, label="decomposing", total=len(missing)):
+            try:
+                found = decompose(group, measures.weight(group), measures.metric(group))
+            except (DecompositionError, LinAlgError) as error:
+                raise measures.failure(group, error) from error
+            factors = {"basis_t": found.basis_t.cpu(), "coefficients": found.coefficients.cpu()}
+            entries[group] = cache.store(KIND, keys[group], factors | spectrum_tensors(found.spectrum))
+    if count := len(keys) - len(missing):
+        journal.note(f"{count} of {len(keys)} decompositions came from the cache")
+    return Decompositions({group: entry for group, entry in entries.items() if entry is not None})

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from bs_exp.allocation.budget import check_retain_ratio
 from bs_exp.cache import Cache
 from bs_exp.calibration.profile import profile_blocks
-from bs_exp.calibration.statistics import calibrate, statistics_key
 from bs_exp.corpora.windows import check_fits
-from bs_exp.decompositions import KIND, Decompositions, decompose_missing, decomposition_keys
+from bs_exp.decompositions import decompose_groups
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.journal import Journal
+from bs_exp.measures import GroupMeasures
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import (
     Allocation,
@@ -25,10 +25,12 @@ from bs_exp.protocols import (
     Layout,
     Schedule,
     Sharing,
+    SharingProblem,
     Update,
     Whitening,
 )
 from bs_exp.replacement import replace_matrices, twin
+from bs_exp.sharing.none import singles
 from bs_exp.types import (
     CompressedModel,
     LayerProfile,
@@ -67,7 +69,7 @@ class Recipe:
     @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that the strategies ask for."""
-        return self.metric_needs | self.allocation.needs
+        return self.metric_needs | self.sharing.needs | self.allocation.needs
 
     @property
     def metric_needs(self) -> frozenset[Statistic]:
@@ -104,17 +106,21 @@ class ReadOnce:
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """What a recipe makes of a model before any work: who shares with whom, and the calibration windows."""
+    """What a recipe makes of a model before any work: who shares with whom, and the calibration windows.
 
-    groups: tuple[WeightGroup, ...]
+    Groups that depend on weights and statistics are not known yet.
+    """
+
+    groups: tuple[WeightGroup, ...] | None
     calibration: ReadOnce
 
 
 def prepare(dense: LoadedModel, recipe: Recipe, journal: Journal) -> Preparation:
     """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work."""
     with journal.stage("group"):
-        groups = recipe.sharing.groups(dense.architecture)
-        recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
+        recipe.sharing.check(dense.architecture)
+        groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
+        recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
     calibration = ReadOnce(recipe.calibration, dense, journal)
     if recipe.needs:
         try:
@@ -134,17 +140,23 @@ def compress(
     weights.
     """
     prepared = preparation or prepare(dense, recipe, journal)
-    groups, calibration = prepared.groups, prepared.calibration
+    calibration = prepared.calibration
     windows = calibration.windows(dense.tokenizer) if recipe.needs else None
     profile = None
     if windows and recipe.allocation.needs:
         with journal.stage("profile"):
             needs = recipe.allocation.needs
             profile = profile_blocks(dense, windows, calibration, needs=needs, cache=cache, journal=journal)
-    metric_windows = windows if recipe.metric_needs else None
-    current, rounds = dense, [1.0]
+    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, journal)
+    groups = prepared.groups
+    if groups is None:
+        measures.gather()
+        with journal.stage("group"):
+            groups = recipe.sharing.groups(_sharing_problem(dense, recipe, measures))
+            recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
+    rounds = [1.0]
     while True:
-        decompositions = decompose_groups(dense, current, groups, metric_windows, recipe, cache, journal)
+        decompositions = decompose_groups(groups, measures, cache, journal)
         with journal.stage("allocate"):
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe)
         with journal.stage("replace"):
@@ -156,10 +168,37 @@ def compress(
             break
         journal.note(f"round {len(rounds) - 1}: {plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}")
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
+        measures = _measures(dense, current, windows, recipe, recipe.metric_needs, cache, journal)
     with journal.stage("update"):
         report = recipe.update.apply(module, dense, calibration, cache, journal)
     return CompressedModel(
         module=module, plan=plan, calibration=calibration.provenance, rounds=tuple(rounds[1:]), update=report
+    )
+
+
+def _sharing_problem(dense: LoadedModel, recipe: Recipe, measures: GroupMeasures | None = None) -> SharingProblem:
+    return SharingProblem(dense.architecture, recipe.retain_ratio, recipe.layout, measures)
+
+
+def _measures(
+    dense: LoadedModel,
+    current: LoadedModel,
+    windows: TokenWindows | None,
+    recipe: Recipe,
+    needs: frozenset[Statistic],
+    cache: Cache,
+    journal: Journal,
+) -> GroupMeasures:
+    return GroupMeasures(
+        dense=dense,
+        current=current,
+        windows=windows if needs else None,
+        calibration=recipe.calibration,
+        needs=needs,
+        whitening=recipe.whitening,
+        importance=recipe.importance,
+        cache=cache,
+        journal=journal,
     )
 
 
@@ -171,42 +210,3 @@ def next_plan(spectra: tuple[Spectrum, ...], profile: LayerProfile | None, curre
 
     ratio = recipe.schedule.next_ratio(current, recipe.retain_ratio, lambda kept: plan_at(kept).predicted_loss)
     return plan_at(ratio)
-
-
-def decompose_groups(
-    dense: LoadedModel,
-    current: LoadedModel,
-    groups: tuple[WeightGroup, ...],
-    windows: TokenWindows | None,
-    recipe: Recipe,
-    cache: Cache,
-    journal: Journal,
-) -> Decompositions:
-    """Decompositions of the dense weights in the metric of the current model: from the cache where it has them.
-
-    Statistics are gathered only if some decomposition is missing.
-    """
-    statistics = statistics_key(current, windows, recipe.calibration.batch_size) if windows else None
-    keys = decomposition_keys(
-        dense, groups, whitening=recipe.whitening, importance=recipe.importance, statistics=statistics
-    )
-    found = {group: entry for group, key in keys.items() if (entry := cache.find(KIND, key)) is not None}
-    missing = {group: key for group, key in keys.items() if group not in found}
-    stats = None
-    if missing and windows:
-        with journal.stage("calibrate"):
-            needs = recipe.metric_needs
-            stats = calibrate(current, windows, recipe.calibration, needs=needs, cache=cache, journal=journal)
-    with journal.stage("decompose"):
-        made = decompose_missing(
-            dense,
-            missing,
-            whitening=recipe.whitening,
-            importance=recipe.importance,
-            statistics=stats,
-            cache=cache,
-            journal=journal,
-        )
-    if found:
-        journal.note(f"{len(found)} of {len(keys)} decompositions came from the cache")
-    return Decompositions({group: found.get(group) or made[group] for group in keys})

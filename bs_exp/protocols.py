@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.cache import Cache
@@ -41,10 +43,51 @@ class Corpus(Protocol):
         """The whole text, and its provenance (files, data set, revision, fingerprint)."""
 
 
-class Sharing(Protocol):
-    """Who shares a basis with whom."""
+class Measures(Protocol):
+    """What can be known of any group of matrices, on the model's device and in fp64."""
 
-    def groups(self, architecture: Architecture) -> tuple[WeightGroup, ...]:
+    def weight(self, group: WeightGroup) -> Float[Tensor, "d_in columns"]:
+        """The concatenated dense weights of a group."""
+
+    def statistics(self, group: WeightGroup) -> GroupStatistics:
+        """What calibration gathered for a group."""
+
+    def metric(self, group: WeightGroup) -> Metric:
+        """The metric that whitening and importance make of its statistics."""
+
+    def spectrum(self, group: WeightGroup) -> Spectrum:
+        """Its singular values in that metric, from eigenvalues alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class SharingProblem:
+    """All that a sharing strategy may see: the matrices, and what the run will do with the groups.
+
+    `measures` is there for strategies that are `measured`: the model's weights and statistics, group by group.
+    """
+
+    architecture: Architecture
+    retain_ratio: float
+    layout: Layout
+    measures: Measures | None = None
+
+
+class Sharing(Protocol):
+    """Who shares a basis with whom.
+
+    A strategy that is `measured` looks at weights and statistics, so its groups are known only after calibration.
+    `needs` are statistics beyond those that the metric is made of.
+    """
+
+    measured: ClassVar[bool]
+
+    @property
+    def needs(self) -> frozenset[Statistic]: ...
+
+    def check(self, architecture: Architecture) -> None:
+        """ConfigError if the settings do not fit the model; asked before any work."""
+
+    def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
         """Every targeted matrix in exactly one group."""
 
 

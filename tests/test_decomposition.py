@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bs_exp.decomposition import cholesky_whitener, decompose, truncate
+from bs_exp.decomposition import cholesky_whitener, decompose, spectrum_of, truncate
 from bs_exp.errors import DecompositionError
 from bs_exp.types import LossUnit, Metric, WeightGroup
 
@@ -196,3 +198,19 @@ def test_equal_output_weights_are_no_output_weights() -> None:
     same = {layer: 3.0 * torch.eye(12, dtype=torch.float64) for layer in group.layers}
     two = Metric(whitener=one.whitener, right=same, unit=LossUnit.NATS)
     torch.testing.assert_close(product(group, weight, one, 4), product(group, weight, two, 4))
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "size"), [(12, 9, 1), (12, 9, 3), (30, 8, 2)])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_eigenvalues_alone_give_the_spectrum_of_the_decomposition(
+    d_in: int, d_out: int, size: int, two_sided: bool
+) -> None:
+    group, weight, inputs = problem(d_in, d_out, size)
+    metric = gram_metric(inputs.T @ inputs)
+    if two_sided:
+        metric = replace(metric, right=output_factors(d_out, group.layers), unit=LossUnit.NATS)
+    alone, full = spectrum_of(group, weight, metric), decompose(group, weight, metric).spectrum
+    assert alone.singular_values.shape == full.singular_values.shape == (group.full_rank,)
+    torch.testing.assert_close(alone.singular_values, full.singular_values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone.energies, full.energies, rtol=1e-9, atol=1e-9)
+    assert alone.unit is full.unit

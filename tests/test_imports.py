@@ -19,6 +19,7 @@ FLOORS = (
     {"cache", "checks", "protocols", "hf_plugin", "journal", "records", "environment", "decomposition"},
     {"corpora", "models", "replacement", "demo", *STRATEGIES},
     {"calibration", "evaluation", "saving"},
+    {"measures"},
     {"decompositions", "recording", "report"},
     {"pipeline"},
     {"experiment"},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import ClassVar
 
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError
-from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup
+from bs_exp.protocols import SharingProblem
+from bs_exp.types import MATRIX_TYPES, Architecture, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +23,17 @@ class AdjacentSharing:
     matrices: tuple[str, ...]
     group_size: int
 
+    measured: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrices", tuple(self.matrices))
         check_at_least(1, group_size=self.group_size)
         if not self.matrices:
             raise ConfigError("sharing.matrices is empty: name matrix types such as [q, k, v], or use sharing=none.")
 
-    def groups(self, architecture: Architecture) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and layer.
-
-        Raises ConfigError if the group size exceeds the layers, or no listed type occurs in the model.
-        """
+    def check(self, architecture: Architecture) -> None:
+        """ConfigError if the group size exceeds the layers, or no listed type occurs in the model."""
         if self.group_size > architecture.num_layers:
             raise ConfigError(
                 f"sharing.group_size must be between 1 and {architecture.num_layers} (layers of this "
@@ -47,6 +49,11 @@ class AdjacentSharing:
                 f"sharing.matrices {list(self.matrices)} names no matrix type of this model, "
                 f"which has {list(architecture.matrix_types)}."
             )
+
+    def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
+        """All groups, by matrix type and layer."""
+        architecture = problem.architecture
+        self.check(architecture)
         groups = []
         for matrix in architecture.matrix_types:
             size = self.group_size if matrix in self.matrices else 1

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from bs_exp.types import Architecture, WeightGroup
+from bs_exp.protocols import SharingProblem
+from bs_exp.types import Architecture, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoSharing:
     """One group per matrix, as in SVD-LLM (2403.07378)."""
 
-    def groups(self, architecture: Architecture) -> tuple[WeightGroup, ...]:
-        return tuple(
-            WeightGroup(m.matrix, (m.layer,), m.d_in, m.d_out)
-            for matrix in architecture.matrix_types
-            for m in architecture.of_type(matrix)
-        )
+    measured: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def check(self, architecture: Architecture) -> None:
+        """Fits every model."""
+
+    def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
+        return singles(problem.architecture)
+
+
+def singles(architecture: Architecture) -> tuple[WeightGroup, ...]:
+    """Every matrix in a group of its own, by matrix type and layer."""
+    return tuple(
+        WeightGroup(m.matrix, (m.layer,), m.d_in, m.d_out)
+        for matrix in architecture.matrix_types
+        for m in architecture.of_type(matrix)
+    )

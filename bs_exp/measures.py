@@ -1,0 +1,133 @@
+"""What can be known of any group of matrices: its weight, its statistics, its metric, its spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bs_exp.cache import Cache, Entry, content_key
+from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistics_key
+from bs_exp.decomposition import spectrum_of
+from bs_exp.errors import DecompositionError
+from bs_exp.journal import Journal
+from bs_exp.models.architecture import weight_of
+from bs_exp.protocols import Calibration, Importance, Whitening
+from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, TokenWindows, WeightGroup
+
+SPECTRUM = "spectrum"
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+@dataclass(eq=False, kw_only=True)
+class GroupMeasures:
+    """Groups of the weights of `dense`, in the metric that the statistics of `current` give.
+
+    Statistics are gathered when something first asks for them, all that are in `needs` at once; without windows there
+    are none.
+    """
+
+    dense: LoadedModel
+    current: LoadedModel
+    windows: TokenWindows | None
+    calibration: Calibration
+    needs: Set[Statistic]
+    whitening: Whitening
+    importance: Importance
+    cache: Cache
+    journal: Journal
+
+    def gather(self) -> None:
+        """Gathers the statistics now, rather than when something asks for them."""
+        _ = self._statistics
+
+    def weight(self, group: WeightGroup) -> Float[Tensor, "d_in columns"]:
+        """The concatenated dense weights of a group, in fp64."""
+        matrices = [self.dense.architecture.by_position[group.matrix, layer] for layer in group.layers]
+        return torch.cat([weight_of(self.dense.module, m).detach().double() for m in matrices], dim=1)
+
+    def statistics(self, group: WeightGroup) -> GroupStatistics:
+        """The gathered statistics of a group, on the model's device; without calibration, none."""
+        if self._statistics is None:
+            return GroupStatistics(group=group, tokens=0)
+        return self._statistics.of(group, self.dense.device)
+
+    def metric(self, group: WeightGroup) -> Metric:
+        """The metric that whitening and importance make of a group's statistics."""
+        return self.whitening.metric(self.importance.reweight(self.statistics(group)))
+
+    def spectrum(self, group: WeightGroup) -> Spectrum:
+        """The spectrum of a group from eigenvalues alone, from the cache where it has it."""
+        key = self.key(group)
+        entry = self.cache.find(SPECTRUM, key)
+        if entry is None:
+            try:
+                found = spectrum_of(group, self.weight(group), self.metric(group))
+            except (DecompositionError, LinAlgError) as error:
+                raise self.failure(group, error) from error
+            entry = self.cache.store(SPECTRUM, key, spectrum_tensors(found))
+        return read_spectrum(group, entry)
+
+    def key(self, group: WeightGroup) -> str:
+        """Hash of the weights, the statistics, and the strategies that make the metric from them."""
+        return content_key(
+            model=self.dense.fingerprint,
+            device=self.dense.device.type,
+            statistics=self._statistics_key,
+            whitening=repr(self.whitening),
+            importance=repr(self.importance) if self._statistics_key else None,
+            group=asdict(group),
+        )
+
+    def failure(self, group: WeightGroup, error: Exception) -> DecompositionError:
+        """The error with the names of the modules that it is about."""
+        matrices = [self.dense.architecture.by_position[group.matrix, layer] for layer in group.layers]
+        return DecompositionError(f"{group.name} ({', '.join(m.module for m in matrices)}): {error}")
+
+    @cached_property
+    def _statistics_key(self) -> str | None:
+        # What a sharing strategy asks for besides does not change a decomposition.
+        if self.windows is None or not self.whitening.needs | self.importance.needs:
+            return None
+        return statistics_key(self.current, self.windows, self.calibration.batch_size)
+
+    @cached_property
+    def _statistics(self) -> CalibrationStats | None:
+        if self.windows is None:
+            return None
+        with self.journal.stage("calibrate"):
+            return calibrate(
+                self.current,
+                self.windows,
+                self.calibration,
+                needs=self.needs,
+                cache=self.cache,
+                journal=self.journal,
+            )
+
+
+def spectrum_tensors(spectrum: Spectrum) -> dict[str, Tensor]:
+    """A spectrum as tensors for the cache."""
+    return {
+        "singular_values": spectrum.singular_values.cpu(),
+        "energies": spectrum.energies.cpu(),
+        "ridge": torch.tensor(spectrum.ridge, dtype=torch.float64),
+        "nats": torch.tensor(spectrum.unit is LossUnit.NATS),
+        "damping": torch.tensor(spectrum.damping, dtype=torch.float64),
+    }
+
+
+def read_spectrum(group: WeightGroup, entry: Entry) -> Spectrum:
+    """The inverse of `spectrum_tensors`."""
+    return Spectrum(
+        group=group,
+        singular_values=entry.tensor("singular_values"),
+        energies=entry.tensor("energies"),
+        ridge=float(entry.tensor("ridge")),
+        unit=LossUnit.NATS if bool(entry.tensor("nats")) else LossUnit.OUTPUT_NORM,
+        damping=float(entry.tensor("damping")),
+    )
