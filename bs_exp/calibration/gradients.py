@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
+from bs_exp.models.architecture import trunks
+from bs_exp.models.feeding import feeder
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 
@@ -76,21 +78,21 @@ def gather_gradients(
 ) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
     """Tensors by statistic (of `ACCUMULATORS`) and module, from gradients of the token loss.
 
-    The labels are the text's own next tokens (empirical Fisher). No parameter gets a gradient: backward runs through
-    activations only. Products in fp32, accumulated in fp64 on the CPU. Hooks and `requires_grad` flags are as before
-    afterwards, whatever happened. Raises CalibrationError if gradients are not finite.
+    The loss is the model's own, on the text's own tokens (empirical Fisher). No parameter gets a gradient: backward
+    runs through activations only. Products in fp32, accumulated in fp64 on the CPU. Hooks and `requires_grad` flags
+    are as before afterwards, whatever happened. Large models compute their blocks twice instead of keeping all
+    activations. Raises CalibrationError if gradients are not finite.
     """
     matrices = model.architecture.matrices
     sums = {m.module: {s: ACCUMULATORS[s](m) for s in sorted(statistics)} for m in matrices}
     modules = {m.module: model.module.get_submodule(m.module) for m in matrices}
+    reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
-    with _activation_gradients(model.module):
+    with _activation_gradients(model.module), recomputed_blocks(model) if is_large(model) else nullcontext():
         for batch in journal.track(batches, label="gradients", total=len(batches)):
-            ids = batch.to(model.device)
-            with _hooks(modules, sums, ids.shape):
-                logits = model.module(input_ids=ids, use_cache=False).logits
-                predicted, labels = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
-                functional.cross_entropy(predicted, labels, reduction="sum").backward()
+            examples = reader.examples(batch.to(model.device))
+            with _hooks(modules, sums, examples.shapes):
+                examples.loss(model.module(**examples.inputs).logits, reduction="sum").backward()
     found = {s: {name: sums[name][s].tensors() for name in modules} for s in sorted(statistics)}
     if broken := [name for by_module in found.values() for name, tensors in by_module.items() if not _finite(tensors)]:
         raise CalibrationError(
@@ -104,28 +106,34 @@ def gather_gradients(
 def _activation_gradients(module: Any) -> Iterator[None]:
     """Gradients for activations and for no parameter: the embeddings' output starts the graph."""
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    embeddings: nn.Module = module.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda layer, arguments, output: output.requires_grad_())
+    # An encoder and a decoder look tokens up apart, though in one table.
+    embeddings: set[nn.Module] = {part.get_input_embeddings() for part in (module, *trunks(module))}
+    handles = [e.register_forward_hook(lambda layer, arguments, output: output.requires_grad_()) for e in embeddings]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 @contextmanager
 def _hooks(
-    modules: Mapping[str, nn.Module], sums: Mapping[str, Mapping[Statistic, Accumulator]], batch: torch.Size
+    modules: Mapping[str, nn.Module], sums: Mapping[str, Mapping[Statistic, Accumulator]], shapes: Sequence[torch.Size]
 ) -> Iterator[None]:
+    """Hooks for one batch; `shapes` are those that its sequences x positions may have."""
+
     def watch(accumulators: Sequence[Accumulator]) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             # Backward through activations alone does not keep the inputs, so they are kept only for who reads them.
             reads = any(accumulator.reads_inputs for accumulator in accumulators)
             inputs = arguments[0].detach() if reads else output.new_empty(0)
+            rows = output.numel() // output.shape[-1]
+            batch = next((shape for shape in shapes if shape.numel() == rows), shapes[0])
 
             def accumulate(gradients: Tensor) -> None:
                 for accumulator in accumulators:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
-from bs_exp.models.architecture import backbone
+from bs_exp.models.feeding import feeder, hidden_states
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 Grams = Mapping[str, Float[Tensor, "d_in d_in"]]
@@ -38,11 +38,11 @@ def gather_inputs(
     for matrix in model.architecture.matrices:
         sites[matrix.input_site].append(matrix)
     sums = {site: {s: ACCUMULATORS[s](m[0].d_in) for s in sorted(statistics)} for site, m in sites.items()}
-    network = backbone(model.module)
+    reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
     with torch.inference_mode(), _hooks(model.module, sites, sums):
         for batch in journal.track(batches, label="calibrating", total=len(batches)):
-            network(input_ids=batch.to(model.device), use_cache=False)
+            hidden_states(model.module, reader.inputs(batch.to(model.device)))
     found = {s: {site: sums[site][s].tensors() for site in sites} for s in sorted(statistics)}
     for site, matrices in sites.items():
         for by_site in found.values():
@@ -61,16 +61,18 @@ class Accumulator(Protocol):
 
 
 class GramSum:
-    """`gram`: `X^T X`."""
+    """`gram`: `X^T X`; `tokens`: the number of inputs."""
 
     def __init__(self, channels: int) -> None:
         self._gram = torch.zeros(channels, channels, dtype=torch.float64)
+        self._tokens = 0
 
     def add(self, rows: Tensor) -> None:
         self._gram += (rows.mT @ rows).double().cpu()
+        self._tokens += len(rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"gram": self._gram}
+        return {"gram": self._gram, "tokens": torch.tensor(self._tokens)}
 
 
 class MomentSums:

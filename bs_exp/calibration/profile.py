@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bs_exp.cache import Cache, content_key
+from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.calibration.statistics import statistics_key
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
-from bs_exp.models.architecture import backbone, blocks_of, module_of
+from bs_exp.models.architecture import blocks_of, module_of
+from bs_exp.models.feeding import feeder, hidden_states
 from bs_exp.protocols import Calibration
 from bs_exp.types import LayerProfile, LoadedModel, Statistic, TokenWindows
 
@@ -64,6 +65,7 @@ def gather_sensitivity(
     """
     sensitivity = torch.zeros(model.architecture.num_layers, dtype=torch.float64)
     layers = {module_of(model.module, m).weight: m.layer for m in model.architecture.matrices}
+    reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
 
     def measure(weight: Tensor) -> None:
@@ -73,11 +75,11 @@ def gather_sensitivity(
         sensitivity[layers[weight]] += float(weight.grad.float().norm()) / (size + 1e-8) / len(batches)
         weight.grad = None
 
-    with _gradients_of(model.module, tuple(layers), measure):
+    recompute = recomputed_blocks(model) if is_large(model) else nullcontext()
+    with _gradients_of(model.module, tuple(layers), measure), recompute:
         for batch in journal.track(batches, label="sensitivity", total=len(batches)):
-            ids = batch.to(model.device)
-            logits = model.module(input_ids=ids, use_cache=False).logits
-            functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+            examples = reader.examples(batch.to(model.device))
+            examples.loss(model.module(**examples.inputs).logits, reduction="mean").backward()
     if not bool(sensitivity.isfinite().all()):
         layer = int((~sensitivity.isfinite()).int().argmax())
         raise CalibrationError(
@@ -98,11 +100,11 @@ def gather_output_singular_values(
     """
     blocks = blocks_of(model.module)
     grams: dict[int, Tensor] = {}
-    network = backbone(model.module)
+    reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
     with torch.inference_mode(), _outputs(blocks, grams):
         for batch in journal.track(batches, label="block outputs", total=len(batches)):
-            network(input_ids=batch.to(model.device), use_cache=False)
+            hidden_states(model.module, reader.inputs(batch.to(model.device)))
     values = []
     for layer, gram in sorted(grams.items()):
         if not bool(gram.diagonal().isfinite().all()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration import gradients, grams
 from bs_exp.journal import Journal
+from bs_exp.models.feeding import check_has_logits, feeder
 from bs_exp.protocols import Calibration
 from bs_exp.types import (
     Architecture,
@@ -19,11 +20,14 @@ from bs_exp.types import (
     InputMoments,
     LoadedModel,
     Statistic,
+    Task,
     TokenWindows,
     WeightGradient,
     WeightGroup,
     WeightMatrix,
 )
+
+WITH_LOSS = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT, Statistic.SENSITIVITY})
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,7 @@ class CalibrationStats:
 
     architecture: Architecture
     tokens: int
+    predictions: int
     entries: Mapping[Statistic, Mapping[str, Entry]]
 
     def of(self, group: WeightGroup, device: torch.device) -> GroupStatistics:
@@ -42,8 +47,11 @@ class CalibrationStats:
         (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
         matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
         gram, output_grams, moments, gradient = None, None, None, None
+        tokens = self.tokens
         if found := self.entries.get(Statistic.GRAM):
             gram = _sum(found[m.input_site].tensor("gram").to(device) for m in matrices)
+            # An encoder and its decoder read different numbers of tokens.
+            tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
         if found := self.entries.get(Statistic.OUTPUT_GRAM):
             output_grams = {m.layer: found[m.module].tensor("gram").to(device) for m in matrices}
         if found := self.entries.get(Statistic.INPUT_MOMENTS):
@@ -52,20 +60,35 @@ class CalibrationStats:
             gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
         return GroupStatistics(
             group=group,
-            tokens=self.tokens,
+            tokens=tokens,
             gram=gram,
             output_grams=output_grams,
             moments=moments,
             weight_gradient=gradient,
+            predictions=self.predictions,
         )
+
+
+def check_gatherable(model: LoadedModel, windows: TokenWindows, needs: Mapping[str, Set[Statistic]]) -> None:
+    """ConfigError if a strategy (name -> what it needs) asks for loss gradients of a model that has no loss.
+
+    ModelError if it has one, but its tokenizer lacks what that takes. Asked before any work.
+    """
+    if asking := [name for name, statistics in needs.items() if statistics & WITH_LOSS]:
+        check_has_logits(model, f"{' and '.join(asking)}, made from gradients of the loss,")
+        feeder(model, windows.feeding).examples(windows.ids[:1])
 
 
 def statistics_key(model: LoadedModel, windows: TokenWindows, batch_size: int) -> str:
     """Hash of what the statistics depend on. The batch size changes the order of summation, hence the last bits."""
+    # Models that predict the next token ignore how others are fed.
+    feeding = None if model.task is Task.CAUSAL_LM else asdict(windows.feeding)
     return content_key(
         model=model.fingerprint,
+        task=model.task,
         device=model.device.type,
         windows=windows.provenance["sha256"],
+        feeding=feeding,
         batch_size=batch_size,
     )
 
@@ -98,7 +121,11 @@ def calibrate(
             gathered = gather(model, windows, missing, batch_size=calibration.batch_size, journal=journal)
             for statistic, by_name in gathered.items():
                 entries[statistic] = {name: cache.store(statistic, keys[name], t) for name, t in by_name.items()}
-    return CalibrationStats(architecture=model.architecture, tokens=windows.ids.numel(), entries=entries)
+    count, length = windows.ids.shape
+    predictions = count * feeder(model, windows.feeding).predictions(length)
+    return CalibrationStats(
+        architecture=model.architecture, tokens=windows.ids.numel(), predictions=predictions, entries=entries
+    )
 
 
 def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bs_exp.checks import check_at_least, check_choice
 from bs_exp.errors import ConfigError, DataError
+from bs_exp.models.feeding import check_feeding, feeder
 from bs_exp.protocols import Corpus
-from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
 
 Order: TypeAlias = Literal["sequential", "random"]
 Tail: TypeAlias = Literal["drop", "keep"]
@@ -87,6 +88,13 @@ def _positions(available: int, wanted: int | None, order: Order, seed: int) -> I
     return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
 
 
+def part_of(windows: TokenWindows, chosen: Int[Tensor, " part"], *, name: str) -> TokenWindows:
+    """Some of the windows, by position; the provenance says under which name."""
+    ids = windows.ids[chosen]
+    provenance = {**windows.provenance, "part": name, "windows": len(ids), "sha256": _fingerprint(ids, None)}
+    return replace(windows, ids=ids, tail=None, provenance=provenance)
+
+
 def _fingerprint(windows: Int[Tensor, "windows length"], tail: Int[Tensor, " rest"] | None) -> str:
     """SHA-256 of the shapes and ids."""
     digest = hashlib.sha256()
@@ -99,7 +107,16 @@ def _fingerprint(windows: Int[Tensor, "windows length"], tail: Int[Tensor, " res
 def max_positions(model: LoadedModel) -> int | None:
     """The longest sequence that the model has positions for; None where its configuration names no limit."""
     limit = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return int(limit) - _first_position(model.module, int(limit)) if limit else None
+
+
+def _first_position(module: nn.Module, limit: int) -> int:
+    """Entries of a learned position table in front of the first token's: RoBERTa counts from behind its padding's."""
+    for name, table in module.named_modules():
+        is_positions = name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
+        if is_positions and table.num_embeddings == limit and table.padding_idx is not None:
+            return int(table.padding_idx) + 1
+    return 0
 
 
 def vocabulary_size(model: LoadedModel) -> int:
@@ -107,13 +124,21 @@ def vocabulary_size(model: LoadedModel) -> int:
     return cast(nn.Embedding, model.module.get_input_embeddings()).num_embeddings
 
 
+def check_length(length: int, model: LoadedModel, feeding: Feeding | None = None) -> None:
+    """ConfigError if windows of this length are longer than the model's context."""
+    limit = max_positions(model)
+    taken = feeder(model, feeding or Feeding()).positions(length)
+    if limit is not None and taken > limit:
+        parts = "" if taken == length else f" and takes {taken:,} positions"
+        raise ConfigError(
+            f"sequence_length is {length:,}{parts}, but the model has {limit:,} positions; set it to "
+            f"{limit * length // taken} or less."
+        )
+
+
 def check_fits(windows: TokenWindows, model: LoadedModel) -> None:
     """ConfigError if the windows are longer than the model's context, DataError if it has no embedding for a token."""
-    length, limit = windows.ids.shape[1], max_positions(model)
-    if limit is not None and length > limit:
-        raise ConfigError(
-            f"sequence_length is {length:,}, but the model has {limit:,} positions; set it to {limit} or less."
-        )
+    check_length(windows.ids.shape[1], model, windows.feeding)
     parts = [windows.ids] if windows.tail is None else [windows.ids, windows.tail]
     largest = max(int(ids.max()) for ids in parts)
     vocabulary = vocabulary_size(model)
@@ -129,7 +154,8 @@ class CalibrationSet:
     """The windows on which statistics are gathered: the corpus tokenised whole, cut from the start, remainder dropped.
 
     `num_sequences` windows (a number, or `all`) are the first ones (`sequential`) or drawn by `seed` (`random`).
-    Basis Sharing, section 4.1: 256 sequences of 2048 tokens.
+    Basis Sharing, section 4.1: 256 sequences of 2048 tokens. `mask_share`, `source_share` and `target` say how models
+    that do not predict the next token are fed (`Feeding`).
     """
 
     corpus: Corpus
@@ -139,11 +165,15 @@ class CalibrationSet:
     batch_size: int
     seed: int
     special_tokens: bool
+    mask_share: float = 0.15
+    source_share: float = 0.5
+    target: Target = "continuation"
 
     def __post_init__(self) -> None:
         check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)
         check_at_least(0, seed=self.seed)
         check_choice("order", self.order, get_args(Order))
+        check_feeding(self._feeding)
         if self.num_sequences != "all":
             try:
                 check_at_least(1, num_sequences=self.num_sequences)
@@ -163,4 +193,8 @@ class CalibrationSet:
             special_tokens=self.special_tokens,
         )
         provenance: dict[str, Any] = {"corpus": dict(corpus), **windows.provenance}
-        return TokenWindows(ids=windows.ids, provenance=provenance)
+        return TokenWindows(ids=windows.ids, provenance=provenance, feeding=self._feeding)
+
+    @property
+    def _feeding(self) -> Feeding:
+        return Feeding(mask_share=self.mask_share, source_share=self.source_share, target=self.target, seed=self.seed)

@@ -25,7 +25,8 @@ from lm_eval.tasks import TaskManager
 
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.types import LoadedModel
+from bs_exp.models.feeding import check_task
+from bs_exp.types import LoadedModel, Task
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -59,6 +60,13 @@ class Accuracy:
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "include_path", folders)
 
+    def check(self, model: LoadedModel) -> None:
+        """ConfigError if a task is unknown, or the model does not write; the data is read by `evaluate`."""
+        check_task(model, "Accuracy on lm-eval's tasks", Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
+        with _quiet():
+            for name in self.tasks:
+                self._manager(name)
+
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`acc/TASK`, `acc_norm/TASK`, their `acc_stderr/TASK`, and whatever else the tasks measure, by the same rule.
 
@@ -81,21 +89,25 @@ class Accuracy:
 
     def _load_tasks(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The requested tasks and groups by name, with their data and number of examples in the prompt."""
-        folders = (str(OWN_TASKS), *self.include_path)
-        # Indexing the harness' 14,000 tasks takes ten seconds, which tasks that need none of them are spared.
-        own = _task_manager(folders, include_defaults=False)
         tasks: dict[str, Any] = {}
         groups: dict[str, Any] = {}
         for name in self.tasks:
-            manager = own if name in own.all_subtasks else _task_manager(folders, include_defaults=True)
-            if name not in manager.all_tasks and not Path(name).is_file():
-                raise ConfigError(_unknown(name, manager))
-            loaded = _load(name, manager)
+            loaded = _load(name, self._manager(name))
             tasks |= loaded["tasks"]
             groups |= loaded.get("groups", {})
         for task in tasks.values():
             self._set_fewshot(task)
         return tasks, groups
+
+    def _manager(self, name: str) -> TaskManager:
+        """The index that knows a task."""
+        folders = (str(OWN_TASKS), *self.include_path)
+        # Indexing the harness' 14,000 tasks takes ten seconds, which tasks that need none of them are spared.
+        own = _task_manager(folders, include_defaults=False)
+        manager = own if name in own.all_subtasks else _task_manager(folders, include_defaults=True)
+        if name not in manager.all_tasks and not Path(name).is_file():
+            raise ConfigError(_unknown(name, manager))
+        return manager
 
     def _set_fewshot(self, task: Any) -> None:
         """As lm-eval's command line does: a task that says 0 stays without examples."""

@@ -16,10 +16,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from bs_exp.checks import check_at_least, check_choice
-from bs_exp.corpora.windows import Tail, check_fits, cut_windows
+from bs_exp.corpora.windows import Tail, check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
+from bs_exp.models.feeding import check_task
 from bs_exp.protocols import Corpus
-from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.types import LoadedModel, Task, TokenWindows
 
 Average: TypeAlias = Literal["tokens", "windows"]
 
@@ -59,6 +60,11 @@ class Perplexity:
                 f"stride must be at most sequence_length ({self.sequence_length}), got {self.stride}: "
                 "tokens between the windows would be skipped. Use null for windows one after the other."
             )
+
+    def check(self, model: LoadedModel) -> None:
+        """ConfigError for a model that does not predict the next token, or a window longer than its context."""
+        check_task(model, "Perplexity of the next token", Task.CAUSAL_LM)
+        check_length(self.sequence_length, model)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`ppl/NAME`, and over how many tokens of which text: `ppl_tokens/NAME`, `ppl_text_sha256/NAME`.

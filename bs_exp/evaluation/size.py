@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from bs_exp.types import CompressedModel, LoadedModel, RankPlan
 
 _BIASES = ("bias", "output_bias")
+# What describes the compressed model, and so can be an objective: as `size/bytes`.
+SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes")
 
 
 def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:
@@ -43,7 +45,8 @@ def stored_bytes(module: nn.Module) -> int:
 
 def _weights(module: nn.Module, targets: Iterable[str]) -> Iterator[Tensor]:
     for target in targets:
-        yield from (p for name, p in module.get_submodule(target).named_parameters() if name not in _BIASES)
+        named = module.get_submodule(target).named_parameters()
+        yield from (parameter for name, parameter in named if name.rpartition(".")[2] not in _BIASES)
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from bs_exp.checks import check_at_least
 from bs_exp.corpora.windows import max_positions, vocabulary_size
 from bs_exp.errors import ConfigError
-from bs_exp.types import LoadedModel
+from bs_exp.models.feeding import check_task
+from bs_exp.types import LoadedModel, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Throughput:
         Peak memory is what the accelerator allocated during the runs. On a CPU it is left out: the process' peak cannot
         be reset, and would blame the model that is measured last (the record has the peak of the whole run).
         """
-        self._check_fits(model)
+        self.check(model)
         module = model.module
         generator = torch.Generator().manual_seed(self.seed)
         prompt = torch.randint(vocabulary_size(model), (self.batch_size, self.prompt_length), generator=generator)
@@ -77,7 +78,9 @@ class Throughput:
             "throughput/warmup": self.warmup,
         }
 
-    def _check_fits(self, model: LoadedModel) -> None:
+    def check(self, model: LoadedModel) -> None:
+        """ConfigError for a model that does not write after what it has read, or has too few positions."""
+        check_task(model, "Throughput of reading and writing", Task.CAUSAL_LM)
         length, limit = self.prompt_length + self.generated_length, max_positions(model)
         if limit is not None and length > limit:
             raise ConfigError(

@@ -35,17 +35,20 @@ class _LinearLayer:
     name: str
     path: str
     layer: int
+    stack: int
     module: nn.Linear | Conv1D
 
     @property
     def pattern(self) -> str:
-        """Path with every number as `*`, the same for all layers."""
-        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
+        """Path with every number but a last one as `*`, the same for all layers."""
+        return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.path)
 
     @property
     def suffix(self) -> str:
-        """Name inside the block with every number as `*`: what a user can put into `model.roles`."""
-        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
+        """Name inside the block with every number but a last one as `*`: what a user can put into `model.roles`."""
+        # A number at the end is a place in an nn.Sequential: what lies there has a role of its own.
+        *parts, last = self.name.split(".")
+        return ".".join([*("*" if part.isdigit() else part for part in parts), last])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,11 +98,11 @@ def _roles_file() -> Mapping[str, Mapping[str, str]]:
 
 
 def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Architecture:
-    """The compressible matrices of a causal language model, by layer.
+    """The compressible matrices of a language model, by layer.
 
-    Blocks are the members of the outermost lists of modules that hold linear layers; several lists count on. Every
-    linear layer of a block needs a role, so that nothing is left out unnoticed. Embeddings, norms and the head lie
-    outside the blocks or are no linear layers.
+    Blocks are the members of the outermost lists of modules that hold linear layers; several lists count on, and a
+    decoder's count on after its encoder's. Every linear layer of a block needs a role, so that nothing is left out
+    unnoticed. Embeddings, norms and the head lie outside the blocks or are no linear layers.
     """
     table = read_roles(roles)
     family = str(model.config.model_type)
@@ -114,7 +117,7 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
     _require_plain(model, [layer for layer, role in found if role != DENSE])
     order = {matrix: position for position, matrix in enumerate(table.sites)}
     matrices = [
-        WeightMatrix(role, layer.layer, table.sites[role], layer.path, *layer.shape)
+        WeightMatrix(role, layer.layer, table.sites[role], layer.path, *layer.shape, layer.stack)
         for layer, role in found
         if role is not None and role != DENSE
     ]
@@ -138,21 +141,37 @@ def weight_of(model: nn.Module, matrix: WeightMatrix) -> Float[Tensor, "d_in d_o
     return _as_in_out(module_of(model, matrix))
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The transformer without its language-model head: runs the blocks, computes no logits."""
+def trunks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The transformer without its head, which runs the blocks and computes no logits: one part, or encoder and decoder.
+
+    A model of one part that has no head is its own trunk.
+    """
+    if model.config.is_encoder_decoder:
+        return model.get_encoder(), _without_head(model.get_decoder())
     decoder = model.get_decoder()
-    trunk: nn.Module = model.base_model if decoder is None else decoder
-    if trunk is model:
-        raise ModelError(
-            f"{type(model).__name__} has no part without a language-model head (neither get_decoder() nor "
-            f"base_model_prefix names one); is it a causal language model?"
-        )
-    return trunk
+    # Some encoders call the last layer of their head a decoder.
+    return (_without_head(decoder if _holds_blocks(decoder) else model),)
 
 
 def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The blocks of a dense model, by layer."""
-    return tuple(block for _, block in _blocks(model))
+    return tuple(block for _, _, block in _blocks(model))
+
+
+def _without_head(model: PreTrainedModel) -> nn.Module:
+    if model.get_output_embeddings() is None:
+        return model
+    trunk: nn.Module = model.base_model
+    if trunk is model:
+        raise ModelError(
+            f"{type(model).__name__} has no part without a language-model head: neither get_decoder() nor "
+            "base_model_prefix names one, so its inputs cannot be calibrated without computing logits."
+        )
+    return trunk
+
+
+def _holds_blocks(module: nn.Module | None) -> bool:
+    return module is not None and any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
 def _as_in_out(module: nn.Linear | Conv1D) -> Tensor:
@@ -165,16 +184,16 @@ def _ends_with(name: str, suffix: str) -> bool:
     return len(tail) <= len(parts) and all(map(fnmatchcase, parts[-len(tail) :], tail))
 
 
-def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks of every stack in the decoder, in order, with their paths from the model down."""
-    trunk = backbone(model)
-    prefix = next(name for name, module in model.named_modules() if module is trunk)
-    chosen: list[str] = []
-    for name, stack in trunk.named_modules(prefix=prefix):
-        nested = any(name.startswith(f"{outer}.") for outer in chosen)
-        if isinstance(stack, nn.ModuleList) and not nested and any(map(_is_block, stack)):
-            chosen.append(name)
-            yield from ((f"{name}.{index}", block) for index, block in enumerate(stack))
+def _blocks(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module]]:
+    """Number of the trunk, path from the model down, and block, of every stack of blocks in order."""
+    for part, trunk in enumerate(trunks(model)):
+        prefix = next(name for name, module in model.named_modules() if module is trunk)
+        chosen: list[str] = []
+        for name, stack in trunk.named_modules(prefix=prefix):
+            nested = any(name.startswith(f"{outer}.") for outer in chosen)
+            if isinstance(stack, nn.ModuleList) and not nested and any(map(_is_block, stack)):
+                chosen.append(name)
+                yield from ((part, f"{name}.{index}", block) for index, block in enumerate(stack))
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -185,15 +204,15 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[_LinearLayer]:
-    for layer, (path, block) in enumerate(_blocks(model)):
+    for layer, (stack, path, block) in enumerate(_blocks(model)):
         for name, module in block.named_modules(remove_duplicate=False):
             if isinstance(module, nn.Linear | Conv1D):
-                yield _LinearLayer(name, f"{path}.{name}", layer, module)
+                yield _LinearLayer(name, f"{path}.{name}", layer, stack, module)
 
 
 def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
     """Matrices and larger tensors of the blocks (fused experts, routers, convolutions) that no role covers."""
-    for path, block in _blocks(model):
+    for _, path, block in _blocks(model):
         for name, parameter in block.named_parameters(prefix=path):
             if parameter.ndim > 1 and name.rpartition(".")[0] not in targeted:
                 yield name

@@ -6,7 +6,7 @@ A weight that the checkpoint lacks is an error, never a random layer.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +16,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -33,6 +31,8 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from bs_exp.errors import ModelError
+from bs_exp.models.auto_classes import AutoClass, find_auto_class
+from bs_exp.types import Task
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -57,12 +57,13 @@ class Checkpoint:
             file = cached_file(self.place, CONFIG_NAME, revision=self.revision)
         return replace(self, revision=extract_commit_hash(file, None) or self.revision)
 
-    def read(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model, on the CPU, and its tokenizer."""
+    def read(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
+        """The model, on the CPU, its tokenizer, and what it was trained to do."""
         config = self._read_config()
-        self._require_dense_causal(config)
+        self._require_dense(config)
+        auto = self._find_auto_class(config)
         tokenizer = self._read_tokenizer()
-        return self._read_model(config), tokenizer
+        return self._read_model(config, auto), tokenizer, auto.task
 
     def _read_config(self) -> PreTrainedConfig:
         with self._reading("configuration"):
@@ -81,10 +82,10 @@ class Checkpoint:
             raise ModelError(f"{self.place} has no tokenizer files (tokenizer.json, ...). {self.hint}")
         return tokenizer
 
-    def _read_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def _read_model(self, config: PreTrainedConfig, auto: AutoClass) -> PreTrainedModel:
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         with self._reading("weights"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.loader.from_pretrained(
                 self.place,
                 config=config,
                 revision=self.revision,
@@ -103,8 +104,7 @@ class Checkpoint:
             )
         return module
 
-    def _require_dense_causal(self, config: PreTrainedConfig) -> None:
-        """The checkpoint is of a causal language model, and its weights are plain numbers."""
+    def _require_dense(self, config: PreTrainedConfig) -> None:
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
@@ -113,17 +113,17 @@ class Checkpoint:
                 "a dense checkpoint. Name the model that it was made from; a model saved by bs_exp can be turned back "
                 "into a dense one with bs_exp.to_dense(model)."
             )
-        causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
-        own_code = self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-        unknown_type = config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        # The architectures tell a BERT trained to fill masks from one trained as a decoder: both are of type "bert".
-        other_head = config.architectures and not causal & set(config.architectures)
-        if not own_code and (unknown_type or other_head):
+
+    def _find_auto_class(self, config: PreTrainedConfig) -> AutoClass:
+        auto = find_auto_class(config, own_code=self.trust_remote_code)
+        if auto is None:
             raise ModelError(
-                f"{self.place} is not a causal language model: model type {config.model_type!r}, architectures "
-                f"{', '.join(config.architectures or ()) or 'not given'}. Encoders, encoder-decoders and models "
-                "without a language-model head cannot be compressed; name a checkpoint of a causal language model."
+                f"{self.place} is of no kind that can be compressed: model type {config.model_type!r}, architectures "
+                f"{', '.join(config.architectures or ()) or 'not given'}. Name a checkpoint of a causal language "
+                "model (LlamaForCausalLM), of an encoder with or without its masked-token head (BertForMaskedLM, "
+                "BertModel), or of an encoder-decoder with its head (T5ForConditionalGeneration)."
             )
+        return auto
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -147,7 +147,3 @@ def require_checkpoint(folder: Path, hint: str) -> None:
                 f"Model folder {folder} holds no {what}: looked for {' or '.join(names)}, found "
                 f"{', '.join(present[:10]) or 'nothing'}. {hint}"
             )
-
-
-def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)

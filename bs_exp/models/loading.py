@@ -17,7 +17,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles, find_architecture, read_roles
 from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
 from bs_exp.models.fingerprint import fingerprint
-from bs_exp.types import LoadedModel
+from bs_exp.types import LoadedModel, Task
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -152,6 +152,7 @@ def assemble(
     *,
     source: str,
     name: str,
+    task: Task = Task.CAUSAL_LM,
     revision: str | None = None,
 ) -> LoadedModel:
     """A model in eval mode with its architecture and its provenance (fingerprint included)."""
@@ -164,13 +165,14 @@ def assemble(
         "dtype": str(module.dtype).removeprefix("torch."),
         "device": str(module.device),
         "family": architecture.family,
+        "task": task.value,
         "parameters": module.num_parameters(),
         "fingerprint": fingerprint(module),
     }
-    return LoadedModel(module, tokenizer, architecture, provenance)
+    return LoadedModel(module, tokenizer, architecture, provenance, task)
 
 
 def _load(checkpoint: Checkpoint, device: str, roles: Roles | None, *, source: str, name: str) -> LoadedModel:
-    module, tokenizer = checkpoint.read()
+    module, tokenizer, task = checkpoint.read()
     module.to(resolve_device(device))  # type: ignore[arg-type]
-    return assemble(module, tokenizer, roles, source=source, name=name, revision=checkpoint.revision)
+    return assemble(module, tokenizer, roles, source=source, name=name, task=task, revision=checkpoint.revision)

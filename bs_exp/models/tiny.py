@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from bs_exp.checks import check_choice
 from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles
+from bs_exp.models.auto_classes import AUTO_CLASSES
 from bs_exp.models.loading import assemble, check_settings, resolve_device, resolve_dtype
-from bs_exp.types import LoadedModel
+from bs_exp.types import LoadedModel, Task
 
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _EOS, _BOS = "<|endoftext|>", "<|begin|>"
 _EOS_ID, _BOS_ID = len(_BYTES), len(_BYTES) + 1
+# Token -> what the tokenizer calls it, if anything.
+_MORE_TOKENS: Mapping[Task, Mapping[str, str | None]] = {
+    Task.MASKED_LM: {"<mask>": "mask_token"},
+    Task.SEQ2SEQ_LM: dict.fromkeys(f"<extra_id_{number}>" for number in range(32)),
+}
 
 _BASE = {
     "hidden_size": 32,
@@ -34,41 +40,83 @@ _GROUPED = {**_BASE, "num_key_value_heads": 2}
 _HEAD_DIM = {**_GROUPED, "head_dim": 8}
 _GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 48, "n_positions": 512}
 
-# Hugging Face model type -> settings of its config class. A new family for the tests is a row here.
-_FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "llama": _GROUPED,
-    "mistral": _HEAD_DIM,
-    "qwen2": _GROUPED,
-    "qwen3": _HEAD_DIM,
-    "gemma": _HEAD_DIM,
-    "gemma2": _HEAD_DIM,
-    "gemma3_text": _HEAD_DIM,
-    "opt": {
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        "ffn_dim": 48,
-        "max_position_embeddings": 512,
+# Task -> Hugging Face model type -> settings of its config class. A new family for the tests is a row here.
+_FAMILIES: Mapping[Task, Mapping[str, Mapping[str, Any]]] = {
+    Task.CAUSAL_LM: {
+        "llama": _GROUPED,
+        "mistral": _HEAD_DIM,
+        "qwen2": _GROUPED,
+        "qwen3": _HEAD_DIM,
+        "gemma": _HEAD_DIM,
+        "gemma2": _HEAD_DIM,
+        "gemma3_text": _HEAD_DIM,
+        "opt": {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "ffn_dim": 48,
+            "max_position_embeddings": 512,
+        },
+        "gpt2": _GPT,
+        "gpt_neox": _BASE,
+        "phi3": _GROUPED,
+        "phi": _GROUPED,
+        "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 3},
+        "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "ffn_hidden_size": 48},
+        "gptj": {**_GPT, "rotary_dim": 8},
+        "starcoder2": _GROUPED,
+        "stablelm": _GROUPED,
+        "olmo2": _GROUPED,
+        "mixtral": {**_GROUPED, "num_local_experts": 4},
     },
-    "gpt2": _GPT,
-    "gpt_neox": _BASE,
-    "phi3": _GROUPED,
-    "phi": _GROUPED,
-    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 3},
-    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "ffn_hidden_size": 48},
-    "gptj": {**_GPT, "rotary_dim": 8},
-    "starcoder2": _GROUPED,
-    "stablelm": _GROUPED,
-    "olmo2": _GROUPED,
-    "mixtral": {**_GROUPED, "num_local_experts": 4},
+    Task.MASKED_LM: {
+        "bert": _BASE,
+        # Its positions begin behind the id of the padding token.
+        "roberta": {**_BASE, "max_position_embeddings": 1024},
+        "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 48, "max_position_embeddings": 512},
+    },
+    Task.SEQ2SEQ_LM: {
+        "t5": {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_heads": 4,
+            "num_layers": 3,
+            "num_decoder_layers": 3,
+            "decoder_start_token_id": _EOS_ID,
+        },
+        "bart": {
+            "d_model": 32,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_layers": 3,
+            "decoder_layers": 3,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 512,
+            "decoder_start_token_id": _EOS_ID,
+            "forced_eos_token_id": _EOS_ID,
+        },
+    },
 }
-FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+FAMILIES = tuple(_FAMILIES[Task.CAUSAL_LM])
+ENCODERS = tuple(_FAMILIES[Task.MASKED_LM])
+ENCODER_DECODERS = tuple(_FAMILIES[Task.SEQ2SEQ_LM])
+_TASKS = {family: task for task, families in _FAMILIES.items() for family in families}
+# What the config classes call the number of blocks.
+_DEPTHS = {
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("num_decoder_layers", "encoder_layers", "decoder_layers"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyRandom:
-    """A random model of a family: hidden size 32, 4 heads (2 of keys and values where the family can), byte tokens."""
+    """A random model of a family: hidden size 32, 4 heads (2 of keys and values where the family can), byte tokens.
+
+    Encoders have a masked-token head, and `layers` blocks; encoder-decoders have as many in each of both.
+    """
 
     family: str = "llama"
     layers: int = 3
@@ -78,7 +126,7 @@ class TinyRandom:
     roles: Roles | None = None
 
     def __post_init__(self) -> None:
-        check_choice("family", self.family, FAMILIES)
+        check_choice("family", self.family, tuple(_TASKS))
         if not isinstance(self.layers, int) or self.layers < 1:
             raise ConfigError(f"layers must be a whole number of at least 1, got {self.layers!r}.")
         if not isinstance(self.seed, int):
@@ -88,10 +136,11 @@ class TinyRandom:
     def load(self) -> LoadedModel:
         """The model of this seed; the global random state is left as it was."""
         device = resolve_device(self.device)
+        task = _TASKS[self.family]
         module = _random_model(self.family, self.layers, self.seed, resolve_dtype(self.dtype))
         module.to(device)  # type: ignore[arg-type]
         name = f"{self.family}-{self.layers}-{self.seed}"
-        return assemble(module, byte_tokenizer(), self.roles, source="tiny_random", name=name)
+        return assemble(module, byte_tokenizer(task), self.roles, source="tiny_random", name=name, task=task)
 
 
 def tiny_random(family: str = "llama", *, seed: int = 0, layers: int = 3) -> LoadedModel:
@@ -99,30 +148,41 @@ def tiny_random(family: str = "llama", *, seed: int = 0, layers: int = 3) -> Loa
     return TinyRandom(family=family, seed=seed, layers=layers).load()
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus an end-of-text token (padding too) and a begin token; nothing is added by itself."""
+def byte_tokenizer(task: Task = Task.CAUSAL_LM) -> PreTrainedTokenizerFast:
+    """One token per byte, an end-of-text token (padding too) and a begin token; nothing is added by itself.
+
+    For masked language models a mask token comes on top, for encoder-decoders some sentinels.
+    """
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(_BYTES)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_EOS, _BOS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS, bos_token=_BOS, pad_token=_EOS)
+    more = _MORE_TOKENS.get(task, {})
+    tokenizer.add_special_tokens([_EOS, _BOS, *more])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=_EOS,
+        bos_token=_BOS,
+        pad_token=_EOS,
+        **{name: token for token, name in more.items() if name},
+    )
 
 
 def _random_model(family: str, layers: int, seed: int, dtype: torch.dtype | str) -> PreTrainedModel:
-    settings = dict(_FAMILIES[family])
-    depth = "n_layer" if "n_layer" in settings else "num_hidden_layers"
+    task = _TASKS[family]
+    settings = dict(_FAMILIES[task][family])
     config = AutoConfig.for_model(
         family,
-        **{**settings, depth: layers},
-        vocab_size=len(_BYTES) + 2,
+        **{**settings, **dict.fromkeys(_DEPTHS & settings.keys(), layers)},
+        vocab_size=len(_BYTES) + 2 + len(_MORE_TOKENS.get(task, {})),
         bos_token_id=_BOS_ID,
         eos_token_id=_EOS_ID,
         pad_token_id=_EOS_ID,
     )
+    auto = next(auto for auto in AUTO_CLASSES if auto.task is task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Built in its dtype, not converted: `.to(bfloat16)` would also round the rotary frequencies.
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+        module: PreTrainedModel = auto.loader.from_config(
             config, dtype=torch.float32 if isinstance(dtype, str) else dtype
         )
         # The usual initialisation leaves biases zero, norms one and outputs tiny, which hides mistakes.

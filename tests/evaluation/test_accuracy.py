@@ -153,7 +153,7 @@ def test_an_unknown_task_gets_the_nearest_names_and_a_task_without_network_the_e
     model: LoadedModel,
 ) -> None:
     with pytest.raises(ConfigError, match=r"'docs_close' is none of the [\d,]+ tasks.*did you mean docs_cloze"):
-        _accuracy(tasks=["docs_close"]).evaluate(model)
+        _accuracy(tasks=["docs_close"]).check(model)
     with pytest.raises(DataError, match=r"data of task piqa cannot be reached.*docs_cloze"):
         _accuracy(tasks=["piqa"]).evaluate(model)
 

@@ -17,7 +17,10 @@ from bs_exp.corpora.python_docs import PythonDocs
 from bs_exp.corpora.text_files import TextFiles
 from bs_exp.corpora.windows import CalibrationSet
 from bs_exp.evaluation.accuracy import Accuracy
+from bs_exp.evaluation.masked_perplexity import MaskedPerplexity
 from bs_exp.evaluation.perplexity import Perplexity
+from bs_exp.evaluation.seq2seq_perplexity import Seq2SeqPerplexity
+from bs_exp.evaluation.similarity import Similarity
 from bs_exp.evaluation.throughput import Throughput
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -116,9 +119,23 @@ def test_the_default_calibrates_and_evaluates_on_different_splits() -> None:
 @pytest.mark.parametrize("option", _options("evaluation"))
 def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
     made = _evaluators(f"+evaluation={option}", *_needed("evaluation", option))
-    kinds = {"perplexity": Perplexity, "accuracy": Accuracy, "throughput": Throughput}
+    kinds = {
+        "perplexity": Perplexity,
+        "accuracy": Accuracy,
+        "throughput": Throughput,
+        "similarity": Similarity,
+        "masked_perplexity": MaskedPerplexity,
+        "seq2seq_perplexity": Seq2SeqPerplexity,
+    }
     assert made and all(type(evaluator) is kinds[name] for name, evaluator in made.items())
-    assert set(made) == ({"perplexity"} if option not in {"full", "smoke", "papers"} else set(kinds))
+    everything = {"perplexity", "accuracy", "throughput"}
+    expected = {
+        **dict.fromkeys(("full", "smoke", "papers"), everything),
+        "similarity": {"similarity"},
+        "encoder": {"similarity", "masked_perplexity"},
+        "seq2seq": {"similarity", "seq2seq_perplexity"},
+    }
+    assert set(made) == expected.get(option, {"perplexity"})
 
 
 def test_corpora_can_be_added_and_exchanged() -> None:
@@ -152,7 +169,10 @@ def test_every_corpus_option_is_a_full_manual_page(option: str) -> None:
     assert set(node) - {"_target_"} == {field.name for field in dataclasses.fields(get_class(node._target_))}
 
 
-@pytest.mark.parametrize("evaluator", ["perplexity", "accuracy", "throughput"])
+@pytest.mark.parametrize(
+    "evaluator",
+    ["perplexity", "accuracy", "throughput", "similarity", "masked_perplexity", "seq2seq_perplexity"],
+)
 def test_every_field_of_an_evaluator_is_a_dial(evaluator: str) -> None:
     node = OmegaConf.load(CONF / "evaluation" / f"_{evaluator}.yaml").evaluators[evaluator]
     fields = {field.name for field in dataclasses.fields(get_class(node._target_))}

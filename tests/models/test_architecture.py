@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bs_exp.errors import ConfigError, ModelError
-from bs_exp.models.architecture import backbone, find_architecture, module_of, read_roles, weight_of
+from bs_exp.models.architecture import find_architecture, module_of, read_roles, trunks, weight_of
 from bs_exp.models.tiny import FAMILIES, tiny_random
 from bs_exp.types import MATRIX_TYPES, LoadedModel
 
@@ -115,7 +115,7 @@ def test_weight_and_input_site_are_what_the_forward_pass_uses(model: LoadedModel
 
         handles.append(module_of(model.module, matrix).register_forward_hook(keep))
     with torch.no_grad():
-        backbone(model.module)(input_ids=torch.arange(20)[None])
+        model.module(input_ids=torch.arange(20)[None])
     for handle in handles:
         handle.remove()
     fed: dict[str, torch.Tensor] = {}
@@ -140,8 +140,8 @@ def test_weight_is_a_view(family: str) -> None:
     assert (module_of(model.module, matrix).weight == 7.0).sum() == 1
 
 
-def test_backbone_computes_hidden_states_not_logits(model: LoadedModel) -> None:
-    trunk = backbone(model.module)
+def test_the_trunk_computes_hidden_states_not_logits(model: LoadedModel) -> None:
+    (trunk,) = trunks(model.module)
     assert all(part is not model.module.get_output_embeddings() for part in trunk.modules())
     with torch.no_grad():
         hidden = trunk(input_ids=torch.arange(5)[None]).last_hidden_state
@@ -189,6 +189,23 @@ def test_an_unknown_family_lists_its_linear_layers_and_says_how_to_map_them() ->
     assert "  model:\n    roles:\n      mixer.dt_proj: q" in str(caught.value)
     assert "'model.roles={mixer.dt_proj: q}'" in str(caught.value)
     assert "Matrix types: q k v qkv o gate up" in str(caught.value)
+
+
+def test_numbers_that_tell_layers_of_a_block_apart_are_kept() -> None:
+    """A Sequential names its layers by number; what lies in numbered parts, such as experts, has one name for all."""
+    model = tiny_random("llama", layers=2).module
+    for block in model.model.layers:
+        del block.mlp
+        block.ffn = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        block.experts = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(32, 8)}) for _ in range(3))
+    with pytest.raises(ModelError) as caught:
+        find_architecture(model)
+    message = str(caught.value)
+    assert "no role is known for the linear layers experts.*.wide, ffn.0, ffn.2." in message
+    listed = [line.split()[0] for line in message.splitlines() if line.endswith("?")]
+    assert [name.removeprefix("model.layers.*.") for name in listed] == ["ffn.0", "ffn.2", "experts.*.wide"]
+    found = find_architecture(model, {"ffn.0": "up", "ffn.2": "down", "experts.*.wide": "dense"})
+    assert [(m.d_in, m.d_out) for m in found.of_type("down")] == [(64, 32)] * 2
 
 
 def test_roles_of_the_user_map_an_unknown_family() -> None:

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, LlamaModel
+from transformers import BertConfig, BertForSequenceClassification, LlamaModel
 
 from bs_exp.errors import BsExpError, ConfigError, ModelError
 from bs_exp.models.loading import DemoModel, HubModel, LocalModel
@@ -58,6 +58,7 @@ def test_provenance_is_plain_data(tmp_path: Path) -> None:
         "dtype": "bfloat16",
         "device": "cpu",
         "family": "llama",
+        "task": "causal_lm",
         "parameters": sum(p.numel() for p in loaded.module.parameters()),
         "fingerprint": loaded.fingerprint,
     }
@@ -157,21 +158,17 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         LocalModel(path=str(tmp_path)).load()
 
 
-def test_models_that_are_no_causal_language_models_are_refused(tmp_path: Path) -> None:
+def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     config = BertConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=258
     )
-    for name, model in [("encoder", BertForMaskedLM(config)), ("headless", tiny_random().module.model)]:
+    classifier = BertForSequenceClassification(config)
+    for name, model in [("classifier", classifier), ("headless", tiny_random().module.model)]:
         model.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)
-    for name, architecture in [("encoder", BertForMaskedLM), ("headless", LlamaModel)]:
-        with pytest.raises(ModelError, match=f"is not a causal language model: .*{architecture.__name__}"):
+    for name, architecture in [("classifier", BertForSequenceClassification), ("headless", LlamaModel)]:
+        with pytest.raises(ModelError, match=f"no kind that can be compressed: .*{architecture.__name__}"):
             LocalModel(path=str(tmp_path / name), device="cpu").load()
-    decoder = BertLMHeadModel(BertConfig(**(config.to_dict() | {"is_decoder": True})))
-    decoder.save_pretrained(tmp_path / "decoder")
-    byte_tokenizer().save_pretrained(tmp_path / "decoder")
-    with pytest.raises(ModelError, match=r"no role is known for .*attention\.self\.query"):
-        LocalModel(path=str(tmp_path / "decoder"), device="cpu").load()
 
 
 def test_a_hub_model_without_network_names_the_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,17 +10,18 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import bs_exp.config  # noqa: F401  registers the root's schema
 from bs_exp.models.loading import HubModel
-from bs_exp.models.tiny import FAMILIES, TinyRandom
+from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, TinyRandom
 
 CONF = Path(__file__).parents[2] / "conf"
-OPTIONS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
+OPTIONS = sorted(file.stem for file in (CONF / "model").glob("[!_]*.yaml"))
 MANUALS = ("demo", "local", "hub", "tiny_random")
 
 
 def _option(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose(overrides=[f"+model={name}", *overrides]).model
+        return compose("config", [f"model={name}", *overrides]).model
 
 
 @pytest.mark.parametrize("name", MANUALS)
@@ -41,7 +42,7 @@ def test_a_preset_is_a_hub_model_with_a_name(name: str) -> None:
 
 def test_the_manual_page_of_tiny_models_names_every_family() -> None:
     text = (CONF / "model" / "tiny_random.yaml").read_text()
-    assert all(family in text for family in FAMILIES)
+    assert all(family in text for family in (*FAMILIES, *ENCODERS, *ENCODER_DECODERS))
 
 
 def test_roles_can_be_given_on_the_command_line() -> None:

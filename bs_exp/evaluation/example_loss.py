@@ -1,0 +1,44 @@
+"""Perplexity of what a model's own task predicts: the mean loss of its examples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bs_exp.evaluation.texts import TextSettings, in_batches, read_windows
+from bs_exp.models.feeding import feeder
+from bs_exp.types import LoadedModel
+
+
+def example_perplexity(model: LoadedModel, settings: TextSettings, prefix: str) -> dict[str, float | str]:
+    """`PREFIX/NAME`: exp of the mean loss over all predicted tokens of a corpus, every token weighing the same.
+
+    Also `PREFIX_tokens/NAME`, how many these are, and `PREFIX_text_sha256/NAME`. Losses that are not finite make the
+    perplexity `inf`; `PREFIX_nonfinite/NAME` then counts them.
+    """
+    metrics: dict[str, float | str] = {}
+    reader = feeder(model, settings.feeding)
+    for name, corpus in settings.corpora.items():
+        windows, text_hash = read_windows(settings, corpus, model)
+        losses: list[Tensor] = []
+        with torch.inference_mode():
+            for batch in in_batches(windows, settings.batch_size, f"{prefix} on {name}"):
+                examples = reader.examples(batch.to(model.device))
+                logits = model.module(**examples.inputs).logits
+                losses.append(examples.loss(logits, reduction="none").double().cpu())
+        found = torch.cat(losses)
+        metrics[f"{prefix}/{name}"] = _exp(float(found.mean()))
+        metrics[f"{prefix}_tokens/{name}"] = len(found)
+        metrics[f"{prefix}_text_sha256/{name}"] = text_hash
+        if nonfinite := int((~found.isfinite()).sum()):
+            metrics[f"{prefix}_nonfinite/{name}"] = nonfinite
+    return metrics
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean) if math.isfinite(mean) else math.inf
+    except OverflowError:
+        return math.inf

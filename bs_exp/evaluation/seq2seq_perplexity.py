@@ -1,0 +1,48 @@
+"""Perplexity of what a decoder writes after its encoder has read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bs_exp.evaluation.example_loss import example_perplexity
+from bs_exp.evaluation.texts import check_text_settings, check_windows_fit
+from bs_exp.models.feeding import check_task
+from bs_exp.protocols import Corpus
+from bs_exp.types import Feeding, LoadedModel, Target, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqPerplexity:
+    """exp of the mean loss per target token, given the source and the target's earlier tokens.
+
+    `target` says what is source and what is target of a window: with `continuation`, its first `source_share` and the
+    rest; with `spans`, what stays and what is cut out (`mask_share` of the tokens, drawn by `seed` and the window's
+    ids), sentinels and end token counted among the predicted.
+    """
+
+    corpora: Mapping[str, Corpus]
+    sequence_length: int
+    target: Target
+    source_share: float
+    mask_share: float
+    max_windows: int | None
+    batch_size: int
+    special_tokens: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_text_settings(self)
+
+    @property
+    def feeding(self) -> Feeding:
+        return Feeding(target=self.target, source_share=self.source_share, mask_share=self.mask_share, seed=self.seed)
+
+    def check(self, model: LoadedModel) -> None:
+        """ConfigError for a model of another task, with too few positions, or whose tokenizer cannot mark spans."""
+        check_task(model, "Perplexity of a decoder's target", Task.SEQ2SEQ_LM)
+        check_windows_fit(self, model)
+
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
+        """`seq2seq_ppl/NAME`, and over how many tokens of which text: see `example_perplexity`."""
+        return example_perplexity(model, self, "seq2seq_ppl")

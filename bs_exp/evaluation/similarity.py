@@ -1,0 +1,77 @@
+"""How close a compressed model's outputs stay to those of its dense original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, in_batches, read_windows
+from bs_exp.models.feeding import feeder, hidden_states
+from bs_exp.protocols import Corpus
+from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """Last hidden states of a model beside those of the dense model that it was made from, on windows without masks.
+
+    For every model, with a head or without. An encoder-decoder's are those of its decoder, which reads the target;
+    `target`, `source_share`, `mask_share` and `seed` feed it as in `Seq2SeqPerplexity`, and other models ignore them.
+    """
+
+    corpora: Mapping[str, Corpus]
+    sequence_length: int
+    target: Target
+    source_share: float
+    mask_share: float
+    max_windows: int | None
+    batch_size: int
+    special_tokens: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_text_settings(self)
+
+    @property
+    def feeding(self) -> Feeding:
+        return Feeding(target=self.target, source_share=self.source_share, mask_share=self.mask_share, seed=self.seed)
+
+    def check(self, model: LoadedModel) -> None:
+        """ConfigError if the model has too few positions, or its tokenizer cannot mark spans."""
+        check_windows_fit(self, model)
+
+    def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
+        """`cosine/NAME`, the mean cosine over tokens, and `relative_error/NAME`, `||H - H_0||_F / ||H_0||_F`.
+
+        Also `similarity_tokens/NAME` and `similarity_text_sha256/NAME`. The dense model is compared with itself: 1 and
+        0.
+        """
+        metrics: dict[str, float | str] = {}
+        for name, corpus in self.corpora.items():
+            windows, text_hash = read_windows(self, corpus, model)
+            cosine, error, tokens = self._compare(model, windows, f"similarity on {name}")
+            metrics[f"cosine/{name}"] = cosine
+            metrics[f"relative_error/{name}"] = error
+            metrics[f"similarity_tokens/{name}"] = tokens
+            metrics[f"similarity_text_sha256/{name}"] = text_hash
+        return metrics
+
+    def _compare(self, model: LoadedModel, windows: TokenWindows, label: str) -> tuple[float, float, int]:
+        """Mean cosine, relative error, and the number of positions, summed in fp64."""
+        reader = feeder(model, windows.feeding)
+        original = model.original or model
+        cosines, difference, size, tokens = 0.0, 0.0, 0.0, 0
+        with torch.inference_mode():
+            for batch in in_batches(windows, self.batch_size, label):
+                inputs = reader.inputs(batch.to(model.device))
+                expected = hidden_states(original.module, inputs).flatten(0, 1).double()
+                found = expected if original is model else hidden_states(model.module, inputs).flatten(0, 1).double()
+                cosines += float(functional.cosine_similarity(found, expected, dim=-1).sum())
+                difference += float((found - expected).square().sum())
+                size += float(expected.square().sum())
+                tokens += len(found)
+        return cosines / tokens, math.sqrt(difference / size), tokens

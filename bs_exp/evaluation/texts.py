@@ -1,0 +1,73 @@
+"""Windows of text to judge a model on, for evaluators that feed it in the way of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from bs_exp.checks import check_at_least
+from bs_exp.corpora.windows import check_fits, check_length, cut_windows
+from bs_exp.errors import ConfigError
+from bs_exp.models.feeding import check_feeding
+from bs_exp.protocols import Corpus
+from bs_exp.types import Feeding, LoadedModel, TokenWindows
+
+
+class TextSettings(Protocol):
+    """Dials of an evaluator: windows one after the other, at most `max_windows` of them, spread evenly over a text."""
+
+    @property
+    def corpora(self) -> Mapping[str, Corpus]: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def max_windows(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def special_tokens(self) -> bool: ...
+    @property
+    def feeding(self) -> Feeding: ...
+
+
+def check_text_settings(settings: TextSettings) -> None:
+    """ConfigError for settings that give no windows, or cannot feed any model."""
+    if not settings.corpora:
+        raise ConfigError("corpora is empty; name at least one, or leave the evaluator out.")
+    # Two tokens are the least of which one is predicted from another.
+    check_at_least(2, sequence_length=settings.sequence_length)
+    check_at_least(1, max_windows=settings.max_windows, batch_size=settings.batch_size)
+    check_feeding(settings.feeding)
+
+
+def check_windows_fit(settings: TextSettings, model: LoadedModel) -> None:
+    """ConfigError if windows would be too long for the model, or it cannot be fed as the settings say."""
+    check_length(settings.sequence_length, model, settings.feeding)
+
+
+def read_windows(settings: TextSettings, corpus: Corpus, model: LoadedModel) -> tuple[TokenWindows, str]:
+    """The windows of a corpus, and the hash of its text."""
+    text, origin = corpus.read()
+    windows = cut_windows(
+        text, model.tokenizer, sequence_length=settings.sequence_length, special_tokens=settings.special_tokens
+    )
+    windows = replace(windows, feeding=settings.feeding)
+    check_fits(windows, model)
+    if settings.max_windows is not None and settings.max_windows < len(windows.ids):
+        chosen = torch.linspace(0, len(windows.ids) - 1, settings.max_windows).round().long()
+        windows = replace(windows, ids=windows.ids[chosen])
+    return windows, str(origin["fingerprint"])
+
+
+def in_batches(windows: TokenWindows, batch_size: int, label: str) -> Iterator[Int[Tensor, "batch length"]]:
+    """The windows' ids under a progress bar on stderr, drawn on terminals only."""
+    console = Console(stderr=True)
+    batches = windows.ids.split(batch_size)
+    yield from track(batches, label, console=console, transient=True, disable=not console.is_terminal)

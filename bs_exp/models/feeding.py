@@ -1,0 +1,341 @@
+"""How token windows become the inputs of a model, and which tokens it predicts from them: one way for each task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bs_exp.checks import check_at_least, check_choice
+from bs_exp.errors import ConfigError, ModelError
+from bs_exp.models.architecture import trunks
+from bs_exp.types import Feeding, LoadedModel, Target, Task
+
+Inputs = Mapping[str, Any]
+"""Keyword arguments of the model."""
+
+IGNORED = -100
+# What a model of a task is called, and the option that judges it.
+_KINDS = {
+    Task.CAUSAL_LM: "a causal language model",
+    Task.MASKED_LM: "a masked language model",
+    Task.SEQ2SEQ_LM: "an encoder-decoder",
+    Task.ENCODER: "an encoder without a language-model head",
+}
+_EVALUATIONS = {
+    Task.CAUSAL_LM: "evaluation=full",
+    Task.MASKED_LM: "evaluation=encoder",
+    Task.SEQ2SEQ_LM: "evaluation=seq2seq",
+    Task.ENCODER: "evaluation=similarity",
+}
+_MEAN_SPAN = 3.0
+_SENTINEL = "<extra_id_{}>"
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Windows as a model is trained on them; `labels` stand beside the logits, `IGNORED` where nothing is predicted."""
+
+    inputs: Inputs
+    labels: Int[Tensor, "windows positions"]
+
+    @property
+    def shapes(self) -> tuple[torch.Size, torch.Size]:
+        """Windows and positions of what is read, and of what is predicted; an encoder-decoder's differ."""
+        return self.inputs["input_ids"].shape, self.labels.shape
+
+    def loss(self, logits: Float[Tensor, "windows positions vocabulary"], *, reduction: str) -> Tensor:
+        """Cross entropy of the predicted tokens in nats, in fp32."""
+        predicted = self.labels != IGNORED
+        return functional.cross_entropy(logits[predicted].float(), self.labels[predicted], reduction=reduction)
+
+
+class Feeder(Protocol):
+    """What a model of one task makes of windows of token ids, on the device of the ids."""
+
+    def inputs(self, ids: Int[Tensor, "windows length"]) -> Inputs:
+        """What the blocks see in calibration."""
+
+    def examples(self, ids: Int[Tensor, "windows length"]) -> Examples:
+        """Inputs and labels of the model's own training loss. ConfigError if it has none."""
+
+    def predictions(self, length: int) -> int:
+        """Predicted tokens per window."""
+
+    def positions(self, length: int) -> int:
+        """Positions that a window takes in the model's context."""
+
+
+def feeder(model: LoadedModel, feeding: Feeding = Feeding()) -> Feeder:  # noqa: B008  frozen
+    """The feeder of a model. ConfigError or ModelError if the model lacks what the settings ask for."""
+    check_feeding(feeding)
+    return _FEEDERS[model.task](model, feeding)
+
+
+def hidden_states(module: PreTrainedModel, inputs: Inputs) -> Float[Tensor, "windows positions channels"]:
+    """The last hidden states, of an encoder-decoder those of its decoder; no logits are computed."""
+    first, *decoder = trunks(module)
+    if not decoder:
+        read: Tensor = first(**inputs).last_hidden_state
+        return read
+    memory = first(input_ids=inputs["input_ids"]).last_hidden_state
+    written: Tensor = decoder[0](
+        input_ids=inputs["decoder_input_ids"], encoder_hidden_states=memory, use_cache=False
+    ).last_hidden_state
+    return written
+
+
+def check_feeding(feeding: Feeding) -> None:
+    """ConfigError for a share outside (0, 1), an unknown target, or a negative seed."""
+    for name, value in (("mask_share", feeding.mask_share), ("source_share", feeding.source_share)):
+        if not 0.0 < value < 1.0:
+            raise ConfigError(f"{name} must be above 0 and below 1, got {value}.")
+    check_choice("target", feeding.target, get_args(Target))
+    check_at_least(0, seed=feeding.seed)
+
+
+def check_task(model: LoadedModel, what: str, *allowed: Task) -> None:
+    """ConfigError that says what to use instead, if something is not made for the model's task."""
+    if model.task not in allowed:
+        raise ConfigError(
+            f"{what} needs {' or '.join(_KINDS[task] for task in allowed)}, but this {type(model.module).__name__} is "
+            f"{_KINDS[model.task]}. Use {_EVALUATIONS[model.task]}."
+        )
+
+
+def check_has_logits(model: LoadedModel, what: str) -> None:
+    """ConfigError that names what was asked for, if the model computes no logits, and so has no loss either."""
+    if model.task is Task.ENCODER:
+        raise _no_logits(model, what)
+
+
+def _no_logits(model: LoadedModel, what: str) -> ConfigError:
+    return ConfigError(
+        f"{what} needs logits, but this {type(model.module).__name__} is {_KINDS[model.task]}. Use strategies that "
+        "need activations alone (whitening=gram, diagonal, block_diagonal or identity; allocation=uniform or "
+        "effective_rank; update=none or refit; evaluation=similarity), or load a checkpoint with its head, such as "
+        "BertForMaskedLM."
+    )
+
+
+class CausalFeeder:
+    """Every token of a window is read, and every token but the first is predicted from those before it."""
+
+    def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
+        pass
+
+    def inputs(self, ids: Tensor) -> Inputs:
+        return {"input_ids": ids, "use_cache": False}
+
+    def examples(self, ids: Tensor) -> Examples:
+        return Examples(self.inputs(ids), functional.pad(ids[:, 1:], (0, 1), value=IGNORED))
+
+    def predictions(self, length: int) -> int:
+        return length - 1
+
+    def positions(self, length: int) -> int:
+        return length
+
+
+class EncoderFeeder:
+    """Windows are read as they are; there is nothing to predict."""
+
+    def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
+        self._model = model
+
+    def inputs(self, ids: Tensor) -> Inputs:
+        return {"input_ids": ids}
+
+    def examples(self, ids: Tensor) -> Examples:
+        raise _no_logits(self._model, "A loss")
+
+    def predictions(self, length: int) -> int:
+        return 0
+
+    def positions(self, length: int) -> int:
+        return length
+
+
+class MaskedFeeder:
+    """Activations are those of whole windows; the loss is that of `mask_share` of the tokens, each behind a mask.
+
+    `round(mask_share * length)` tokens (at least one) are replaced by the mask token, all of them: BERT's training
+    (1810.04805, section 3.1) leaves some as they are, which an evaluation has no use for.
+    """
+
+    def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
+        self._model = model
+        self._feeding = feeding
+
+    def inputs(self, ids: Tensor) -> Inputs:
+        return {"input_ids": ids}
+
+    def examples(self, ids: Tensor) -> Examples:
+        mask = self._model.tokenizer.mask_token_id
+        if mask is None:
+            raise ModelError(
+                f"The tokenizer of this {type(self._model.module).__name__} names no mask token, so its masked-token "
+                "loss cannot be computed. Load a tokenizer with a mask token (tokenizer.mask_token)."
+            )
+        count = self.predictions(ids.shape[1])
+        hidden = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, window in zip(hidden, ids.cpu(), strict=True):
+            row[torch.randperm(len(window), generator=_generator(window, self._feeding.seed))[:count]] = True
+        hidden = hidden.to(ids.device)
+        return Examples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))
+
+    def predictions(self, length: int) -> int:
+        return max(1, round(self._feeding.mask_share * length))
+
+    def positions(self, length: int) -> int:
+        return length
+
+
+class ContinuationFeeder:
+    """The encoder reads the first `source_share` of a window, the decoder writes the rest, token by token.
+
+    The decoder's first input is the model's start token (Raffel et al., 1910.10683, section 3.2.1: a prefix language
+    model's targets).
+    """
+
+    def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
+        self._start = _start_token(model)
+        self._feeding = feeding
+
+    def inputs(self, ids: Tensor) -> Inputs:
+        return self.examples(ids).inputs
+
+    def examples(self, ids: Tensor) -> Examples:
+        cut = self._cut(ids.shape[1])
+        return _source_and_target(ids[:, :cut], ids[:, cut:], self._start)
+
+    def predictions(self, length: int) -> int:
+        return length - self._cut(length)
+
+    def positions(self, length: int) -> int:
+        return max(self._cut(length), length - self._cut(length))
+
+    def _cut(self, length: int) -> int:
+        return min(max(1, round(self._feeding.source_share * length)), length - 1)
+
+
+class SpansFeeder:
+    """The encoder reads a window with spans cut out, a sentinel in place of each; the decoder writes the spans.
+
+    T5's own objective (1910.10683, section 3.3.4): `mask_share` of the tokens in spans of 3 on average, the window
+    begins with a token that stays, the target ends with the end token. As in its code the number of tokens and spans
+    depends on the length alone, so windows of one length stay of one length.
+    """
+
+    def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
+        self._start = _start_token(model)
+        self._feeding = feeding
+        self._sentinels = _sentinels(model.tokenizer)
+        self._end = model.tokenizer.eos_token_id
+        if not self._sentinels or self._end is None:
+            raise ConfigError(
+                "target=spans needs an end token and sentinel tokens (<extra_id_0>, <extra_id_1>, ...) in the "
+                f"tokenizer, as T5 has them; the tokenizer of this {type(model.module).__name__} has "
+                f"{len(self._sentinels)} sentinels. Use target=continuation."
+            )
+
+    def inputs(self, ids: Tensor) -> Inputs:
+        return self.examples(ids).inputs
+
+    def examples(self, ids: Tensor) -> Examples:
+        pairs = [self._split(window) for window in ids.cpu()]
+        source, target = (torch.stack(part).to(ids.device) for part in zip(*pairs, strict=True))
+        return _source_and_target(source, target, self._start)
+
+    def predictions(self, length: int) -> int:
+        noise, spans = self._counts(length)
+        return noise + spans + 1
+
+    def positions(self, length: int) -> int:
+        noise, spans = self._counts(length)
+        return max(length - noise + spans, noise + spans + 1)
+
+    def _counts(self, length: int) -> tuple[int, int]:
+        """Tokens to cut out, and spans."""
+        noise = min(max(1, round(self._feeding.mask_share * length)), length - 1)
+        spans = min(max(1, round(noise / _MEAN_SPAN)), length - noise)
+        if spans > len(self._sentinels):
+            raise ConfigError(
+                f"Windows of {length} tokens with mask_share {self._feeding.mask_share} have {spans} spans, but the "
+                f"tokenizer has {len(self._sentinels)} sentinel tokens. Lower mask_share or sequence_length."
+            )
+        return noise, spans
+
+    def _split(self, window: Int[Tensor, " length"]) -> tuple[Tensor, Tensor]:
+        """Source and target of one window."""
+        noise, spans = self._counts(len(window))
+        generator = _generator(window, self._feeding.seed)
+        kept = _partition(len(window) - noise, spans, generator)
+        cut = _partition(noise, spans, generator)
+        pieces = window.split([size for pair in zip(kept, cut, strict=True) for size in pair])
+        source, target = [], []
+        for sentinel, stays, goes in zip(self._sentinels, pieces[::2], pieces[1::2], strict=False):
+            mark = window.new_tensor([sentinel])
+            source += [stays, mark]
+            target += [mark, goes]
+        return torch.cat(source), torch.cat([*target, window.new_tensor([self._end])])
+
+
+_TARGETS: Mapping[Target, type[ContinuationFeeder] | type[SpansFeeder]] = {
+    "continuation": ContinuationFeeder,
+    "spans": SpansFeeder,
+}
+_FEEDERS: Mapping[Task, Callable[[LoadedModel, Feeding], Feeder]] = {
+    Task.CAUSAL_LM: CausalFeeder,
+    Task.MASKED_LM: MaskedFeeder,
+    Task.SEQ2SEQ_LM: lambda model, feeding: _TARGETS[feeding.target](model, feeding),
+    Task.ENCODER: EncoderFeeder,
+}
+
+
+def _source_and_target(source: Tensor, target: Tensor, start: int) -> Examples:
+    decoder_ids = functional.pad(target[:, :-1], (1, 0), value=start)
+    # The losses of some models want labels in one piece.
+    return Examples({"input_ids": source, "decoder_input_ids": decoder_ids, "use_cache": False}, target.contiguous())
+
+
+def _start_token(model: LoadedModel) -> int:
+    config = model.module.config
+    for start in (getattr(config, "decoder_start_token_id", None), getattr(config, "bos_token_id", None)):
+        if start is not None:
+            return int(start)
+    raise ModelError(
+        f"The configuration of this {type(model.module).__name__} names neither decoder_start_token_id nor "
+        "bos_token_id, so nobody knows with which token its decoder begins. Add one to its config.json."
+    )
+
+
+def _sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of <extra_id_0>, <extra_id_1>, ..., as far as the tokenizer has them."""
+    vocabulary = tokenizer.get_vocab()
+    found: list[int] = []
+    while (token := _SENTINEL.format(len(found))) in vocabulary:
+        found.append(vocabulary[token])
+    return found
+
+
+def _partition(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """Sizes of at least 1 that add up to `total`, every choice being equally likely."""
+    cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
+    bounds = [0, *cuts, total]
+    return [end - begin for begin, end in pairwise(bounds)]
+
+
+def _generator(window: Int[Tensor, " length"], seed: int) -> torch.Generator:
+    """Random numbers of a window: the same in every batch, order and model."""
+    content = window.contiguous().numpy().astype("<i8").tobytes()
+    digest = hashlib.sha256(f"{seed}:".encode() + content).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

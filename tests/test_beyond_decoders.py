@@ -1,0 +1,82 @@
+"""Whole runs of the command line on models that are no decoders: load, calibrate, compress, evaluate, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig, BertModel
+
+import bs_exp  # noqa: F401  registers the plug-in with which compressed models load
+from bs_exp.models.tiny import byte_tokenizer
+from bs_exp.records import read_record
+from bs_exp.types import Task
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def settings(texts: Path) -> tuple[str, ...]:
+    """Calibration and evaluation on the two texts, in windows of 64 tokens."""
+    return (
+        "calibration=text",
+        f"calibration.files=[{texts}/A.txt]",
+        "calibration.num_sequences=16",
+        "calibration.sequence_length=64",
+        "corpus@evaluation.corpora.python_docs=text",
+        f"evaluation.corpora.python_docs.files=[{texts}/B.txt]",
+        "evaluation.sequence_length=64",
+        "evaluation.max_windows=8",
+        "tracking=none",
+        "hydra.run.dir=out",
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "evaluation", "metric", "auto"),
+    [
+        ("bert", "encoder", "masked_ppl/python_docs", AutoModelForMaskedLM),
+        ("t5", "seq2seq", "seq2seq_ppl/python_docs", AutoModelForSeq2SeqLM),
+    ],
+)
+def test_run(
+    cli: Cli, settings: tuple[str, ...], tmp_path: Path, family: str, evaluation: str, metric: str, auto: Any
+) -> None:
+    model = ("model=tiny_random", f"model.family={family}")
+    done = cli(*model, *settings, f"evaluation={evaluation}", "retain_ratio=0.6", "save_model=true")
+    assert done.status == 0, done.err
+    record = read_record(tmp_path / "out")
+    dense, compressed = record.metrics["dense"], record.metrics["compressed"]
+    assert dense["relative_error/python_docs"] == 0.0
+    assert compressed["relative_error/python_docs"] > 0.0
+    assert compressed["cosine/python_docs"] < 1.0 == pytest.approx(dense["cosine/python_docs"])
+    assert record.objective == compressed[metric] != dense[metric]
+    assert 0.5 < record.size["retain_ratio"] <= 0.6
+    assert record.provenance["model"]["task"] == {"bert": "masked_lm", "t5": "seq2seq_lm"}[family]
+    matrices = {group["matrix"] for group in record.plan["groups"]}  # type: ignore[index]
+    assert ("cross_k" in matrices) == (family == "t5")
+    loaded = auto.from_pretrained(tmp_path / "out" / "model")
+    written = {"decoder_input_ids": torch.tensor([[256, 5]])} if family == "t5" else {}
+    assert loaded(input_ids=torch.tensor([[1, 2, 3]]), **written).logits.isfinite().all()
+
+
+def test_an_encoder_without_a_head(cli: Cli, settings: tuple[str, ...], tmp_path: Path) -> None:
+    """Judged by its outputs; what needs logits is refused before any work."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=259
+    )
+    BertModel(config).save_pretrained(tmp_path / "dense")
+    byte_tokenizer(Task.MASKED_LM).save_pretrained(tmp_path / "dense")
+    model = ("model=local", f"model.path={tmp_path}/dense")
+    done = cli(*model, *settings, "evaluation=similarity")
+    assert done.status == 0, done.err
+    record = read_record(tmp_path / "out")
+    assert 0.0 < record.metrics["compressed"]["relative_error/python_docs"] < 1.0
+    assert record.objective is None
+    refused = cli(*model, *settings, "evaluation=similarity", "experiment=fwsvd")
+    assert refused.status == 1
+    assert "FisherRowsWhitening, made from gradients of the loss, needs logits" in refused.err
+    assert "similarity (dense)" not in refused.err
