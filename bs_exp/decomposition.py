@@ -8,12 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.errors import DecompositionError
-from bs_exp.types import Decomposition, LossUnit, Metric, SharedFactors, Spectrum, WeightGroup
+from bs_exp.types import (
+    Corrections,
+    Decomposition,
+    LossUnit,
+    Metric,
+    PivotedFactors,
+    SharedFactors,
+    Spectrum,
+    StoredFactors,
+    WeightGroup,
+)
+
+# An eigenvalue problem per layer and point.
+_CORRECTION_POINTS = 65
 
 
 def cholesky_whitener(gram: Float[Tensor, "d d"], *, ridge: float = 0.0) -> tuple[Float[Tensor, "d d"], float]:
@@ -29,8 +44,10 @@ def cholesky_whitener(gram: Float[Tensor, "d d"], *, ridge: float = 0.0) -> tupl
     mean = float(gram.diagonal().mean())
     if mean <= 0.0:
         raise DecompositionError(
-            f"the Gram's mean diagonal is {mean:.1e}: all calibration activations of these matrices are zero. "
-            "Calibrate on other text, or use whitening=identity."
+            f"the Gram's mean diagonal is {mean:.1e}: all inputs of these matrices are zero on the calibration text. "
+            "If weights before them are huge, their outputs overflow in a norm, which then gives zeros: check the "
+            "checkpoint, or load it with model.dtype=float32. If not, calibrate on other text, or use "
+            "whitening=identity."
         )
     added = ridge * mean
     lower, info = torch.linalg.cholesky_ex(_shifted(gram, added))
@@ -70,6 +87,8 @@ def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric:
     order = values.argsort(descending=True)
     basis_t, coefficients, values = basis_t[order], coefficients[order], values[order]
     energies = _energies(values, basis_t, coefficients, metric)
+    if group.correction:
+        energies = _corrected_energies(group, energies, basis_t, coefficients, metric)
     coefficients = _by_layer(group, coefficients, metric, _unscale)
     basis_t, coefficients = _balanced(basis_t, coefficients)
     spectrum = Spectrum(
@@ -88,8 +107,11 @@ def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metri
 
     Errors of the square roots are at `sqrt(eps)` of the largest singular value, and squared losses in the unit of a
     norm include the share of the ridge, which `decompose` takes out.
+    Where layers have corrections, eigenvalues say too little: then it is that of `decompose`.
     Raises DecompositionError if the weight is not finite.
     """
+    if group.correction:
+        return decompose(group, weight, metric).spectrum
     _, whitened = _whitened(group, weight, metric)
     square = whitened @ whitened.mT if whitened.shape[0] <= whitened.shape[1] else whitened.mT @ whitened
     squares = torch.linalg.eigvalsh(square).flip(0).clamp_min(0.0)
@@ -122,6 +144,77 @@ def truncate(decomposition: Decomposition, rank: int) -> SharedFactors:
     return split_by_layer(group, decomposition.basis_t[:rank], decomposition.coefficients[:rank])
 
 
+def corrections_of(
+    group: WeightGroup,
+    basis_t: Float[Tensor, "full_rank d_in"],
+    coefficients: Float[Tensor, "full_rank columns"],
+    metric: Metric,
+    rank: int,
+) -> Corrections:
+    """What every layer gets for itself: the best factors, in the metric, of what the first `rank` components leave."""
+    scaled = _by_layer(group, coefficients.double(), metric, lambda block, right: block @ right)
+    units_t, rows = _orthonormal(basis_t.double(), scaled, metric)
+    found = {}
+    for layer, tail in zip(group.layers, rows[rank:].split(group.d_out, dim=1), strict=True):
+        left, values, right = torch.linalg.svd(tail, full_matrices=False)
+        left, values, right = left[:, : group.correction], values[: group.correction], right[: group.correction]
+        own = values[:, None] * right
+        if metric.right is not None:
+            own = _unscale(own, metric.right[layer])
+        down_t, own = _balanced(left.mT @ units_t[rank:], own)
+        found[layer] = (down_t.mT, own)
+    return found
+
+
+def _orthonormal(basis_t: Tensor, rows: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The same products with bases that are orthonormal in the metric, so that norms of rows are errors."""
+    in_metric = basis_t if metric.whitener is None else basis_t @ metric.whitener.mT
+    lengths = in_metric.norm(dim=1)
+    lengths = lengths.where(lengths > 0, 1.0)[:, None]
+    return basis_t / lengths, rows * lengths
+
+
+def _corrected_energies(
+    group: WeightGroup, energies: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric
+) -> Tensor:
+    """Energies whose tails are the losses after every layer's correction.
+
+    Of what k components leave of a layer, the correction takes the largest singular values. That is computed at up to
+    `_CORRECTION_POINTS` ranks k, all of them in small groups; in between the share that is left is interpolated.
+    """
+    units_t, rows = _orthonormal(basis_t, coefficients, metric)
+    tails = energies.flip(0).cumsum(0).flip(0)
+    full = len(energies)
+    # Denser towards both ends, where the share bends most.
+    angles = np.linspace(0.0, np.pi, _CORRECTION_POINTS)
+    spread = np.unique(np.rint((full - 1) * (1.0 - np.cos(angles)) / 2.0).astype(int)).tolist()
+    points = list(range(full)) if full <= _CORRECTION_POINTS else spread
+    overlap = units_t @ units_t.mT if metric.ridge and metric.unit is not LossUnit.NATS else None
+    left = []
+    for rank in points:
+        total = 0.0
+        for tail in rows[rank:].split(group.d_out, dim=1):
+            lost = tail - _leading(tail, group.correction)
+            total += float(lost.square().sum())
+            if overlap is not None:  # the ridge's share is no error on any input
+                total -= metric.ridge * float((lost * (overlap[rank:, rank:] @ lost)).sum())
+        left.append(max(total, 0.0) * (0.5 if metric.unit is LossUnit.NATS else 1.0))
+    shares = torch.tensor(left, dtype=tails.dtype) / tails[points].cpu().clamp_min(torch.finfo(tails.dtype).tiny)
+    between = torch.from_numpy(np.interp(range(full), points, shares.clamp(0.0, 1.0).numpy())).to(tails)
+    losses = torch.cat([(tails * between).cummin(0).values, tails.new_zeros(1)])
+    corrected: Tensor = losses[:-1] - losses[1:]
+    return corrected
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of a rank, by eigenvectors of the smaller product."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return _leading(matrix.mT, rank).mT
+    vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -rank:]
+    leading: Tensor = (matrix @ vectors) @ vectors.mT
+    return leading
+
+
 def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """`[W_1 R_1 .. W_n R_n]` and `S` times that, in fp64."""
     weight = weight.double()
@@ -129,6 +222,54 @@ def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tenso
         raise DecompositionError("the weight holds NaN or infinite entries.")
     scaled = _by_layer(group, weight, metric, lambda block, right: block @ right)
     return scaled, scaled if metric.whitener is None else metric.whitener @ scaled
+
+
+def pivoted_form(factors: SharedFactors) -> PivotedFactors:
+    """The same product with k of its columns as the basis; the block of the coefficients that is the identity is left
+    out.
+
+    Pivots by QR with column pivoting of the coefficients: what is stored stays small and well conditioned.
+    """
+    group, rank = factors.group, factors.rank
+    coefficients = torch.cat([factors.coefficients[layer] for layer in group.layers], dim=1).double()
+    triangle, order = scipy.linalg.qr(coefficients.cpu().numpy(), mode="r", pivoting=True)
+    # In the order of the columns a bit per column is all that has to be kept of the choice.
+    columns = torch.from_numpy(order[:rank].copy()).long().sort()
+    others = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
+    # C_J^-1 C for the columns that are not pivots; its rows follow the sorted pivots.
+    stored = torch.zeros(rank, group.columns, dtype=torch.float64)
+    stored[:, torch.from_numpy(order[rank:].copy()).long()] = torch.from_numpy(others)[columns.indices]
+    is_pivot = torch.zeros(group.columns, dtype=torch.bool)
+    is_pivot[columns.values] = True
+    blocks = zip(group.layers, stored.split(group.d_out, dim=1), is_pivot.split(group.d_out), strict=True)
+    kept = {layer: (block[:, ~mask], mask) for layer, block, mask in blocks}
+    return PivotedFactors(
+        group=group,
+        basis=factors.basis.double() @ coefficients[:, columns.values.to(coefficients.device)],
+        coefficients={layer: block for layer, (block, _) in kept.items()},
+        pivots={layer: mask for layer, (_, mask) in kept.items()},
+        corrections=factors.corrections,
+    )
+
+
+def plain_form(factors: StoredFactors) -> SharedFactors:
+    """The same factors in fp64 with the coefficients of all columns, those of basis columns included."""
+    group, rank, basis = factors.group, factors.rank, factors.basis.double()
+    corrections = {layer: (down.double(), own.double()) for layer, (down, own) in factors.corrections.items()}
+    if isinstance(factors, SharedFactors):
+        whole = {layer: c.double() for layer, c in factors.coefficients.items()}
+        return SharedFactors(group, basis, whole, corrections)
+    coefficients: dict[int, Tensor] = {}
+    first = 0
+    for layer in group.layers:
+        mask = factors.pivots[layer].to(basis.device)
+        count = int(mask.sum())
+        block = basis.new_zeros(rank, group.d_out)
+        block[:, mask] = torch.eye(rank, dtype=basis.dtype, device=basis.device)[:, first : first + count]
+        block[:, ~mask] = factors.coefficients[layer].double()
+        coefficients[layer] = block
+        first += count
+    return SharedFactors(group, basis, coefficients, corrections)
 
 
 def _shifted(gram: Tensor, damping: float) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bs_exp.cache import Cache, Entry
-from bs_exp.decomposition import decompose, split_by_layer
+from bs_exp.decomposition import corrections_of, decompose, split_by_layer
 from bs_exp.errors import DecompositionError
 from bs_exp.journal import Journal
 from bs_exp.measures import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
-from bs_exp.types import RankPlan, SharedFactors, Spectrum, WeightGroup
+from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 
 KIND = "decomposition"
 
@@ -20,6 +20,7 @@ class Decompositions:
     """One cache entry per group. Spectra are small and read at once, factors group by group and up to their rank."""
 
     entries: Mapping[WeightGroup, Entry]
+    measures: GroupMeasures
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -31,9 +32,18 @@ class Decompositions:
         for planned in plan.groups:
             if planned.rank is not None:
                 entry = self.entries[planned.group]
-                yield split_by_layer(
+                shared = split_by_layer(
                     planned.group, entry.rows("basis_t", planned.rank), entry.rows("coefficients", planned.rank)
                 )
+                yield replace(shared, corrections=self._corrections(planned.group, entry, planned.rank))
+
+    def _corrections(self, group: WeightGroup, entry: Entry, rank: int) -> Corrections:
+        if not group.correction:
+            return {}
+        metric = self.measures.metric(group)
+        device = self.measures.dense.device
+        basis_t, coefficients = (entry.tensor(name).to(device) for name in ("basis_t", "coefficients"))
+        return corrections_of(group, basis_t, coefficients, metric, rank)
 
 
 def decompose_groups(
@@ -59,4 +69,4 @@ def decompose_groups(
             entries[group] = cache.store(KIND, keys[group], factors | spectrum_tensors(found.spectrum))
     if count := len(keys) - len(missing):
         journal.note(f"{count} of {len(keys)} decompositions came from the cache")
-    return Decompositions({group: entry for group, entry in entries.items() if entry is not None})
+    return Decompositions({group: entry for group, entry in entries.items() if entry is not None}, measures)

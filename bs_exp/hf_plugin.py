@@ -3,20 +3,25 @@
 A model is declared as "quantized" by the method `basis_sharing`; its `config.json` lists the groups. Importing this
 file registers the method.
 
-The file is complete in itself (torch and transformers only, and built-in errors): `save_model` copies it beside each
-model as `modeling_basis_sharing.py`, so that `trust_remote_code=True` loads the model where `bs_exp` is not installed.
+The file is complete in itself (torch and transformers only, and built-in errors): saving copies it beside each model
+as `modeling_basis_sharing.py`, so that `trust_remote_code=True` loads the model where `bs_exp` is not installed.
+It may be imported in the middle of Transformers' own import (bs_exp_autoload.py), so Auto classes are imported where
+they are used.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, cast
+from pathlib import Path
+from types import MethodType
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -77,7 +82,8 @@ class SharedLinear(nn.Module):
         # At least fp32 for the product, so that half-precision factors are rounded once.
         precise = torch.promote_types(self.weight.dtype, torch.float32)
         product = self.weight.detach().to(precise) @ self.basis.detach().to(precise)
-        return _dense_layer(self, product.to(self.weight.dtype), self.bias)
+        product = product.to(self.weight.dtype)
+        return _dense_layer(self, product, self.bias, requires_grad=self.weight.requires_grad)
 
     def extra_repr(self) -> str:
         return (
@@ -174,13 +180,132 @@ class PivotedLinear(nn.Module):
         precise = torch.promote_types(self.weight.dtype, torch.float32)
         basis = self.basis.detach().to(precise)
         rows = torch.cat((basis[self.start : self.start + self.count], self.weight.detach().to(precise) @ basis))
-        return _dense_layer(self, rows[self.order].to(self.weight.dtype), self.output_bias)
+        product = rows[self.order].to(self.weight.dtype)
+        return _dense_layer(self, product, self.output_bias, requires_grad=self.weight.requires_grad)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"own={self.count}, bias={self.output_bias is not None}"
         )
+
+
+class CorrectedLinear(nn.Module):
+    """`y = shared(x) + (x @ down^T) @ weight^T`: a layer that shares a basis, and a low-rank term of its own.
+
+    `down` is `[correction, d_in]`, `weight` is `[d_out, correction]`, called so for the same reason as in
+    `SharedLinear`. The bias belongs to `shared`.
+    """
+
+    def __init__(self, shared: SharedLinear | PivotedLinear, down: nn.Parameter, weight: nn.Parameter):
+        super().__init__()
+        self.shared = shared
+        self.down = down
+        self.weight = weight
+        self.train(shared.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.shared.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.shared.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        y: Tensor = self.shared(x) + linear(linear(x, self.down), self.weight)
+        return y
+
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The ordinary layer with the sum of both products, in the dtype of the factors."""
+        dense = self.shared.to_dense()
+        precise = torch.promote_types(self.weight.dtype, torch.float32)
+        product = self.weight.detach().to(precise) @ self.down.detach().to(precise)
+        with torch.no_grad():
+            dense.weight += (product.T if self.shared.is_conv1d else product).to(dense.weight.dtype)
+        return dense
+
+    def extra_repr(self) -> str:
+        return f"correction={self.down.shape[0]}"
+
+
+class SplitLinear(nn.Module):
+    """A linear layer cut into blocks, each a layer of its own: of its outputs (`axis` "out") or of its inputs ("in").
+
+    `y = block_0(x) || block_1(x) || ..`, or `y = block_0(x_0) + block_1(x_1) + ..`, plus bias. The sizes of the blocks
+    are a buffer called `weight`, so that a process without the plug-in meets a tensor of the wrong shape and fails; the
+    bias is called `output_bias` for the same reason as in `PivotedLinear`.
+    """
+
+    output_bias: nn.Parameter | None
+    weight: Tensor
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        bias: nn.Parameter | None,
+        sizes: Sequence[int],
+        *,
+        axis: str,
+        is_conv1d: bool,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.register_parameter("output_bias", bias)
+        device = next(self.blocks.parameters()).device
+        self.register_buffer("weight", torch.tensor(sizes, dtype=torch.int32, device=device))
+        self.axis = axis
+        self.sizes = tuple(sizes)
+        self.is_conv1d = is_conv1d
+
+    @classmethod
+    def cutting(cls, dense: nn.Linear | Conv1D, sizes: Sequence[int], axis: str) -> SplitLinear:
+        """The layer in blocks, whose weights are views of its own; the bias stays the same Parameter."""
+        shape = _shape(dense, "layer")
+        if axis not in AXES or sum(sizes) != shape[AXES.index(axis)]:
+            raise ValueError(f"A layer of (d_in, d_out) = {shape} cannot be cut into {list(sizes)} along {axis!r}.")
+        conv1d, bias = isinstance(dense, Conv1D), cast("nn.Parameter | None", dense.bias)
+        weight = dense.weight.detach().T if conv1d else dense.weight.detach()
+        parts = weight.split(list(sizes), dim=0 if axis == "out" else 1)
+        blocks = [_linear_with(nn.Parameter(part, dense.weight.requires_grad)) for part in parts]
+        return cls(blocks, bias, sizes, axis=axis, is_conv1d=conv1d).train(dense.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis == "out":
+            y = torch.cat([block(x) for block in self.blocks], dim=-1)
+        else:
+            first, *others = (block(part) for block, part in zip(self.blocks, x.split(self.sizes, -1), strict=True))
+            y = sum(others, start=first)
+        return y if self.output_bias is None else y + self.output_bias
+
+    def own(self) -> None:
+        """Gives blocks that stay dense weights of their own, instead of views."""
+        for block in self.blocks:
+            if isinstance(block, nn.Linear):
+                own = block.weight.detach().clone(memory_format=torch.contiguous_format)
+                block.weight = nn.Parameter(own, block.weight.requires_grad)
+
+    def merged(self) -> nn.Linear | Conv1D:
+        """The ordinary layer, once all blocks are dense; the bias is the same Parameter."""
+        weights = [cast("nn.Parameter", block.weight) for block in self.blocks]
+        whole = torch.cat([weight.detach() for weight in weights], dim=0 if self.axis == "out" else 1)
+        trained = any(weight.requires_grad for weight in weights)
+        return _dense_layer(self, whole, self.output_bias, requires_grad=trained)
+
+    def extra_repr(self) -> str:
+        return f"axis={self.axis}, sizes={list(self.sizes)}, bias={self.output_bias is not None}"
+
+
+AXES = ("in", "out")
+
+
+def _linear_with(weight: nn.Parameter) -> nn.Linear:
+    """A layer with this weight, and without a bias."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = weight
+    return layer
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -196,19 +321,21 @@ def unpack_bits(packed: Tensor, length: int) -> Tensor:
 
 
 def _dense_layer(
-    factorised: SharedLinear | PivotedLinear, product: Tensor, bias: nn.Parameter | None
+    layer: SharedLinear | PivotedLinear | SplitLinear,
+    product: Tensor,
+    bias: nn.Parameter | None,
+    *,
+    requires_grad: bool,
 ) -> nn.Linear | Conv1D:
-    """The dense layer with the weight `product [d_out, d_in]` that a factorised layer stands for."""
+    """The dense layer with the weight `product [d_out, d_in]` that a layer of this file stands for."""
+    d_out, d_in = product.shape
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         dense: nn.Linear | Conv1D = (
-            Conv1D(factorised.out_features, factorised.in_features)
-            if factorised.is_conv1d
-            else nn.Linear(factorised.in_features, factorised.out_features, bias=bias is not None)
+            Conv1D(d_out, d_in) if layer.is_conv1d else nn.Linear(d_in, d_out, bias=bias is not None)
         )
-    stored = product.T.contiguous() if factorised.is_conv1d else product
-    dense.weight = nn.Parameter(stored, requires_grad=factorised.weight.requires_grad)
+    dense.weight = nn.Parameter(product.T.contiguous() if layer.is_conv1d else product, requires_grad)
     dense.register_parameter("bias", bias)
-    return dense.train(factorised.training)
+    return dense.train(layer.training)
 
 
 FactorisedLinear = SharedLinear | PivotedLinear
@@ -249,6 +376,15 @@ def pivoted_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list
 LAYOUTS: Mapping[str, Layout] = {"plain": plain_layers, "pivoted": pivoted_layers}
 
 
+def _with_correction(shared: FactorisedLinear, rank: int) -> FactorisedLinear | CorrectedLinear:
+    """The layer with a correction of that rank, not yet filled; itself for rank 0."""
+    if rank == 0:
+        return shared
+    empty = shared.weight.new_empty
+    down, weight = empty(rank, shared.in_features), empty(shared.out_features, rank)
+    return CorrectedLinear(shared, nn.Parameter(down), nn.Parameter(weight))
+
+
 class BasisSharingConfig(QuantizationConfigMixin):
     """The `quantization_config` of a model: per group its member modules (the first owns the basis) and its rank."""
 
@@ -258,6 +394,7 @@ class BasisSharingConfig(QuantizationConfigMixin):
         layout: str = "plain",
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
+        splits: Sequence[Mapping[str, Any]] = (),
         **unknown: object,
     ):
         if format_version != FORMAT_VERSION:
@@ -275,6 +412,8 @@ class BasisSharingConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layout = layout
         self.groups = [dict(group) for group in groups]
+        if splits:
+            self.splits = [_checked_split(split) for split in splits]
 
 
 class BasisSharingQuantizer(HfQuantizer):
@@ -289,21 +428,26 @@ class BasisSharingQuantizer(HfQuantizer):
             raise ImportError(f"{METHOD!r} needs transformers 5 or newer, got {transformers.__version__}.")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for split in getattr(self.quantization_config, "splits", ()):
+            (name,) = _local_names(model, {"members": [split["module"]]})
+            dense = model.get_submodule(name)
+            model.set_submodule(name, SplitLinear.cutting(dense, split["sizes"], split["axis"]))
         build = LAYOUTS[self.quantization_config.layout]
         for group in self.quantization_config.groups:
             names = _local_names(model, group)
-            for name, layer in zip(names, build([model.get_submodule(n) for n in names], group), strict=True):
-                model.set_submodule(name, layer)
+            layers = build([model.get_submodule(n) for n in names], group)
+            for name, layer in zip(names, layers, strict=True):
+                model.set_submodule(name, _with_correction(layer, group.get("correction", 0)))
         self.declare_ties(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for module in model.modules():
             if isinstance(module, PivotedLinear):
                 module.refresh()
-        # `save_pretrained` writes no Python file, so a reference to one must not be carried into the next folder;
-        # `save_model` writes both.
-        if getattr(model.config, "auto_map", None) == AUTO_MAP:
-            del model.config.auto_map
+        if _is_own_auto_map(getattr(model.config, "auto_map", None)):
+            del model.config.auto_map  # there while saving only: what is made of this config may have no such file
+        # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
+        model.save_pretrained = MethodType(save_pretrained, model)
 
     def attach(self, model: Any) -> None:
         """Make a model whose layers were just replaced the same as one that `from_pretrained` returns."""
@@ -320,8 +464,12 @@ class BasisSharingQuantizer(HfQuantizer):
 
     def _ties(self, model: Any) -> dict[str, str]:
         """Basis of every further member -> basis of the owner."""
-        members = (_local_names(model, group) for group in self.quantization_config.groups)
-        return {f"{peer}.basis": f"{owner}.basis" for owner, *peers in members for peer in peers}
+        ties = {}
+        for group in self.quantization_config.groups:
+            owner, *peers = _local_names(model, group)
+            basis = "shared.basis" if group.get("correction") else "basis"
+            ties.update({f"{peer}.{basis}": f"{owner}.{basis}" for peer in peers})
+        return ties
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         # The base class would impose config.dtype, which `model.to(...)` does not keep up to date.
@@ -329,16 +477,20 @@ class BasisSharingQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        ties = self._ties(model)
         for group in self.quantization_config.groups:
             for name in _local_names(model, group):
                 model.set_submodule(name, model.get_submodule(name).to_dense())
-        ties = self._ties(model)
+        for split in getattr(self.quantization_config, "splits", ()):
+            (name,) = _local_names(model, {"members": [split["module"]]})
+            model.set_submodule(name, model.get_submodule(name).merged())
         model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k not in ties} or None
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in ties}
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        vars(model).pop("save_pretrained", None)
         for module in model.modules():
             if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
@@ -360,6 +512,25 @@ class BasisSharingQuantizer(HfQuantizer):
         return True
 
 
+def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """As the model's class saves it, with a copy of this file and the `auto_map` through which Auto classes find it."""
+    save = type(model).save_pretrained
+    # A model of custom code brings its own auto_map, which must stay; of one with adapters, these alone are saved.
+    own_code = model.is_remote_code() or getattr(model, "_hf_peft_config_loaded", False)
+    if own_code or not model.should_save_on_this_rank(kwargs.get("is_main_process", True)):
+        save(model, save_directory, *args, **kwargs)
+        return
+    # Before the rest, which may end with an upload of the folder.
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(__file__, folder / f"{REMOTE_MODULE}.py")
+    model.config.auto_map = auto_map(model)
+    try:
+        save(model, save_directory, *args, **kwargs)
+    finally:
+        del model.config.auto_map
+
+
 class BasisSharingAutoConfig:
     """`auto_map` entry for AutoConfig: being imported it has registered the plug-in; the config is the native one."""
 
@@ -369,27 +540,75 @@ class BasisSharingAutoConfig:
 
     @classmethod
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:
+        from transformers import AutoConfig
+
         kwargs.pop("trust_remote_code", None)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
 
 
-class BasisSharingForCausalLM:
-    """`auto_map` entry for AutoModelForCausalLM: the model comes back as its native class."""
+class _NativeModel:
+    """`auto_map` entry for an Auto class: the model comes back as its native class."""
+
+    auto_class: ClassVar[str]
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing to do: the saved model is of a native class."""
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("trust_remote_code", None)
-        return AutoModelForCausalLM.from_pretrained(folder, *args, trust_remote_code=False, **kwargs)
+        return _auto_class(cls).from_pretrained(folder, *args, trust_remote_code=False, **kwargs)
 
 
-AUTO_MAP = {
-    "AutoConfig": f"{REMOTE_MODULE}.{BasisSharingAutoConfig.__name__}",
-    "AutoModelForCausalLM": f"{REMOTE_MODULE}.{BasisSharingForCausalLM.__name__}",
-}
+class BasisSharingForCausalLM(_NativeModel):
+    auto_class = "AutoModelForCausalLM"
+
+
+class BasisSharingForMaskedLM(_NativeModel):
+    auto_class = "AutoModelForMaskedLM"
+
+
+class BasisSharingForSeq2SeqLM(_NativeModel):
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class BasisSharingForTextEncoding(_NativeModel):
+    auto_class = "AutoModelForTextEncoding"
+
+
+class BasisSharingModel(_NativeModel):
+    auto_class = "AutoModel"
+
+
+_NATIVE_MODELS = (
+    BasisSharingForCausalLM,
+    BasisSharingForMaskedLM,
+    BasisSharingForSeq2SeqLM,
+    BasisSharingForTextEncoding,
+    BasisSharingModel,
+)
+
+
+def auto_map(model: Any) -> dict[str, str]:
+    """The `auto_map` of a saved model: an entry for its configuration, and for every Auto class that has its class."""
+    config = type(model.config)
+    entries = {"AutoConfig": f"{REMOTE_MODULE}.{BasisSharingAutoConfig.__name__}"}
+    for native in _NATIVE_MODELS:
+        known = _auto_class(native)._model_mapping.get(config, ())
+        if type(model) in (known if isinstance(known, tuple) else (known,)):
+            entries[native.auto_class] = f"{REMOTE_MODULE}.{native.__name__}"
+    return entries
+
+
+def _auto_class(native: type[_NativeModel]) -> Any:
+    return getattr(transformers, native.auto_class)
+
+
+def _is_own_auto_map(entries: Mapping[str, str] | None) -> bool:
+    """Whether a configuration names this file's entries; from the hub they are prefixed by the repository's name."""
+    names = [entry.rpartition("--")[2] for entry in (entries or {}).values()]
+    return bool(names) and all(name.startswith(f"{REMOTE_MODULE}.") for name in names)
 
 
 def _linear_layers(
@@ -454,6 +673,16 @@ def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         if twice:
             raise ValueError(f"quantization_config.groups names {twice[0]!r} twice; a module belongs to one group.")
         seen.update(members)
+
+
+def _checked_split(split: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = split.get("sizes")
+    if not (split.keys() == {"module", "axis", "sizes"} and isinstance(sizes, list | tuple) and len(sizes) > 1):
+        raise ValueError(
+            "Each of quantization_config.splits needs `module` (a name), `axis` (in or out) and `sizes` (of two blocks "
+            f"at least), got {dict(split)}."
+        )
+    return {**split, "sizes": list(sizes)}
 
 
 def register() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,7 @@ from bs_exp.protocols import Calibration, Importance, Whitening
 from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, TokenWindows, WeightGroup
 
 SPECTRUM = "spectrum"
+_UNITS = tuple(LossUnit)
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -58,7 +59,13 @@ class GroupMeasures:
 
     def metric(self, group: WeightGroup) -> Metric:
         """The metric that whitening and importance make of a group's statistics."""
-        return self.whitening.metric(self.importance.reweight(self.statistics(group)))
+        given = self.statistics(group)
+        weighted = self.importance.reweight(given)
+        metric = self.whitening.metric(weighted)
+        if metric.unit is LossUnit.OUTPUT_NORM and not _same_gram(given, weighted):
+            # The norm on re-weighted inputs is no longer one of the outputs.
+            return replace(metric, unit=LossUnit.METRIC_NORM)
+        return metric
 
     def spectrum(self, group: WeightGroup) -> Spectrum:
         """The spectrum of a group from eigenvalues alone, from the cache where it has it."""
@@ -71,6 +78,10 @@ class GroupMeasures:
                 raise self.failure(group, error) from error
             entry = self.cache.store(SPECTRUM, key, spectrum_tensors(found))
         return read_spectrum(group, entry)
+
+    def track(self, groups: Sequence[WeightGroup], label: str) -> Iterator[WeightGroup]:
+        """The groups one by one, under a progress bar."""
+        return self.journal.track(groups, label=label, total=len(groups))
 
     def key(self, group: WeightGroup) -> str:
         """Hash of the weights, the statistics, and the strategies that make the metric from them."""
@@ -110,13 +121,19 @@ class GroupMeasures:
             )
 
 
+def _same_gram(one: GroupStatistics, other: GroupStatistics) -> bool:
+    if one.gram is None or other.gram is None:
+        return one.gram is other.gram
+    return one.gram is other.gram or torch.equal(one.gram, other.gram)
+
+
 def spectrum_tensors(spectrum: Spectrum) -> dict[str, Tensor]:
     """A spectrum as tensors for the cache."""
     return {
         "singular_values": spectrum.singular_values.cpu(),
         "energies": spectrum.energies.cpu(),
         "ridge": torch.tensor(spectrum.ridge, dtype=torch.float64),
-        "nats": torch.tensor(spectrum.unit is LossUnit.NATS),
+        "unit": torch.tensor(_UNITS.index(spectrum.unit)),
         "damping": torch.tensor(spectrum.damping, dtype=torch.float64),
     }
 
@@ -128,6 +145,6 @@ def read_spectrum(group: WeightGroup, entry: Entry) -> Spectrum:
         singular_values=entry.tensor("singular_values"),
         energies=entry.tensor("energies"),
         ridge=float(entry.tensor("ridge")),
-        unit=LossUnit.NATS if bool(entry.tensor("nats")) else LossUnit.OUTPUT_NORM,
+        unit=_UNITS[int(entry.tensor("unit"))],
         damping=float(entry.tensor("damping")),
     )

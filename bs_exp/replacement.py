@@ -16,12 +16,15 @@ from bs_exp.hf_plugin import (
     METHOD,
     BasisSharingConfig,
     BasisSharingQuantizer,
+    CorrectedLinear,
     PivotedLinear,
     SharedLinear,
+    SplitLinear,
     pack_bits,
+    unpack_bits,
 )
 from bs_exp.models.architecture import module_of
-from bs_exp.types import Architecture, PivotedFactors, StoredFactors, WeightGroup
+from bs_exp.types import Architecture, PivotedFactors, SharedFactors, StoredFactors, WeightGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,8 +53,46 @@ def replace_matrices(
     for stored in factors:
         groups.append(_replace_group(model, architecture, stored))
         del stored  # else the fp64 factors would live until the next group's are there
-    if groups:
-        BasisSharingQuantizer(BasisSharingConfig(groups=groups, layout=layout)).attach(model)
+    splits = _own_splits(model)
+    if groups or splits:
+        BasisSharingQuantizer(BasisSharingConfig(groups=groups, layout=layout, splits=splits)).attach(model)
+
+
+def factors_of(model: PreTrainedModel, architecture: Architecture, group: WeightGroup) -> StoredFactors:
+    """The factors of a group as the model holds them: views, in its dtype and on its device."""
+    matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
+    pivots: dict[int, Tensor] = {}
+    coefficients: dict[int, Tensor] = {}
+    corrections: dict[int, tuple[Tensor, Tensor]] = {}
+    basis = None
+    for matrix in matrices:
+        module = model.get_submodule(matrix.module)
+        if isinstance(module, CorrectedLinear):
+            corrections[matrix.layer] = (module.down.detach().T, module.weight.detach().T)
+            module = module.shared
+        if not isinstance(module, SharedLinear | PivotedLinear):
+            raise ModelError(f"{matrix.module} is a {type(module).__name__}, not stored as factors of {group.name}.")
+        basis = module.basis.detach().T
+        coefficients[matrix.layer] = module.weight.detach().T
+        if isinstance(module, PivotedLinear):
+            pivots[matrix.layer] = unpack_bits(module.pivots, module.out_features)
+    assert basis is not None
+    if pivots:
+        return PivotedFactors(group, basis, coefficients, pivots, corrections)
+    return SharedFactors(group, basis, coefficients, corrections)
+
+
+def exchange_factors(model: PreTrainedModel, architecture: Architecture, factors: StoredFactors) -> None:
+    """Puts other factors in place of a group's, of the same rank and in the same layout; biases stay the Parameters
+    they are."""
+    quantizer: Any = model.hf_quantizer
+    entries = quantizer.quantization_config.groups
+    members = [architecture.by_position[factors.group.matrix, layer].module for layer in factors.group.layers]
+    position = next(i for i, entry in enumerate(entries) if entry["members"] == members)
+    for name in members:
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, layer.to_dense())
+    entries[position] = _replace_group(model, architecture, factors)
 
 
 def is_factorised(model: PreTrainedModel) -> bool:
@@ -64,6 +105,11 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """An ordinary dense model with the same products; everything that was not factorised is shared with `model`."""
     if not is_factorised(model):
         raise ModelError(f"This {type(model).__name__} holds no shared factors, so there is nothing to make dense.")
+    if "peft_config" in vars(model):
+        raise ModelError(
+            f"This {type(model).__name__} carries adapters beside its factors. Merge them (update.merge=true), or load "
+            "the saved model without its adapter folder."
+        )
     dense: PreTrainedModel = twin(model).dequantize()
     return dense
 
@@ -91,7 +137,7 @@ def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: S
         )
         for matrix, old in zip(matrices, dense, strict=True)
     ]
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     if isinstance(stored, PivotedFactors):
         counts = [int(stored.pivots[layer].sum()) for layer in group.layers]
         entry["pivots"] = counts
@@ -100,9 +146,29 @@ def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: S
             layers.append(PivotedLinear.replacing(old, basis, own, bits, start=end - count, count=count))
     else:
         layers += [SharedLinear.replacing(old, basis, own) for old, own in zip(dense, coefficients, strict=True)]
+    if group.correction:
+        entry["correction"] = group.correction
+        layers = [_corrected(new, stored, matrix.layer) for matrix, new in zip(matrices, layers, strict=True)]
     for matrix, new in zip(matrices, layers, strict=True):
         model.set_submodule(matrix.module, new)
     return entry
+
+
+def _own_splits(model: PreTrainedModel) -> list[Mapping[str, Any]]:
+    """Layers in blocks no longer hold views of the dense model's weights; their entries in the quantization config."""
+    entries: list[Mapping[str, Any]] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, SplitLinear):
+            layer.own()
+            entries.append({"module": name, "axis": layer.axis, "sizes": list(layer.sizes)})
+    return entries
+
+
+def _corrected(shared: SharedLinear | PivotedLinear, stored: StoredFactors, layer: int) -> CorrectedLinear:
+    down, own = stored.corrections[layer]
+    like, what = shared.weight, f"correction of layer {layer}"
+    factors = (_parameter(factor, like=like, group=stored.group, what=what) for factor in (down, own))
+    return CorrectedLinear(shared, *factors)
 
 
 def _check_shapes(stored: StoredFactors) -> None:
@@ -110,6 +176,12 @@ def _check_shapes(stored: StoredFactors) -> None:
     widths = {layer: group.d_out for layer in group.layers}
     if isinstance(stored, PivotedFactors):
         widths = {layer: group.d_out - int(pivots.sum()) for layer, pivots in stored.pivots.items()}
+    corrections = {layer: (down.shape[1], own.shape[0]) for layer, (down, own) in stored.corrections.items()}
+    if corrections != ({layer: (group.correction,) * 2 for layer in group.layers} if group.correction else {}):
+        raise DecompositionError(
+            f"The factors of group {group.name} have corrections of the ranks {corrections} by layer, needed is "
+            f"{group.correction} for each of {list(group.layers)}."
+        )
     found = (stored.basis.shape[0], {layer: tuple(c.shape) for layer, c in stored.coefficients.items()})
     needed = (group.d_in, {layer: (rank, width) for layer, width in widths.items()})
     if found != needed:
@@ -126,7 +198,7 @@ def _parameter(factor: Tensor, *, like: Tensor, group: WeightGroup, what: str) -
             f"The weights of group {group.name} are not in memory (offloaded or on the meta device), so they cannot be "
             "replaced. Load the model onto one device."
         )
-    stored = factor.T.to(device=like.device, dtype=like.dtype, memory_format=torch.contiguous_format)
+    stored = factor.T.to(device=like.device, dtype=like.dtype).contiguous()
     if not stored.isfinite().all():
         if not factor.isfinite().all():
             raise DecompositionError(f"The {what} of group {group.name}: NaN or infinite values in the factors.")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bs_exp.choices import Choices, cost_of, largest_rank, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import PlannedGroup, RankPlan, Spectrum, WeightGroup
@@ -26,23 +25,6 @@ def check_retain_ratio(ratio: float) -> None:
             f"retain_ratio must be above 0 and at most 1 (the share of the targeted parameters to keep), got {ratio}. "
             "A compression ratio of 20 % is retain_ratio=0.8."
         )
-
-
-def parameter_budget(group_parameters: int, ratio: float) -> int:
-    """Whole parameters within a share, taken as the decimal it was written as: in binary 0.57 * 100 is below 57."""
-    return int(Fraction(repr(ratio)) * group_parameters)
-
-
-def largest_rank(group: WeightGroup, parameters: int, layout: Layout) -> int:
-    """The largest rank that costs at most so many parameters; 0 if not even one component fits.
-
-    For the plain layout `floor(ratio * n * d_in * d_out / (d_in + n * d_out))` (Basis Sharing, section 3.3).
-    """
-    low, high = 0, group.full_rank
-    while low < high:  # the cost of every layout grows with the rank
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if layout.parameters(group, middle) <= parameters else (low, middle - 1)
-    return low
 
 
 def least_parameters(group: WeightGroup, layout: Layout, lowest: float = 0.0) -> int:
@@ -79,70 +61,6 @@ def check_affordable(
                 f"retain_ratio {ratio} is below the {least / total:.4f} that one component per group{of}{bound} needs. "
                 f"Raise retain_ratio{' or lower allocation.min_ratio' if lowest else ''}."
             )
-
-
-@dataclass(frozen=True, eq=False)
-class Choices:
-    """What one group may choose: ranks (None is dense) by rising cost in parameters, and a loss for each."""
-
-    ranks: tuple[int | None, ...]
-    costs: Float[Tensor, " choices"]
-    losses: Float[Tensor, " choices"]
-
-    def best(self, price: float) -> int:
-        """The choice with the least `loss + price * parameters`; of equals the cheaper one."""
-        return int((self.losses + price * self.costs).argmin())
-
-
-def spectrum_choices(spectrum: Spectrum, layout: Layout, *, lowest: float = 0.0, highest: float = 1.0) -> Choices:
-    """The ranks from `lowest` to `highest` of a group's parameters, with the energy that each of them drops.
-
-    A rank that costs as much as the group is no choice: dense costs no more and loses nothing.
-    """
-    group = spectrum.group
-    first = max(1, largest_rank(group, parameter_budget(group.parameters, lowest), layout))
-    costs = [layout.parameters(group, rank) for rank in range(first, group.full_rank)]
-    # The first rank is always a choice: a group keeps one component, whatever the bounds.
-    limit = max(parameter_budget(group.parameters, highest), costs[0] if costs else 0)
-    ranks = [rank for rank, cost in enumerate(costs, start=first) if cost < group.parameters and cost <= limit]
-    # tail[k] = energies[k:].sum(), added from the small end
-    tail = spectrum.energies.double().cpu().flip(0).cumsum(0).flip(0)
-    dense = [group.parameters] if highest == 1.0 or not ranks else []
-    return Choices(
-        ranks=(*ranks, *(None for _ in dense)),
-        costs=torch.tensor([*costs[: len(ranks)], *dense], dtype=torch.float64),
-        losses=torch.tensor([*(float(tail[rank]) for rank in ranks), *(0.0 for _ in dense)], dtype=torch.float64),
-    )
-
-
-def cost_of(choices: Sequence[Choices], chosen: Sequence[int]) -> int:
-    """Parameters of a choice per group."""
-    return sum(int(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
-
-
-def spend(choices: Sequence[Choices], chosen: Sequence[int], budget: int) -> list[int]:
-    """Spends what is left, each time on the best saving of loss per parameter among the steps that fit.
-
-    What is left in the end is less than any group's next component.
-    """
-    chosen = list(chosen)
-    left = budget - cost_of(choices, chosen)
-    while True:
-        best: tuple[float, int, int, int] | None = None
-        for group, (c, at) in enumerate(zip(choices, chosen, strict=True)):
-            extra = c.costs[at + 1 :] - c.costs[at]
-            fits = int((extra <= left).sum())
-            if fits == 0:
-                continue
-            gains = (c.losses[at] - c.losses[at + 1 : at + 1 + fits]) / extra[:fits]
-            step = int(gains.argmax())
-            candidate = (float(gains[step]), -group, at + 1 + step, int(extra[step]))
-            best = candidate if best is None or candidate > best else best
-        if best is None:
-            return chosen
-        _, negative, choice, extra_cost = best
-        chosen[-negative] = choice
-        left -= extra_cost
 
 
 def spread(

@@ -15,7 +15,7 @@ class PlainLayout:
     name: ClassVar[str] = "plain"
 
     def parameters(self, group: WeightGroup, rank: int) -> int:
-        return rank * (group.d_in + group.columns)
+        return rank * (group.d_in + group.columns) + group.correction_parameters
 
     def arrange(self, factors: SharedFactors) -> SharedFactors:
         return factors

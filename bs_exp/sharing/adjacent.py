@@ -2,65 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar
 
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
-from bs_exp.types import MATRIX_TYPES, Architecture, Statistic, WeightGroup
+from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
+from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdjacentSharing:
     """Groups of `group_size` consecutive layers from layer 0, for the types in `matrices`; the others stay alone.
 
-    A remainder makes a smaller group. Layers whose matrices differ in shape are not put together.
+    `group_size` is one number, or one for each matrix type (types that it leaves out stay alone). A remainder makes a
+    smaller group. Layers whose matrices differ in shape are not put together.
     Basis Sharing (2410.03765), sections 3.2 and 4.
     """
 
     matrices: tuple[str, ...]
-    group_size: int
+    group_size: int | Mapping[str, int]
 
     measured: ClassVar[bool] = False
+    in_nats: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrices", tuple(self.matrices))
-        check_at_least(1, group_size=self.group_size)
-        if not self.matrices:
-            raise ConfigError("sharing.matrices is empty: name matrix types such as [q, k, v], or use sharing=none.")
+        check_named(self.matrices)
+        if not isinstance(self.group_size, Mapping):
+            check_at_least(1, group_size=self.group_size)
+            return
+        for matrix, size in self.group_size.items():
+            check_at_least(1, **{f"group_size.{matrix}": size})
+        if unlisted := sorted(set(self.group_size) - set(self.matrices)):
+            raise ConfigError(
+                f"group_size has a size for {', '.join(unlisted)}, but matrices is {list(self.matrices)}: "
+                "list the type there too."
+            )
+
+    def size_of(self, matrix: str) -> int:
+        """Layers per group of a matrix type."""
+        if matrix not in self.matrices:
+            return 1
+        return self.group_size.get(matrix, 1) if isinstance(self.group_size, Mapping) else self.group_size
+
+    def view(self, dense: LoadedModel) -> LoadedModel:
+        return dense
 
     def check(self, architecture: Architecture) -> None:
-        """ConfigError if the group size exceeds the layers, or no listed type occurs in the model."""
-        if self.group_size > architecture.num_layers:
-            raise ConfigError(
-                f"sharing.group_size must be between 1 and {architecture.num_layers} (layers of this "
-                f"{architecture.family} model), got {self.group_size}; 1 turns sharing off."
-            )
-        if unknown := sorted(set(self.matrices) - set(MATRIX_TYPES)):
-            raise ConfigError(
-                f"sharing.matrices: {', '.join(unknown)} is no matrix type. Matrix types: {', '.join(MATRIX_TYPES)}; "
-                f"this model has {', '.join(architecture.matrix_types)}."
-            )
-        if not set(self.matrices) & set(architecture.matrix_types):
-            raise ConfigError(
-                f"sharing.matrices {list(self.matrices)} names no matrix type of this model, "
-                f"which has {list(architecture.matrix_types)}."
-            )
+        """ConfigError if a group size exceeds the layers, or no listed type occurs in the model."""
+        if isinstance(self.group_size, Mapping):
+            for matrix, size in self.group_size.items():
+                check_size(f"group_size.{matrix}", size, architecture)
+        else:
+            check_size("group_size", self.group_size, architecture)
+        check_matrices(self.matrices, architecture)
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
         """All groups, by matrix type and layer."""
         architecture = problem.architecture
         self.check(architecture)
-        groups = []
-        for matrix in architecture.matrix_types:
-            size = self.group_size if matrix in self.matrices else 1
-            for (d_in, d_out), run in groupby(architecture.of_type(matrix), key=lambda m: (m.d_in, m.d_out)):
-                layers = tuple(m.layer for m in run)
-                groups += [
-                    WeightGroup(matrix, layers[start : start + size], d_in, d_out)
-                    for start in range(0, len(layers), size)
-                ]
-        return tuple(groups)
+        return tuple(
+            group
+            for matrix in architecture.matrix_types
+            for run in runs(architecture, matrix)
+            for group in cut(run, self.size_of(matrix))
+        )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bs_exp.checks import check_share
 from bs_exp.decomposition import cholesky_whitener
-from bs_exp.types import GroupStatistics, Metric, Statistic
+from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +29,4 @@ class GramWhitening:
         if statistics.gram is None:
             raise ValueError("GramWhitening needs a Gram; it says so in `needs`.")
         whitener, ridge = cholesky_whitener(statistics.gram, ridge=self.ridge)
-        return Metric(whitener=whitener, ridge=ridge)
+        return Metric(whitener=whitener, ridge=ridge, unit=LossUnit.OUTPUT_NORM)

@@ -17,7 +17,7 @@ from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class TwoSidedWhitening:
-    """Error in the loss itself: `1/2 sum_i ||H^(1/2) dW_i G_i^(1/2)||_F^2` nats per token, to second order.
+    """Error in the loss itself: `1/2 sum_i ||H^(1/2) dW_i G_i^(1/2)||_F^2` nats per predicted token, to second order.
 
     `H` is the group's input Gram per token, averaged over its layers; `G_i = E[g g^T]` with g the gradient of the token
     loss at the output of layer i's matrix. So losses of different groups, types and depths have one unit and may
@@ -45,8 +45,10 @@ class TwoSidedWhitening:
         per_token = statistics.gram / (statistics.tokens * statistics.group.size)
         whitener, ridge = cholesky_whitener(per_token, ridge=self.ridge)
         right, dampings = {}, []
+        # Not every token that is read is predicted (masked tokens, a decoder's target).
+        predictions = statistics.predictions or statistics.tokens
         for layer, total in statistics.output_grams.items():
-            upper, damping = cholesky_whitener(tempered(total / statistics.tokens, self.temper), ridge=self.damping)
+            upper, damping = cholesky_whitener(tempered(total / predictions, self.temper), ridge=self.damping)
             right[layer] = upper.mT.contiguous()
             dampings.append(damping)
         return Metric(whitener=whitener, ridge=ridge, right=right, damping=max(dampings), unit=LossUnit.NATS)

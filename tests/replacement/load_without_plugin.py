@@ -59,6 +59,9 @@ print(
             "refusals": refusals,
             "dense": dense,
             "trusted": trusted,
+            "resaved": torch.equal(
+                loaded_logits("resaved", "llama", trust_remote_code=True), expected["compressed"]["llama"]
+            ),
             "harness_without": harness_without,
             "harness": harness_answer(some, trust_remote_code=True),
         }

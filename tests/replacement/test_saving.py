@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from factorised import compressed_twin, logits_of, random_factors
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -36,6 +36,7 @@ def saved(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, module in (("compressed", compressed), ("dense", to_dense(compressed))):
             save_model(module, dense(family).tokenizer, folder / kind / family)
             logits[kind][family] = logits_of(module)
+    AutoModelForCausalLM.from_pretrained(folder / "compressed" / "llama").save_pretrained(folder / "resaved" / "llama")
     torch.save(logits, folder / "logits.pt")
     return folder
 
@@ -119,10 +120,36 @@ def test_second_round_trip_in_shards(saved: Path, tmp_path: Path, family: str) -
         assert len({id(second.get_submodule(name).basis) for name in group["members"]}) == 1
 
 
-def test_native_save_names_no_missing_file(saved: Path, tmp_path: Path) -> None:
+def test_native_save_writes_what_our_own_does(saved: Path, without_plugin: Any) -> None:
+    ours, native = (
+        {path.name: path.read_bytes() for path in (saved / kind / "llama").iterdir() if "token" not in path.name}
+        for kind in ("compressed", "resaved")
+    )
+    assert native == ours
+    assert without_plugin["resaved"]
+
+
+def test_saved_model_keeps_no_reference_to_the_code_file(saved: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved / "compressed" / "llama")
     model.save_pretrained(tmp_path)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert getattr(model.config, "auto_map", None) is None
+    (tmp_path / "full" / "model.safetensors").mkdir(parents=True)  # no weights can be written there
+    with pytest.raises(SafetensorError, match="Is a directory"):
+        model.save_pretrained(tmp_path / "full")
+    assert getattr(model.config, "auto_map", None) is None
+    dense = to_dense(model)
+    dense.save_pretrained(tmp_path / "dense")
+    assert not list((tmp_path / "dense").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_files_follow_the_umask(dense: Dense, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = save_model(compressed_twin(dense("llama")), dense("llama").tokenizer, tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
 def test_folder_says_how_it_was_made(saved: Path) -> None:

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from given import architecture, problem, random_measures
 
 from bs_exp.errors import ConfigError
-from bs_exp.layout.plain import PlainLayout
-from bs_exp.protocols import Sharing, SharingProblem
+from bs_exp.protocols import Sharing
 from bs_exp.sharing.adjacent import AdjacentSharing
+from bs_exp.sharing.clustered import ClusteredSharing
+from bs_exp.sharing.criterion import CriterionSharing
+from bs_exp.sharing.explicit import ExplicitSharing
 from bs_exp.sharing.none import NoSharing
-from bs_exp.types import Architecture, WeightMatrix
-
-
-def architecture(layers: int = 5, **shapes: tuple[int, int]) -> Architecture:
-    shapes = shapes or {"q": (8, 8), "k": (8, 4), "down": (20, 8)}
-    matrices = tuple(
-        WeightMatrix(matrix, layer, "site", f"layers.{layer}.{matrix}", d_in, d_out)
-        for layer in range(layers)
-        for matrix, (d_in, d_out) in shapes.items()
-    )
-    return Architecture(family="test", matrices=matrices)
-
-
-def problem(architecture: Architecture) -> SharingProblem:
-    return SharingProblem(architecture, retain_ratio=0.5, layout=PlainLayout())
-
+from bs_exp.sharing.optimal import OptimalSharing
+from bs_exp.sharing.residual import ResidualSharing
+from bs_exp.types import Architecture, LossUnit
 
 STRATEGIES = [
     NoSharing(),
     *(AdjacentSharing(matrices=("q", "k"), group_size=size) for size in (1, 2, 3, 5)),
     AdjacentSharing(matrices=("q", "k", "down", "qkv"), group_size=4),
+    AdjacentSharing(matrices=("q", "k", "up"), group_size={"q": 2, "up": 3}),
+    ExplicitSharing(layers={"q": [[0, 3], [4, 2]], "down": [[1]]}),
+    ClusteredSharing(
+        matrices=("q", "k", "down"),
+        space="whitened",
+        subspace=2,
+        linkage="average",
+        clusters=None,
+        max_distance=None,
+        min_size=2,
+        max_size=3,
+        adjacent_only=False,
+    ),
+    *(
+        CriterionSharing(matrices=("q", "down"), norm=norm, squared=False, max_size=3)
+        for norm in ("frobenius", "whitened", "output")
+    ),
+    OptimalSharing(matrices=("q", "k"), g_max=3),
+    ResidualSharing(matrices=("q", "k"), group_size=2, residual_rank=0),
 ]
 
 
@@ -37,7 +48,8 @@ STRATEGIES = [
 @pytest.mark.parametrize("layers", [5, 6, 7])
 def test_every_matrix_is_in_exactly_one_group_of_its_shape(sharing: Sharing, layers: int) -> None:
     model = architecture(layers)
-    groups = sharing.groups(problem(model))
+    case = problem(model, random_measures(model, unit=LossUnit.NATS))
+    groups = sharing.groups(case)
     members = [(group.matrix, layer) for group in groups for layer in group.layers]
     assert sorted(members) == sorted(model.by_position)
     for group in groups:
@@ -45,7 +57,7 @@ def test_every_matrix_is_in_exactly_one_group_of_its_shape(sharing: Sharing, lay
             matrix = model.by_position[group.matrix, layer]
             assert (group.d_in, group.d_out) == (matrix.d_in, matrix.d_out)
     assert sum(group.parameters for group in groups) == model.parameters
-    assert groups == sharing.groups(problem(model))
+    assert groups == sharing.groups(case)
 
 
 def test_remainder_is_a_smaller_group_and_unlisted_types_stay_alone() -> None:
@@ -82,3 +94,64 @@ def test_types_that_the_model_lacks() -> None:
         AdjacentSharing(matrices=("q",), group_size="two")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="empty"):
         AdjacentSharing(matrices=(), group_size=2)
+
+
+def test_a_size_for_each_type() -> None:
+    sizes = {"q": 2, "k": 3}
+    groups = AdjacentSharing(matrices=("q", "k", "down"), group_size=sizes).groups(problem(architecture(5)))
+    assert [g.layers for g in groups if g.matrix == "q"] == [(0, 1), (2, 3), (4,)]
+    assert [g.layers for g in groups if g.matrix == "k"] == [(0, 1, 2), (3, 4)]
+    assert all(g.size == 1 for g in groups if g.matrix == "down")
+    same = AdjacentSharing(matrices=("q", "k"), group_size={"q": 3, "k": 3}).groups(problem(architecture(5)))
+    assert same == AdjacentSharing(matrices=("q", "k"), group_size=3).groups(problem(architecture(5)))
+    with pytest.raises(ConfigError, match=r"group_size\.k must be between 1 and 5 .*got 6"):
+        AdjacentSharing(matrices=("q", "k"), group_size={"k": 6}).groups(problem(architecture(5)))
+    with pytest.raises(ConfigError, match=r"group_size\.k must be a whole number of at least 1, got 0"):
+        AdjacentSharing(matrices=("q", "k"), group_size={"k": 0})
+    with pytest.raises(ConfigError, match=r"a size for down, but matrices is \['q'\]"):
+        AdjacentSharing(matrices=("q",), group_size={"down": 2})
+
+
+def test_explicit_lists_are_the_groups() -> None:
+    groups = ExplicitSharing(layers={"q": [[4, 1], [2, 3]], "k": [[0, 4]]}).groups(problem(architecture(5)))
+    assert [g.layers for g in groups if g.matrix == "q"] == [(0,), (1, 4), (2, 3)]
+    assert [g.layers for g in groups if g.matrix == "k"] == [(0, 4), (1,), (2,), (3,)]
+    assert [g.layers for g in groups if g.matrix == "down"] == [(0,), (1,), (2,), (3,), (4,)]
+    pairs = AdjacentSharing(matrices=("q",), group_size=2).groups(problem(architecture(5)))
+    assert ExplicitSharing(layers={"q": [[0, 1], [2, 3]]}).groups(problem(architecture(5))) == pairs
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (None, r"sharing\.layers is empty"),
+        ({}, r"sharing\.layers is empty: .*\{q: \[\[0, 1\]"),
+        ({"q": [[0, 5]]}, r"sharing\.layers\.q names layer 5, but q is in layers 0-4"),
+        ({"q": [[0, 1], [1, 2]]}, r"layers\.q names layer 1 twice"),
+        ({"q": [[0, 0]]}, r"layers\.q names layer 0 twice"),
+        ({"gaet": [[0, 1]]}, r"gaet is no matrix type.*q, k, down"),
+        ({"gate": [[0, 1]]}, r"gate is not in this model.*q, k, down"),
+        ({"q": [0, 1]}, r"lists of layers by matrix type.*got \{'q': \[0, 1\]\}"),
+        ({"q": [[]]}, r"lists of layers by matrix type"),
+        ({"q": [["0"]]}, r"whole numbers from 0, got '0'"),
+        ("q", r"lists of layers by matrix type.*got 'q'"),
+    ],
+)
+def test_bad_lists_are_refused(layers: dict[str, list[list[int]]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExplicitSharing(layers=layers).check(architecture(5))
+
+
+def test_matrices_of_different_shapes_are_not_listed_together() -> None:
+    narrow, wide = architecture(2, q=(8, 8)), architecture(4, q=(8, 16))
+    mixed = Architecture("test", (*narrow.matrices, *(m for m in wide.matrices if m.layer >= 2)))
+    with pytest.raises(ConfigError, match=r"layers \[1, 2\] together.*1: \(8, 8\), 2: \(8, 16\)"):
+        ExplicitSharing(layers={"q": [[1, 2]]}).check(mixed)
+
+
+def test_an_encoder_and_its_decoder_are_never_put_together() -> None:
+    encoder, both = architecture(3, q=(8, 8)), architecture(6, q=(8, 8))
+    decoder = (replace(m, stack=1) for m in both.matrices if m.layer >= 3)
+    model = Architecture("test", (*encoder.matrices, *decoder))
+    groups = AdjacentSharing(matrices=("q",), group_size=2).groups(problem(model))
+    assert [g.layers for g in groups] == [(0, 1), (2,), (3, 4), (5,)]

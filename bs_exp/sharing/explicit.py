@@ -1,0 +1,101 @@
+"""Groups as they are listed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bs_exp.errors import ConfigError
+from bs_exp.protocols import SharingProblem
+from bs_exp.types import MATRIX_TYPES, Architecture, LoadedModel, Statistic, WeightGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplicitSharing:
+    """Lists of layers by matrix type, adjacent or not; every layer that is not listed stays alone.
+
+    Any grouping can be written down like this, also the one in another run's plan.
+    """
+
+    layers: Mapping[str, tuple[tuple[int, ...], ...]] | None
+
+    measured: ClassVar[bool] = False
+    in_nats: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping | None):
+            raise _malformed(self.layers)
+        lists = {matrix: _lists(matrix, listed) for matrix, listed in (self.layers or {}).items()}
+        object.__setattr__(self, "layers", lists)
+
+    def view(self, dense: LoadedModel) -> LoadedModel:
+        return dense
+
+    def check(self, architecture: Architecture) -> None:
+        """ConfigError unless every list fits the model: types and layers that it has, of one shape in a group."""
+        if not self.layers:
+            raise ConfigError(
+                "sharing.layers is empty: list layers by matrix type, such as {q: [[0, 1], [2, 5]]}, or use "
+                "sharing=none."
+            )
+        for matrix, groups in self.layers.items():
+            key = f"sharing.layers.{matrix}"
+            if matrix not in architecture.matrix_types:
+                what = "is not in this model" if matrix in MATRIX_TYPES else "is no matrix type"
+                raise ConfigError(
+                    f"{key}: {matrix} {what}. Matrix types of this model: {', '.join(architecture.matrix_types)}."
+                )
+            shapes = {m.layer: (m.d_in, m.d_out) for m in architecture.of_type(matrix)}
+            for group in groups:
+                if outside := [layer for layer in group if layer not in shapes]:
+                    raise ConfigError(
+                        f"{key} names layer {outside[0]}, but {matrix} is in layers {_ranges(sorted(shapes))}."
+                    )
+                if len({shapes[layer] for layer in group}) > 1:
+                    found = ", ".join(f"{layer}: {shapes[layer]}" for layer in group)
+                    raise ConfigError(
+                        f"{key} puts layers {list(group)} together, whose shapes (d_in, d_out) differ: {found}. Only "
+                        "matrices of one shape can share a basis."
+                    )
+
+    def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
+        """All groups, by matrix type and first layer."""
+        architecture = problem.architecture
+        self.check(architecture)
+        found = []
+        lists = self.layers or {}
+        for matrix in architecture.matrix_types:
+            listed = {group[0]: group for group in lists.get(matrix, ())}
+            joined = {layer for group in listed.values() for layer in group[1:]}
+            for m in architecture.of_type(matrix):
+                if m.layer not in joined:
+                    found.append(WeightGroup(matrix, listed.get(m.layer, (m.layer,)), m.d_in, m.d_out))
+        return tuple(found)
+
+
+def _lists(matrix: str, listed: object) -> tuple[tuple[int, ...], ...]:
+    """The lists of a matrix type, layers in order; ConfigError if they are no lists of layers, or name one twice."""
+    if not isinstance(listed, list | tuple) or not all(isinstance(group, list | tuple) and group for group in listed):
+        raise _malformed({matrix: listed})
+    layers = [layer for group in listed for layer in group]
+    if wrong := [layer for layer in layers if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0]:
+        raise ConfigError(f"layers.{matrix}: layers are whole numbers from 0, got {wrong[0]!r}.")
+    if twice := [layer for layer, count in Counter(layers).items() if count > 1]:
+        raise ConfigError(f"layers.{matrix} names layer {twice[0]} twice; a matrix belongs to one group.")
+    return tuple(tuple(sorted(group)) for group in listed)
+
+
+def _malformed(value: object) -> ConfigError:
+    return ConfigError(
+        f"layers must give lists of layers by matrix type, such as {{q: [[0, 1], [2, 5]]}}, got {value!r}."
+    )
+
+
+def _ranges(layers: list[int]) -> str:
+    """Layers as text, runs shortened: `0-3, 6`."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

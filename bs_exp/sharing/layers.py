@@ -1,0 +1,71 @@
+"""Which layers may be put together: those of one stack and matrix type whose matrices have one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from bs_exp.errors import ConfigError
+from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup, WeightMatrix
+
+
+def check_matrices(matrices: Sequence[str], architecture: Architecture) -> None:
+    """ConfigError unless all are matrix types, and the model has one of them at least."""
+    if unknown := sorted(set(matrices) - set(MATRIX_TYPES)):
+        raise ConfigError(
+            f"sharing.matrices: {', '.join(unknown)} is no matrix type. Matrix types: {', '.join(MATRIX_TYPES)}; "
+            f"this model has {', '.join(architecture.matrix_types)}."
+        )
+    if not set(matrices) & set(architecture.matrix_types):
+        raise ConfigError(
+            f"sharing.matrices {list(matrices)} names no matrix type of this model, "
+            f"which has {list(architecture.matrix_types)}."
+        )
+
+
+def check_named(matrices: Sequence[str]) -> None:
+    """ConfigError for a list of matrix types that is empty."""
+    if not matrices:
+        raise ConfigError("matrices is empty: name matrix types such as [q, k, v], or use sharing=none.")
+
+
+def check_size(setting: str, size: int, architecture: Architecture) -> None:
+    """ConfigError if groups would be larger than the model is deep."""
+    if size > architecture.num_layers:
+        raise ConfigError(
+            f"sharing.{setting} must be between 1 and {architecture.num_layers} (layers of this "
+            f"{architecture.family} model), got {size}; 1 turns sharing off."
+        )
+
+
+def runs(architecture: Architecture, matrix: str) -> list[WeightGroup]:
+    """The layers of a matrix type, cut where the shape changes, and between an encoder and its decoder: only layers of
+    one run can be adjacent in a group."""
+    return [
+        WeightGroup(matrix, tuple(m.layer for m in members), d_in, d_out)
+        for (_, d_in, d_out), members in groupby(architecture.of_type(matrix), key=lambda m: (m.stack, m.d_in, m.d_out))
+    ]
+
+
+def by_shape(architecture: Architecture, matrix: str) -> list[WeightGroup]:
+    """The layers of a matrix type, those of one shape together wherever they stand."""
+    found: Mapping[tuple[int, int, int], list[int]] = defaultdict(list)
+    for m in architecture.of_type(matrix):
+        found[_kind(m)].append(m.layer)
+    return [WeightGroup(matrix, tuple(layers), d_in, d_out) for (_, d_in, d_out), layers in found.items()]
+
+
+def part(whole: WeightGroup, layers: Iterable[int]) -> WeightGroup:
+    """Some layers of a run or shape as a group."""
+    return WeightGroup(whole.matrix, tuple(layers), whole.d_in, whole.d_out)
+
+
+def cut(whole: WeightGroup, size: int) -> list[WeightGroup]:
+    """Groups of `size` consecutive layers from the first; a remainder makes a smaller group."""
+    return [part(whole, whole.layers[start : start + size]) for start in range(0, whole.size, size)]
+
+
+def _kind(matrix: WeightMatrix) -> tuple[int, int, int]:
+    # An encoder and its decoder read different tokens: their layers are never put together.
+    return matrix.stack, matrix.d_in, matrix.d_out
