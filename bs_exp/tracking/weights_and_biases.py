@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from bs_exp.errors import ConfigError, TrackingError
 
 Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
-_PLAN_COLUMNS = ("matrix", "layers", "d_in", "d_out", "rank", "parameters", "predicted_loss", "ridge")
+_PLAN_COLUMNS = ("matrix", "layers", "d_in", "d_out", "rank", "parameters", "predicted_loss", "loss_unit", "ridge")
+_STEP = "update/step"
+# What an artifact's name may hold.
+_NO_NAME = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,40 +27,62 @@ class WandbTracker:
     """One W&B run per run, with its files in the run's own folder.
 
     `mode="auto"` obeys WANDB_MODE, goes online if WANDB_API_KEY is set, and stays offline otherwise. `group=None`
-    groups the runs of a sweep. `timeout` is how long to wait for the server, in seconds.
+    groups the runs of a sweep. Tags are the preset and `tags`. `log_model` adds the saved model as an artifact.
+    `timeout` is how long to wait for the server at the start, `finish_timeout` for uploads at the end, in seconds.
     """
 
     project: str
     entity: str | None
     group: str | None
+    tags: Sequence[str]
     mode: str
+    log_model: bool
     timeout: float
+    finish_timeout: float
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.timeout <= 0:
-            raise ConfigError(f"timeout must be above 0 seconds, got {self.timeout}.")
+        for name, seconds in (("timeout", self.timeout), ("finish_timeout", self.finish_timeout)):
+            if seconds <= 0:
+                raise ConfigError(f"{name} must be above 0 seconds, got {seconds}.")
+        tags = (self.tags,) if isinstance(self.tags, str) else tuple(self.tags or ())
+        if wrong := [tag for tag in tags if not isinstance(tag, str) or not 1 <= len(tag) <= 64]:
+            raise ConfigError(f"tags must be texts of 1 to 64 characters, got {wrong[0]!r}.")
+        object.__setattr__(self, "tags", tags)
 
     def start(self, record: Mapping[str, Any], folder: Path) -> WandbRun:
-        """Opens the run; TrackingError if W&B refuses."""
+        """Opens the run; TrackingError if W&B refuses, ConfigError if the model is wanted that nobody saves."""
+        if self.log_model and not record["config"].get("save_model"):
+            raise ConfigError("tracking.log_model=true uploads the saved model, so it needs save_model=true.")
         sweep = record.get("sweep") or {}
+        preset = (record.get("choices") or {}).get("experiment")
         with _translated("start"):
             # The id follows from configuration and folder: a run that starts again in its folder goes on here.
             run = wandb.init(
                 project=self.project,
                 entity=self.entity,
                 group=self.group or sweep.get("id"),
-                name=record["name"],
+                name=" ".join([record["name"], *sweep.get("settings", ())]),
+                tags=list(dict.fromkeys([*([preset] if preset else []), *self.tags])),
                 id=record["run_id"],
                 config=dict(record["config"]),
                 dir=folder,
                 mode=self._mode(),
                 resume="allow",
                 reinit="create_new",
-                settings=wandb.Settings(silent=True, console="off", init_timeout=self.timeout),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=self.timeout,
+                    finish_timeout=self.finish_timeout,
+                    finish_timeout_raises=True,
+                ),
             )
-        return WandbRun(run)
+            # Curves of the update have steps of their own.
+            run.define_metric(_STEP, hidden=True)
+            run.define_metric("update/*", step_metric=_STEP)
+        return WandbRun(run, folder, self.log_model)
 
     def _mode(self) -> Mode | None:
         if self.mode != "auto":
@@ -71,6 +97,8 @@ class WandbRun:
     """An open W&B run."""
 
     run: wandb.Run
+    folder: Path
+    log_model: bool
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Logs metrics by name."""
@@ -78,21 +106,44 @@ class WandbRun:
             self.run.log(dict(metrics))
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Logs plan, sizes and timings, and closes the run, whatever its status."""
+        """Logs plan, curves, sizes, timings and the saved model, and closes the run, whatever its status."""
+        summary, curves = _summary(record), _curves(record.get("update") or {}, "update")
         with _translated("finish"):
             try:
-                self.run.summary.update(_summary(record))
-                if record.get("plan"):
-                    self.run.log({"plan": _plan_table(record["plan"])})
+                self.run.summary.update(summary)
+                if plan := record.get("plan"):
+                    self.run.log({"plan": _plan_table(plan), "rank_profile": _rank_profile(plan)})
+                for name, points in curves.items():
+                    for step, value in points:
+                        self.run.log({_STEP: step, name: value})
+                if self.log_model and record.get("model_folder"):
+                    self._log_model(record)
             finally:
                 self.run.finish(exit_code=0 if record["status"] == "completed" else 1)
+
+    def _log_model(self, record: Mapping[str, Any]) -> None:
+        folder = self.folder / record["model_folder"]
+        artifact = wandb.Artifact(
+            _NO_NAME.sub("-", f"{record['name']}-{record['run_id']}"),
+            type="model",
+            metadata={"config_hash": record["config_hash"], **record["size"]},
+        )
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                # The model stays in the run folder, so W&B need not copy it.
+                artifact.add_file(str(path), str(path.relative_to(folder)), policy="immutable", skip_cache=True)
+        self.run.log_artifact(artifact)
 
 
 def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
     named = {
         f"{part}/{name}": value for part in ("size", "timings") for name, value in (record.get(part) or {}).items()
     }
-    return {**named, "status": str(record["status"]), "config_hash": record["config_hash"]}
+    objective = record.get("objective")
+    by_metric = objective if isinstance(objective, Mapping) else {"": objective}
+    named |= {f"objective/{name}".rstrip("/"): value for name, value in by_metric.items() if value is not None}
+    error = {"error": record["error"]["message"]} if record.get("error") else {}
+    return {**named, **error, "status": str(record["status"]), "config_hash": record["config_hash"]}
 
 
 def _plan_table(plan: Mapping[str, Any]) -> wandb.Table:
@@ -100,9 +151,39 @@ def _plan_table(plan: Mapping[str, Any]) -> wandb.Table:
     return wandb.Table(columns=list(_PLAN_COLUMNS), data=rows)
 
 
+def _rank_profile(plan: Mapping[str, Any]) -> Any:
+    """Rank over depth, a line per matrix type; a matrix that stays dense has its full rank."""
+    lines: dict[str, dict[int, int]] = {}
+    for group in plan["groups"]:
+        rank = min(group["d_in"], group["d_out"]) if group["rank"] is None else group["rank"]
+        lines.setdefault(group["matrix"], {}).update(dict.fromkeys(group["layers"], rank))
+    ordered = {matrix: dict(sorted(ranks.items())) for matrix, ranks in lines.items()}
+    return wandb.plot.line_series(
+        xs=[list(ranks) for ranks in ordered.values()],
+        ys=[list(ranks.values()) for ranks in ordered.values()],
+        keys=list(ordered),
+        title="Rank by layer",
+        xname="layer",
+    )
+
+
+def _curves(report: Mapping[str, Any], prefix: str) -> dict[str, list[tuple[int, float]]]:
+    """Lists of [step, value] pairs in an update's report, by their path in it."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name, value in report.items():
+        match value:
+            case Mapping():
+                found |= _curves(value, f"{prefix}/{name}")
+            case [[int(), int() | float()], *_] if all(len(point) == 2 for point in value):
+                found[f"{prefix}/{name}"] = [(step, number) for step, number in value]
+    return found
+
+
 @contextmanager
 def _translated(action: str) -> Iterator[None]:
     try:
         yield
-    except (wandb.Error, OSError) as error:
+    # W&B's errors share no base class, and some of those that a dead service leaves behind are private: nothing that
+    # goes wrong in there is worth the run. Nothing is lost either, the note says what happened.
+    except Exception as error:
         raise TrackingError(f"W&B could not {action} ({type(error).__name__}: {error}).") from error

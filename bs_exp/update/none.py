@@ -11,14 +11,23 @@ from transformers import PreTrainedModel
 from bs_exp.cache import Cache
 from bs_exp.journal import Journal
 from bs_exp.protocols import Calibration
-from bs_exp.types import LoadedModel
+from bs_exp.types import LoadedModel, RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoUpdate:
     """Nothing is updated."""
 
+    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+        pass
+
     def apply(
-        self, compressed: PreTrainedModel, dense: LoadedModel, calibration: Calibration, cache: Cache, journal: Journal
+        self,
+        compressed: PreTrainedModel,
+        dense: LoadedModel,
+        plan: RankPlan,
+        calibration: Calibration,
+        cache: Cache,
+        journal: Journal,
     ) -> Mapping[str, Any]:
         return {}

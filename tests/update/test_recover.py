@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,32 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
-from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
 from bs_exp.errors import CalibrationError, ConfigError, DataError
 from bs_exp.hf_plugin import PivotedLinear, SharedLinear
-from bs_exp.importance.none import NoImportance
 from bs_exp.journal import Journal
-from bs_exp.layout.pivoted import PivotedLayout
-from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.tiny import TinyRandom, tiny_random
-from bs_exp.pipeline import Recipe, compress
+from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout
 from bs_exp.records import read_record
 from bs_exp.saving import save_model
-from bs_exp.schedule.single import SingleRound
-from bs_exp.sharing.adjacent import AdjacentSharing
-from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
+from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update import distillation
+from bs_exp.update.course import Course
 from bs_exp.update.distillation import find_factors, kl_divergence
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.recover import KIND, Recovery
-from bs_exp.whitening.gram import GramWhitening
 
-QUIET = Journal(quiet=True)
-LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 RECOVERY = Recovery(
+    blockwise_steps=0,
     steps=8,
     batch_size=4,
     accumulation=1,
+    optimizer="soap",
+    renewal=3,
+    longest=256,
     learning_rate=0.02,
     schedule="cosine",
     warmup=0.1,
@@ -55,44 +52,10 @@ RECOVERY = Recovery(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """Calibration on random tokens."""
-
-    count: int = 16
-    batch_size: int = 8
-
-    def windows(self, tokenizer: object) -> TokenWindows:
-        ids = torch.randint(0, 256, (self.count, 24), generator=torch.Generator().manual_seed(1))
-        return TokenWindows(ids=ids, provenance={"sha256": f"tokens-{self.count}"})
-
-
-def recipe(layout: Layout = LAYOUTS[0], update: Any = RECOVERY) -> Recipe:
-    return Recipe(
-        calibration=Tokens(),
-        sharing=AdjacentSharing(matrices=("q", "k", "v", "qkv", "up", "gate"), group_size=2),
-        whitening=GramWhitening(ridge=1e-6),
-        importance=NoImportance(),
-        allocation=UniformAllocation(),
-        layout=layout,
-        schedule=SingleRound(),
-        update=update,
-        retain_ratio=0.5,
-    )
-
-
 def recovered(
     dense: LoadedModel, update: Any = RECOVERY, cache: Cache | None = None, **options: Any
 ) -> CompressedModel:
-    return compress(dense, recipe(update=update, **options), cache or Cache(None), QUIET)
-
-
-def values(module: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return updated(dense, update, cache, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -122,7 +85,7 @@ def test_the_reported_divergence_is_that_of_the_result() -> None:
     """Oracle: the held-out KL by torch's own categorical distributions."""
     dense = tiny_random()
     made = recovered(dense)
-    _, held_out = RECOVERY.split(Tokens().windows(None).ids)
+    _, held_out = Course.of(RECOVERY).split(Tokens().windows(None).ids)
     with torch.no_grad():
         ours, theirs = (torch.distributions.Categorical(logits=m(held_out).logits) for m in (dense.module, made.module))
     measured = float(torch.distributions.kl_divergence(ours, theirs).mean())
@@ -149,6 +112,61 @@ def test_the_saved_model_holds_the_trained_factors(layout: Layout, tmp_path: Pat
         assert torch.equal(loaded(ids).logits, made.module(ids).logits)
 
 
+def test_blocks_learn_the_dense_blocks_outputs() -> None:
+    """Oracle: blocks of the result on the dense model's inputs, in units of what the dense block adds."""
+    dense = tiny_random()
+    plain, made = (
+        recovered(dense, NoUpdate()),
+        recovered(dense, replace(RECOVERY, blockwise_steps=8, steps=0, learning_rate=0.01)),
+    )
+    _, held_out = Course.of(RECOVERY).split(Tokens().windows(None).ids)
+
+    def error(module: PreTrainedModel) -> float:
+        shares = []
+        with torch.no_grad():
+            states = dense.module.model(held_out, output_hidden_states=True).hidden_states
+            rotary = dense.module.model.rotary_emb(states[0], torch.arange(held_out.shape[1])[None])
+            for layer, block in enumerate(dense.module.model.layers):
+                wanted = block(states[layer], position_embeddings=rotary)
+                found = module.model.layers[layer](states[layer], position_embeddings=rotary)
+                lost, added = ((wanted - x).square().flatten(1).sum(1) for x in (found, states[layer]))
+                shares.append(lost / added)
+        return float(torch.stack(shares).mean())
+
+    blocks = made.update["blockwise"]
+    assert blocks["held_out_error_before"] == pytest.approx(error(plain.module), rel=1e-4)
+    assert blocks["held_out_error_after"] < 0.995 * blocks["held_out_error_before"]
+    if made.update["held_out_kl_after"] < made.update["held_out_kl_before"]:  # else it was undone
+        assert blocks["held_out_error_after"] == pytest.approx(error(made.module), rel=1e-4)
+
+
+def test_blocks_first_then_predictions(tmp_path: Path) -> None:
+    dense = tiny_random()
+    update = replace(RECOVERY, blockwise_steps=4, checkpoint_minutes=0.0)
+    whole = recovered(dense, update)
+    assert whole.update["tokens"] == 12 * 4 * 24
+    assert whole.update["held_out_kl_after"] < 0.95 * whole.update["held_out_kl_before"]
+    with pytest.raises(KeyboardInterrupt):
+        compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=2))
+    journal = Journal(quiet=True)
+    resumed = compress(dense, recipe(update), Cache(tmp_path), journal)
+    assert "recovering blocks: 2 of 4 steps came from the cache" in journal.notes
+    assert same(values(whole.module), values(resumed.module))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_blocks_that_do_harm_to_the_predictions_are_undone(steps: int) -> None:
+    dense = tiny_random()
+    harmful = replace(RECOVERY, blockwise_steps=4, steps=steps, learning_rate=10.0, warmup=0.0, clip_norm=None)
+    made = recovered(dense, replace(harmful, holdout=0.5, schedule="constant"))
+    assert made.update["held_out_kl_after"] <= made.update["held_out_kl_before"]
+    _, held_out = Course.of(harmful, holdout=0.5).split(Tokens().windows(None).ids)
+    with torch.no_grad():
+        ours, theirs = (torch.distributions.Categorical(logits=m(held_out).logits) for m in (dense.module, made.module))
+    measured = float(torch.distributions.kl_divergence(ours, theirs).mean())
+    assert made.update["held_out_kl_after"] == pytest.approx(measured, rel=1e-4)
+
+
 def test_same_seed_same_bits() -> None:
     dense = tiny_random()
     first, second = recovered(dense), recovered(dense)
@@ -166,51 +184,38 @@ def test_zero_steps_change_nothing() -> None:
 
 def test_a_dense_model_has_nothing_to_train() -> None:
     journal = Journal(quiet=True)
-    made = compress(tiny_random(), replace(recipe(), retain_ratio=1.0), Cache(None), journal)
+    made = compress(tiny_random(), replace(recipe(RECOVERY), retain_ratio=1.0), Cache(None), journal)
     assert made.update["steps"] == 0 and "recovery: there are no factors to train" in journal.notes
 
 
 def test_training_that_does_harm_is_undone() -> None:
     dense, journal = tiny_random(), Journal(quiet=True)
     harmful = replace(RECOVERY, learning_rate=10.0, warmup=0.0, schedule="constant", clip_norm=None, patience=2)
-    made = compress(dense, recipe(update=harmful), Cache(None), journal)
+    made = compress(dense, recipe(harmful), Cache(None), journal)
     assert same(values(made.module), values(recovered(dense, NoUpdate()).module))
     assert made.update["held_out_kl_after"] == made.update["held_out_kl_before"]
     assert made.update["steps"] == 4  # two evaluations without gain
     assert any("stay as they were" in note for note in journal.notes)
 
 
-@dataclass
-class Interrupting(Journal):
-    """Ctrl-C in front of a step."""
-
-    quiet: bool = True
-    steps: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def track(self, iterable: Any, *, label: str | Callable[[], str], total: int | None = None) -> Iterator[Any]:
-        for done, item in enumerate(iterable):
-            if callable(label) and done == self.steps:
-                raise KeyboardInterrupt
-            yield item
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_interrupted_recovery_goes_on_to_the_same_bits(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("soap", "float32"), ("soap", "bfloat16"), ("adamw", "float32"), ("adamw", "float16")]
+)
+def test_an_interrupted_recovery_goes_on_to_the_same_bits(optimizer: str, dtype: str, tmp_path: Path) -> None:
     dense = TinyRandom(dtype=dtype).load()
-    update = replace(RECOVERY, checkpoint_minutes=0.0)
+    update = replace(RECOVERY, checkpoint_minutes=0.0, optimizer=optimizer)
     whole = recovered(dense, update)
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
-            compress(dense, recipe(update=update), Cache(tmp_path), Interrupting(steps=steps))
+            compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=steps))
     journal = Journal(quiet=True)
-    resumed = compress(dense, recipe(update=update), Cache(tmp_path), journal)
+    resumed = compress(dense, recipe(update), Cache(tmp_path), journal)
     assert "recovery: 5 of 8 steps came from the cache" in journal.notes
     assert same(values(whole.module), values(resumed.module))
     assert resumed.update["held_out_kl"] == whole.update["held_out_kl"]
     assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
     # Once finished, it is found: nothing is trained again, and only the result stays on disk.
-    again = compress(dense, recipe(update=update), Cache(tmp_path), Interrupting(steps=0))
+    again = compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=0))
     assert same(values(whole.module), values(again.module))
     [file] = (tmp_path / KIND).iterdir()
     stored = sum(f.numel() * f.element_size() for f in find_factors(whole.module).values())
@@ -242,7 +247,9 @@ def test_half_precision_factors_are_trained_in_fp32(dtype: str) -> None:
 def test_accumulation_changes_rounding_alone() -> None:
     dense = tiny_random()
     dense.module.double()
-    whole, parts = recovered(dense), recovered(dense, replace(RECOVERY, accumulation=3))
+    # Adam's: SOAP's first bases magnify rounding errors.
+    update = replace(RECOVERY, optimizer="adamw")
+    whole, parts = recovered(dense, update), recovered(dense, replace(update, accumulation=3))
     for name, value in values(whole.module).items():
         torch.testing.assert_close(values(parts.module)[name], value, rtol=1e-6, atol=1e-9)
 
@@ -286,7 +293,7 @@ def test_a_divergence_that_is_not_a_number_names_the_step(monkeypatch: pytest.Mo
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
-    settings = replace(RECOVERY, steps=100, warmup=0.1)
+    settings = Course.of(RECOVERY, steps=100, warmup=0.1)
     rates = [settings.rate(step) for step in range(100)]
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == rates[10] == 1.0 and 0.0 < rates[-1] < 0.001
@@ -296,24 +303,28 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_every_training_window_is_seen_once_per_epoch_and_no_held_out_one() -> None:
     ids = torch.arange(10)[:, None].expand(10, 4)
-    training, held_out = RECOVERY.split(ids)
+    training, held_out = Course.of(RECOVERY).split(ids)
     assert sorted([*training[:, 0].tolist(), *held_out[:, 0].tolist()]) == list(range(10)) and len(held_out) == 2
-    epochs = RECOVERY.batches(8).flatten().view(-1, 8)
+    epochs = Course.of(RECOVERY).batches(8).flatten().view(-1, 8)
     assert all(sorted(epoch.tolist()) == list(range(8)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
 
 
 def test_one_window_is_too_few() -> None:
     with pytest.raises(DataError, match="at least 2 calibration windows"):
-        compress(tiny_random(), replace(recipe(), calibration=Tokens(count=1)), Cache(None), QUIET)
+        compress(tiny_random(), replace(recipe(RECOVERY), calibration=Tokens(count=1)), Cache(None), QUIET)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"steps": -1},
+        {"blockwise_steps": -1},
         {"batch_size": 0},
         {"accumulation": 0},
+        {"optimizer": "adam"},
+        {"renewal": 0},
+        {"longest": -1},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"schedule": "cosinus"},

@@ -1,0 +1,45 @@
+"""Several updates, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bs_exp.cache import Cache
+from bs_exp.errors import ConfigError
+from bs_exp.journal import Journal
+from bs_exp.protocols import Calibration, Update
+from bs_exp.types import LoadedModel, RankPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateChain:
+    """Each update starts from the factors that the one before left; in the order of `updates`."""
+
+    updates: Mapping[str, Update]
+
+    def __post_init__(self) -> None:
+        if not self.updates:
+            raise ConfigError("updates is empty: name some, or use update=none.")
+
+    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+        for update in self.updates.values():
+            update.check(dense, calibration)
+
+    def apply(
+        self,
+        compressed: PreTrainedModel,
+        dense: LoadedModel,
+        plan: RankPlan,
+        calibration: Calibration,
+        cache: Cache,
+        journal: Journal,
+    ) -> Mapping[str, Any]:
+        """What each update reports, by its name."""
+        report = {}
+        for name, update in self.updates.items():
+            report[name] = dict(update.apply(compressed, dense, plan, calibration, cache, journal))
+        return {"strategy": "chain", **report}

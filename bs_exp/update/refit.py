@@ -1,0 +1,344 @@
+"""The coefficients are refitted by least squares; the bases stay."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bs_exp.cache import Cache
+from bs_exp.calibration.statistics import calibrate
+from bs_exp.checks import check_choice, check_number
+from bs_exp.decomposition import pivoted_form, plain_form
+from bs_exp.errors import CalibrationError, ConfigError
+from bs_exp.journal import Journal
+from bs_exp.models.architecture import weight_of
+from bs_exp.models.blocks import BlockStream, block_paths
+from bs_exp.models.feeding import feeder
+from bs_exp.models.fingerprint import fingerprint
+from bs_exp.protocols import Calibration
+from bs_exp.replacement import exchange_factors, factors_of
+from bs_exp.types import (
+    LoadedModel,
+    PivotedFactors,
+    RankPlan,
+    Statistic,
+    StoredFactors,
+    TokenWindows,
+    WeightGroup,
+    WeightMatrix,
+)
+from bs_exp.update.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
+
+MODES = ("one_shot", "sequential")
+TARGETS = ("compressed_inputs", "dense_outputs", "mixed")
+INPUTS = ("compressed", "original")
+GRAMS = ("group", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """Coefficients C of least `||X B C - T||_F`, the basis B (of pivoted factors its span) being as it is.
+
+    `inputs`: X are those of the compressed model, or `original`: the dense model's. `target`: T is `X W`
+    (compressed_inputs), or the dense model's own outputs `X_f W` (dense_outputs), or `(1 - beta) X W + beta X_f W`
+    (mixed: the objective of SAES-SVD, 2602.03051; `beta` null is its closed form, taken on the present basis).
+    `gram`: X is stacked over the layers of a group, or every layer has its own. `mode`: all layers on the model as
+    truncation left it, or block by block on what the refitted blocks before give. A refit that does not lower the
+    loss, as the stored numbers have it, is not taken.
+
+    The defaults are the update of the official Basis Sharing code (one_shot, compressed_inputs, group), which the paper
+    (2410.03765, section 4.1) leaves open; SVD-LLM's code is sequential with the same target.
+    """
+
+    mode: str
+    inputs: str
+    target: str
+    beta: float | None
+    gram: str
+    ridge: float
+    below: float | None
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("inputs", self.inputs, INPUTS)
+        check_choice("target", self.target, TARGETS)
+        check_choice("gram", self.gram, GRAMS)
+        check_number(0.0, ridge=self.ridge)
+        if self.below is not None and not 0.0 < self.below <= 1.0:
+            raise ConfigError(f"below must be above 0 and at most 1, or null for always, got {self.below}.")
+        if self.beta is not None and not 0.0 <= self.beta <= 1.0:
+            raise ConfigError(f"beta must be between 0 and 1, or null for the closed form, got {self.beta}.")
+        if self.beta is not None and self.target != "mixed":
+            raise ConfigError(f"beta is only read with target=mixed, got beta={self.beta} and target={self.target}.")
+        if self.mode == "sequential" and self.inputs == "original":
+            raise ConfigError(
+                "mode must be one_shot with inputs=original: the dense model's inputs do not depend on the refit."
+            )
+        if self.mode == "sequential" and self.gram == "group":
+            raise ConfigError(
+                "mode=sequential must have gram=layer: when the first layer of a group is refitted, the inputs of its "
+                "other layers are not known yet."
+            )
+        if self.inputs == "original" and self.target == "mixed":
+            raise ConfigError("target=mixed needs inputs=compressed: on the original inputs all targets are the same.")
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks are run one at a time; else Grams of one model, which the cache may have, are all it takes."""
+        return self.mode == "sequential" or (self.inputs == "compressed" and self.target != "compressed_inputs")
+
+    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+        """Windows that fit, and blocks that can be run one at a time where that is needed."""
+        windows = calibration.windows(dense.tokenizer)
+        if self.streams:
+            batches = windows.ids.split(1)[:2]
+            BlockStream(dense, feeder(dense, windows.feeding), block_paths(dense.module), batches)
+
+    def apply(
+        self,
+        compressed: PreTrainedModel,
+        dense: LoadedModel,
+        plan: RankPlan,
+        calibration: Calibration,
+        cache: Cache,
+        journal: Journal,
+    ) -> Mapping[str, Any]:
+        """Refits in place; reports the loss `||X B C - T||_F` before and after, by group and in all, and the cost."""
+        report: dict[str, Any] = {"strategy": "refit", "applied": False, "seconds": 0.0}
+        if self.below is not None and plan.requested_ratio > self.below:
+            journal.note(
+                f"refit: not at a retained share of {plan.requested_ratio:g}, above update.below={self.below:g}"
+            )
+            return report
+        groups = [planned.group for planned in plan.groups if planned.rank is not None]
+        if not groups:
+            journal.note("refit: there are no factors to refit")
+            return report
+        start = time.perf_counter()
+        windows = calibration.windows(dense.tokenizer)
+        work = _Work(self, compressed, dense)
+        if self.streams:
+            self._stream(work, groups, windows, calibration.batch_size, journal)
+        else:
+            self._from_grams(work, groups, windows, calibration, cache, journal)
+        report |= work.report() | {"applied": True, "seconds": round(time.perf_counter() - start, 3)}
+        journal.note(_summary(report))
+        return report
+
+    def _from_grams(
+        self,
+        work: _Work,
+        groups: Sequence[WeightGroup],
+        windows: TokenWindows,
+        calibration: Calibration,
+        cache: Cache,
+        journal: Journal,
+    ) -> None:
+        """All layers from the Grams of one pass, of which one group's are in memory if the cache has a folder."""
+        source = work.dense
+        if self.inputs == "compressed":
+            provenance = {**source.provenance, "fingerprint": fingerprint(work.compressed)}
+            source = replace(source, module=work.compressed, provenance=provenance)
+        stats = calibrate(source, windows, calibration, needs={Statistic.GRAM}, cache=cache, journal=journal)
+        for group in journal.track(groups, label="refitting", total=len(groups)):
+            device = work.device(group)
+            if self.gram == "group":
+                gram = stats.of(group, device).gram
+                assert gram is not None
+                work.refit(group, group.layers, InputPairs(gram))
+                continue
+            for layer in group.layers:
+                gram = stats.of(replace(group, layers=(layer,)), device).gram
+                assert gram is not None
+                work.refit(group, (layer,), InputPairs(gram))
+
+    def _stream(
+        self, work: _Work, groups: Sequence[WeightGroup], windows: TokenWindows, batch_size: int, journal: Journal
+    ) -> None:
+        """Block by block: gathers one block's moments, refits, and carries the windows on."""
+        paths, batches = block_paths(work.dense.module), windows.ids.split(batch_size)
+        feed = feeder(work.dense, windows.feeding)
+        current = BlockStream(replace(work.dense, module=work.compressed), feed, paths, batches, check=False)
+        original = None
+        if self.target != "compressed_inputs":
+            original = BlockStream(work.dense, feed, paths, batches, check=False)
+        pending: dict[WeightGroup, InputPairs] = {}
+        for layer in journal.track(range(len(paths)), label="refitting", total=len(paths)):
+            here = [group for group in groups if layer in group.layers]
+            found = _gather(work, here, layer, current, original, advance=self.mode == "one_shot")
+            for group in here:
+                pairs = found[work.matrix(group, layer).input_site]
+                if self.gram == "layer":
+                    work.refit(group, (layer,), pairs)
+                    continue
+                pending[group] = pending[group] + pairs if group in pending else pairs
+                if layer == max(group.layers):
+                    work.refit(group, group.layers, pending.pop(group))
+            if self.mode == "sequential":
+                for batch in range(len(batches)):
+                    current.advance(batch, current.run(layer, batch))
+
+
+@dataclass(eq=False)
+class _Work:
+    """A refit under way."""
+
+    settings: Refit
+    compressed: PreTrainedModel
+    dense: LoadedModel
+    _losses: dict[WeightGroup, list[tuple[float, float]]] = field(default_factory=dict)  # squared, before and after
+    _betas: dict[WeightGroup, list[float]] = field(default_factory=dict)
+    _kept: int = 0
+
+    def matrix(self, group: WeightGroup, layer: int) -> WeightMatrix:
+        return self.dense.architecture.by_position[group.matrix, layer]
+
+    def device(self, group: WeightGroup) -> torch.device:
+        return weight_of(self.dense.module, self.matrix(group, group.layers[0])).device
+
+    @torch.no_grad()
+    def refit(self, group: WeightGroup, layers: Sequence[int], inputs: InputPairs) -> None:
+        """Refits some layers of a group on their inputs, if that lowers the loss of the numbers that are stored."""
+        architecture, ridge = self.dense.architecture, self.settings.ridge
+        stored = factors_of(self.compressed, architecture, group)
+        present = plain_form(stored)
+        weight = torch.cat([weight_of(self.dense.module, self.matrix(group, i)).double() for i in layers], dim=1)
+
+        def columns(blocks: Mapping[int, Tensor]) -> Tensor:
+            return torch.cat([blocks[i] for i in layers], dim=1)
+
+        def loss(factors: StoredFactors) -> float:
+            plain = plain_form(factors)
+            product = plain.basis @ columns(plain.coefficients)
+            return squared_loss(product if fixed is None else product + fixed, weight, inputs, beta)
+
+        # Corrections of single layers stay; to write them down again changes none of their bits.
+        own = {layer: down @ up for layer, (down, up) in present.corrections.items()}
+        fixed = columns(own) if own else None
+        beta = self._beta(present.basis, weight, inputs, fixed)
+        new = refit_coefficients(
+            present.basis, columns(present.coefficients), weight, inputs, beta=beta, ridge=ridge, fixed=fixed
+        )
+        parts = dict(zip(layers, new.split(group.d_out, dim=1), strict=True))
+        plain = replace(present, coefficients={**present.coefficients, **parts})
+        candidate = _in_dtype(pivoted_form(plain) if isinstance(stored, PivotedFactors) else plain, stored.basis.dtype)
+        before, after = loss(stored), loss(candidate)
+        if not math.isfinite(before):
+            raise CalibrationError(
+                f"Refit: the inputs or factors of {group.name}, layers {list(layers)}, hold NaN or infinite values on "
+                "the calibration text. Load the model in another dtype (model.dtype=float32 or bfloat16), or set "
+                "update=none."
+            )
+        if after < before:  # not so if it overflows the dtype
+            exchange_factors(self.compressed, architecture, candidate)
+        else:
+            after = before
+            self._kept += 1
+        self._losses.setdefault(group, []).append((before, after))
+        self._betas.setdefault(group, []).append(beta)
+
+    def report(self) -> dict[str, Any]:
+        """Losses by group, in order; a total is the root of the sum of squares."""
+        totals = [sum(pair[i] for pairs in self._losses.values() for pair in pairs) for i in (0, 1)]
+        report: dict[str, Any] = {
+            "loss_before": math.sqrt(totals[0]),
+            "loss_after": math.sqrt(totals[1]),
+            "left_as_they_were": self._kept,
+            "groups": [
+                {
+                    "group": group.name,
+                    "loss_before": math.sqrt(sum(before for before, _ in pairs)),
+                    "loss_after": math.sqrt(sum(after for _, after in pairs)),
+                }
+                for group, pairs in self._losses.items()
+            ],
+        }
+        if self.settings.target == "mixed":
+            for entry, betas in zip(report["groups"], self._betas.values(), strict=True):
+                entry["beta"] = betas
+        return report
+
+    def _beta(self, basis: Tensor, weight: Tensor, inputs: InputPairs, fixed: Tensor | None) -> float:
+        match self.settings.target:
+            case "compressed_inputs":
+                return 0.0
+            case "dense_outputs":
+                return 1.0
+            case _ if self.settings.beta is not None:
+                return self.settings.beta
+            case _:
+                return closed_form_beta(basis, weight, inputs, ridge=self.settings.ridge, fixed=fixed)
+
+
+def _gather(
+    work: _Work,
+    groups: Sequence[WeightGroup],
+    layer: int,
+    current: BlockStream,
+    original: BlockStream | None,
+    *,
+    advance: bool,
+) -> dict[str, InputPairs]:
+    """Moments of a block's inputs by site; carries the dense stream on, and the compressed one if asked to."""
+    sites = {(m := work.matrix(group, layer)).input_site: m.module for group in groups}
+    found: dict[str, InputPairs] = {}
+    for batch in range(len(current.batches)):
+        wanted: dict[str, Tensor] = {}
+        if original is not None:
+            with _inputs_of(work.dense.module, sites) as wanted:
+                original.advance(batch, original.run(layer, batch))
+        with _inputs_of(work.compressed, sites) as seen:
+            states = current.run(layer, batch)
+        if advance:
+            current.advance(batch, states)
+        for site, name in sites.items():
+            if site not in seen or (wanted and wanted[site].shape != seen[site].shape):
+                raise CalibrationError(
+                    f"Refit: {name} does not read the same tokens in the dense and in the compressed model. Use "
+                    "update.target=compressed_inputs update.mode=one_shot."
+                )
+            pairs = InputPairs.of(seen[site], wanted.get(site))
+            found[site] = found[site] + pairs if site in found else pairs
+    return found
+
+
+@contextmanager
+def _inputs_of(module: PreTrainedModel, sites: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the named modules by site, tokens x channels, filled in as the model runs."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(site: str) -> Callable[..., None]:
+        def see(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+            rows = arguments[0].flatten(0, -2)
+            seen[site] = torch.cat((seen[site], rows)) if site in seen else rows
+
+        return see
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook(site)) for site, name in sites.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_dtype(factors: StoredFactors, dtype: torch.dtype) -> StoredFactors:
+    return replace(
+        factors,
+        basis=factors.basis.to(dtype),
+        coefficients={layer: c.to(dtype) for layer, c in factors.coefficients.items()},
+        corrections={layer: (down.to(dtype), up.to(dtype)) for layer, (down, up) in factors.corrections.items()},
+    )
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    kept = f", {report['left_as_they_were']} fits left as they were" if report["left_as_they_were"] else ""
+    return f"refit: loss {report['loss_before']:.4g} -> {report['loss_after']:.4g} on the calibration windows{kept}"

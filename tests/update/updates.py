@@ -1,0 +1,81 @@
+"""Models for the tests of updates: tiny, compressed on random tokens, with any update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bs_exp.allocation.uniform import UniformAllocation
+from bs_exp.cache import Cache
+from bs_exp.importance.none import NoImportance
+from bs_exp.journal import Journal
+from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.layout.plain import PlainLayout
+from bs_exp.pipeline import Recipe, compress
+from bs_exp.protocols import Layout
+from bs_exp.schedule.single import SingleRound
+from bs_exp.sharing.adjacent import AdjacentSharing
+from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
+from bs_exp.whitening.gram import GramWhitening
+
+QUIET = Journal(quiet=True)
+LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Calibration on random tokens."""
+
+    count: int = 16
+    batch_size: int = 8
+
+    def windows(self, tokenizer: object) -> TokenWindows:
+        ids = torch.randint(0, 256, (self.count, 24), generator=torch.Generator().manual_seed(1))
+        return TokenWindows(ids=ids, provenance={"sha256": f"tokens-{self.count}"})
+
+
+def recipe(update: Any, layout: Layout = LAYOUTS[0]) -> Recipe:
+    return Recipe(
+        calibration=Tokens(),
+        sharing=AdjacentSharing(matrices=("q", "k", "v", "qkv", "up", "gate"), group_size=2),
+        whitening=GramWhitening(ridge=1e-6),
+        importance=NoImportance(),
+        allocation=UniformAllocation(),
+        layout=layout,
+        schedule=SingleRound(),
+        update=update,
+        retain_ratio=0.5,
+    )
+
+
+def updated(dense: LoadedModel, update: Any, cache: Cache | None = None, **options: Any) -> CompressedModel:
+    """The model at half its parameters, with the update."""
+    return compress(dense, recipe(update, **options), cache or Cache(None), QUIET)
+
+
+def values(module: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@dataclass
+class Interrupting(Journal):
+    """Ctrl-C in front of a step."""
+
+    quiet: bool = True
+    steps: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def track(self, iterable: Any, *, label: str | Callable[[], str], total: int | None = None) -> Iterator[Any]:
+        for done, item in enumerate(iterable):
+            if callable(label) and done == self.steps:
+                raise KeyboardInterrupt
+            yield item
