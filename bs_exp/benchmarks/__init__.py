@@ -1,0 +1,1 @@
+"""Benchmarks: measured by hand on the machine of interest, never timed in a test."""

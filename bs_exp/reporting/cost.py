@@ -1,0 +1,246 @@
+"""Tables of speed and cost: throughput and latency, seconds per stage, and when a compression has paid for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bs_exp.reporting import formats, metrics
+from bs_exp.reporting.results import removed_title, series_cells, series_columns
+from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.table import Cell, Column, Row, Table, text
+
+# Holds the stages of compression, and what happens between them.
+_COMPRESS = "compress"
+# Stages that compressing takes. Loading, evaluating and saving are paid for a dense model too.
+COMPRESSION_STAGES = ("tokenise", "group", "profile", "calibrate", "decompose", "allocate", "replace", "update")
+_EVALUATIONS = {"(dense)": "evaluate dense", "(compressed)": "evaluate compressed"}
+# Usually done before compression begins.
+_BEFORE = ("tokenise", "group")
+_TOGETHER = {
+    "configure": "load",
+    "check evaluation": "load",
+    "compress": "other compression",
+    "tokenise": "calibrate",
+    "profile": "calibrate",
+    "group": "allocate",
+}
+# In milliseconds a stage says nothing.
+_SHORT = 0.05
+_SETTINGS = ("device", "dtype", "batch_size", "prompt_length", "generated_length")
+
+
+@dataclass(frozen=True)
+class SpeedSetting:
+    """How throughput was measured. Numbers of two settings are never compared."""
+
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, point: Point) -> SpeedSetting:
+        return cls(tuple(point.compressed.get(f"throughput/{name}") for name in _SETTINGS))
+
+    @property
+    def label(self) -> str:
+        device, dtype, batch, prompt, generated = (formats.number(value) for value in self.values)
+        return f"{device}, {dtype}, batch {batch}, {prompt} prompt and {generated} generated tokens"
+
+
+def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Point]]]:
+    """Completed points with a throughput, by the way it was measured."""
+    found: dict[SpeedSetting, list[tuple[Series, Point]]] = {}
+    for series in section.series:
+        for point in series.completed:
+            if metrics.DECODE in point.compressed:
+                found.setdefault(SpeedSetting.of(point), []).append((series, point))
+    return found
+
+
+def compression_seconds(point: Point) -> float:
+    """What compressing took, loading and evaluation aside."""
+    if _COMPRESS in point.record.timings:
+        return point.record.timings[_COMPRESS]
+    return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION_STAGES)
+
+
+def used_cache(point: Point) -> bool:
+    """Whether earlier work was reused, so that the timings tell less than a fresh run would take."""
+    return any(count for count in point.record.cache.get("hits", {}).values())
+
+
+def break_even_tokens(seconds: float, dense: Any, compressed: Any) -> float | None:
+    """Tokens after which the time saved is the time that compressing took; None if nothing is saved.
+
+    Speeds are tokens per second.
+    """
+    if not (formats.is_number(dense) and formats.is_number(compressed)) or compressed <= dense or dense <= 0:
+        return None
+    return float(seconds / (1 / dense - 1 / compressed))
+
+
+def cost_tables(section: Section, key: str) -> Iterator[Table]:
+    """Speed for each way of measuring it, break-even, and seconds per stage."""
+    for i, (setting, entries) in enumerate(speed_settings(section).items(), start=1):
+        yield _speed(section, setting, entries, f"{key}-speed-{i}")
+        yield _break_even(section, setting, entries, f"{key}-break-even-{i}")
+    if any(point.record.timings for point in section.points):
+        yield _timings(section, f"{key}-timings")
+
+
+def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, Point]], key: str) -> Table:
+    columns = [Column("removed"), *series_columns(section)]
+    columns += [Column("prefill tok/s"), Column("against dense"), Column("decode tok/s"), Column("against dense")]
+    columns += [Column("ms per token", hint="one decoding step of the whole batch")]
+    peak = "throughput/peak_memory_bytes"
+    with_memory = any(peak in point.compressed for _, point in entries)
+    columns += [Column("peak memory")] if with_memory else []
+    rows = []
+    first = entries[0][1]
+    dense = [text(""), text("dense"), *(text("") for _ in section.dials)]
+    for name in (metrics.PREFILL, metrics.DECODE):
+        dense += [_with_spread(first.dense, name), text("")]
+    dense.append(_latency(first.dense))
+    dense += [_bytes(first.dense.get(peak))] if with_memory else []
+    rows.append(Row(tuple(dense), kind="dense"))
+    for series, point in sorted(entries, key=lambda entry: entry[1].removed or 0.0):
+        cells = [
+            Cell(removed_title(point.removed or 0.0), value=point.removed, link=point.number),
+            *series_cells(series),
+        ]
+        for name in (metrics.PREFILL, metrics.DECODE):
+            ratio = formats.change(point.compressed.get(name), point.dense.get(name))
+            style = "good" if ratio.startswith("+") and ratio != "+0.0 %" else "muted"
+            cells += [_with_spread(point.compressed, name), Cell(ratio, style=style)]
+        cells.append(_latency(point.compressed))
+        cells += [_bytes(point.compressed.get(peak))] if with_memory else []
+        rows.append(Row(tuple(cells)))
+    return Table(
+        key,
+        "Throughput and latency",
+        tuple(columns),
+        tuple(rows),
+        note=f"{setting.label}. Medians; on hovering, the slowest and the fastest run. Every point is compared with "
+        "the dense numbers of its own record, which a sweep measures once; the first row is that of the first point.",
+        sortable=True,
+    )
+
+
+def _with_spread(found: Any, name: str) -> Cell:
+    low, high = found.get(f"{name}_min"), found.get(f"{name}_max")
+    hint = f"{formats.number(low)} to {formats.number(high)}" if formats.is_number(low) else ""
+    return Cell(_whole(found.get(name)), value=found.get(name), hint=hint)
+
+
+def _whole(value: Any) -> str:
+    return f"{value:,.0f}" if formats.is_number(value) and value >= 100 else formats.number(value)
+
+
+def _latency(found: Any) -> Cell:
+    speed, batch = found.get(metrics.DECODE), found.get("throughput/batch_size")
+    if not (formats.is_number(speed) and formats.is_number(batch)) or speed <= 0:
+        return Cell(formats.ABSENT, style="muted")
+    milliseconds = 1000 * batch / speed
+    return Cell(f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}", value=milliseconds)
+
+
+def _bytes(value: Any) -> Cell:
+    return Cell(formats.size(value), value=value)
+
+
+def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Series, Point]], key: str) -> Table:
+    columns = [Column("removed"), *series_columns(section), Column("compressing took")]
+    columns += [Column("prompt tokens"), Column("generated tokens"), Column("reused", numeric=False)]
+    rows = []
+    for series, point in sorted(entries, key=lambda entry: entry[1].removed or 0.0):
+        cost = compression_seconds(point)
+        cells = [
+            Cell(removed_title(point.removed or 0.0), value=point.removed, link=point.number),
+            *series_cells(series),
+        ]
+        cells.append(Cell(formats.seconds(cost), value=cost))
+        for name in (metrics.PREFILL, metrics.DECODE):
+            cells.append(_tokens(point, name, cost))
+        rows.append(Row((*cells, text(_reused(point), style="muted"))))
+    return Table(
+        key,
+        "Break-even: tokens until compressing has paid for itself",
+        tuple(columns),
+        tuple(rows),
+        note=f"Seconds of compression divided by the seconds saved per token, {setting.label}. Where the compressed "
+        "model is not faster there is none, and where its slowest run does not beat the fastest dense one, none that "
+        "can be trusted. Work that came from a cache was not paid in this run.",
+        sortable=True,
+    )
+
+
+def clearly_faster(point: Point, name: str) -> bool:
+    """Whether the slowest run of the compressed model beat the fastest of the dense one."""
+    slowest, fastest = point.compressed.get(f"{name}_min"), point.dense.get(f"{name}_max")
+    return not (formats.is_number(slowest) and formats.is_number(fastest)) or slowest > fastest
+
+
+def _tokens(point: Point, name: str, cost: float) -> Cell:
+    tokens = break_even_tokens(cost, point.dense.get(name), point.compressed.get(name))
+    if tokens is None:
+        return Cell("never: not faster", style="muted")
+    if not clearly_faster(point, name):
+        return Cell("not clearly faster", style="muted", hint=f"by the medians, {tokens:,.0f}")
+    return Cell(f"{tokens:,.0f}" if tokens < 1e7 else f"{tokens:.2e}", value=tokens)
+
+
+def _reused(point: Point) -> str:
+    hits = point.record.cache.get("hits", {})
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in hits.items() if count) or "nothing"
+
+
+def own_timings(point: Point) -> dict[str, float]:
+    """Seconds by stage, none counted twice: of the stage around compression, what its inner stages do not explain."""
+    timings = dict(point.record.timings)
+    if _COMPRESS in timings:
+        inside = sum(timings.get(stage, 0.0) for stage in COMPRESSION_STAGES if stage not in _BEFORE)
+        timings[_COMPRESS] = max(0.0, timings[_COMPRESS] - inside)
+    return timings
+
+
+def phases(point: Point) -> dict[str, float]:
+    """Seconds by phase: the stages of compression, and all of loading and of either evaluation together."""
+    found: dict[str, float] = {}
+    for stage, seconds in own_timings(point).items():
+        phase = next((phase for end, phase in _EVALUATIONS.items() if stage.endswith(end)), _TOGETHER.get(stage, stage))
+        found[phase] = found.get(phase, 0.0) + seconds
+    return found
+
+
+def stages(points: Sequence[Point]) -> list[str]:
+    """Stages that took time in some run, in the order in which runs meet them."""
+    return [
+        stage
+        for stage in dict.fromkeys(stage for point in points for stage in own_timings(point))
+        if any(own_timings(point).get(stage, 0.0) >= _SHORT for point in points)
+    ]
+
+
+def _timings(section: Section, key: str) -> Table:
+    names = stages(section.points)
+    columns = [Column("removed"), *series_columns(section), *(Column(f"{name}, s") for name in names)]
+    columns += [Column("all, s"), Column("peak memory", hint="of the process since it began, earlier runs included")]
+    rows = []
+    for series in section.series:
+        for point in series.points:
+            removed = "" if point.removed is None else removed_title(point.removed)
+            own = own_timings(point)
+            spent, total = [own.get(name) for name in names], sum(own.values())
+            cells = [Cell(removed, value=point.removed, link=point.number), *series_cells(series)]
+            cells += [Cell(formats.ABSENT if s is None else f"{s:.1f}", value=s) for s in spent]
+            cells += [Cell(f"{total:.1f}", value=total), _bytes(point.record.memory.get("process_bytes"))]
+            rows.append(Row(tuple(cells)))
+    return Table(
+        key,
+        "Seconds per stage",
+        tuple(columns),
+        tuple(rows),
+        note="Stages below 0.05 s everywhere are left out. What a cache or an earlier point of the sweep had done "
+        "already costs nothing here. 'compress' is what its stages leave unexplained.",
+        sortable=True,
+    )

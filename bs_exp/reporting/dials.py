@@ -1,0 +1,115 @@
+"""What a configuration says, key by key, and which of its keys tell the points of a study apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bs_exp.reporting import formats
+
+Flat = Mapping[str, Any]
+
+# What does not change a result, and what has a place of its own in the report.
+_ELSEWHERE = (
+    "name",
+    "cache",
+    "debug",
+    "force",
+    "save_model",
+    "tracking",
+    "objective",
+    "retain_ratio",
+    "model",
+    "evaluation",
+)
+_TARGET = "_target_"
+# Written again in the node by interpolation; and what is evaluated, which changes no number by itself.
+_JUDGED_APART = ("evaluators", "parts")
+
+
+def flatten(node: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists, empty nodes and what a strategy's dial maps are values."""
+    if not isinstance(node, Mapping) or not node:
+        return {key: node} if key else {}
+    found: dict[str, Any] = {}
+    for name, item in node.items():
+        inner = f"{key}.{name}" if key else str(name)
+        is_value = _TARGET in node and isinstance(item, Mapping) and _TARGET not in item
+        found |= {inner: item} if is_value else flatten(item, inner)
+    return found
+
+
+def recipe_dials(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+    """All dials of the compression, flat; a group's option under its own name where the record knows it."""
+    return _flat({name: node for name, node in config.items() if name not in _ELSEWHERE}, choices)
+
+
+def protocol_dials(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+    """What must agree before two results may be compared: the model's settings, and how it is judged."""
+    model, evaluation = config.get("model"), config.get("evaluation")
+    # The device changes speeds, which are told apart in their own tables.
+    made = {k: v for k, v in model.items() if k != "device"} if isinstance(model, Mapping) else {}
+    judged = {k: v for k, v in evaluation.items() if k not in _JUDGED_APART} if isinstance(evaluation, Mapping) else {}
+    # A model has a name of its own.
+    return flatten({"model": made}) | _flat({"evaluation": judged}, choices)
+
+
+def _flat(groups: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+    return flatten(groups) | {f"{group}.{_TARGET}": choices[group] for group in groups if group in choices}
+
+
+def varying(families: Iterable[Sequence[Flat]]) -> list[str]:
+    """Keys whose values differ within a family of points (those of one method), without keys that repeat another.
+
+    The options of a group first, then dials; of two keys that always change together, the shorter one.
+    """
+    families = [family for family in families if len(family) > 1]
+    keys = dict.fromkeys(key for family in families for flat in family for key in flat)
+    changing = [key for key in keys if any(len({_mark(flat, key) for flat in family}) > 1 for family in families)]
+    kept: list[str] = []
+    for key in sorted(changing, key=lambda key: (not key.endswith(_TARGET), key.count("."), len(key), key)):
+        if not any(_repeats(key, other, families) for other in kept):
+            kept.append(key)
+    return kept
+
+
+def _repeats(key: str, other: str, families: Sequence[Sequence[Flat]]) -> bool:
+    """Whether `key` follows from `other` in every family: the same split, or there only for one option of its group."""
+    same_group = key.split(".")[0] == other.split(".")[0] and other.endswith(_TARGET)
+    for family in families:
+        pairs = {(_mark(flat, other), _mark(flat, key)) for flat in family}
+        values, others = {value for _, value in pairs}, {value for value, _ in pairs}
+        follows = len(pairs) == len(others)
+        if not follows or (len(pairs) != len(values) and not same_group):
+            return False
+    return True
+
+
+def _mark(flat: Flat, key: str) -> str:
+    return formats.setting(flat[key]) if key in flat else formats.ABSENT
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Key -> its last words, as many as tell the keys apart; a group's option is called like the group."""
+    parts = {key: key.removesuffix(f".{_TARGET}").split(".") for key in keys}
+    names: dict[str, str] = {}
+    for key, words in parts.items():
+        others = [other for other_key, other in parts.items() if other_key != key]
+        length = next(
+            (n for n in range(1, len(words)) if all(words[-n:] != other[-n:] for other in others)), len(words)
+        )
+        names[key] = ".".join(words[-length:])
+    return names
+
+
+def show(flat: Flat, key: str) -> str:
+    """The value of a dial; an option by its module, which is called like the option file."""
+    if key not in flat:
+        return formats.ABSENT
+    value = flat[key]
+    return option(value) if key.endswith(_TARGET) and isinstance(value, str) else formats.setting(value)
+
+
+def option(target: str) -> str:
+    """The module of an import path: `bs_exp.sharing.none.NoSharing` is `none`."""
+    return target.split(".")[-2] if "." in target else target  # an option's own name has no dots

@@ -1,0 +1,375 @@
+"""What the literature reports, beside what was measured: only where model, ratio and metric agree.
+
+Two such numbers still come from two protocols; every difference that is known is named with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from bs_exp.reporting import dials, formats, metrics
+from bs_exp.reporting.results import removed_title
+from bs_exp.reporting.study import Point, Section, Series, Study
+from bs_exp.reporting.table import Cell, Column, Row, Table, text
+
+DENSE = "Original"
+_SEVEN = ("openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa")
+_MEANS = {"mean7": _SEVEN, "mean6": tuple(task for task in _SEVEN if task != "arc_challenge")}
+_ROW_FIELDS = frozenset({"model", "method", "removed", "group_size", "calibration", "note"})
+# Shares that differ by less are the same: ranks are whole numbers.
+_SAME_SHARE = 0.005
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the papers and how we call it."""
+
+    method: str
+    presets: tuple[str, ...]
+    options: Mapping[str, Sequence[str]]
+    shares: bool = False
+    only_in: tuple[str, ...] = ()
+    not_in: tuple[str, ...] = ()
+
+    def covers(self, reported: Reported) -> bool:
+        return (
+            self.method == reported.method
+            and (not self.only_in or reported.protocol in self.only_in)
+            and reported.protocol not in self.not_in
+        )
+
+
+@dataclass(frozen=True)
+class Reported:
+    """One number of a paper, with the ids of its model on the hub."""
+
+    models: tuple[str, ...]
+    method: str
+    removed: float
+    metric: str
+    value: float
+    protocol: str
+    place: str
+    group_size: int | None
+    calibration: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Literature:
+    """All reported numbers, their protocols, and the names of methods."""
+
+    rows: tuple[Reported, ...]
+    protocols: Mapping[str, Mapping[str, Any]]
+    methods: tuple[Method, ...]
+
+    def about(self, model: str) -> list[Reported]:
+        return [row for row in self.rows if model in row.models]
+
+    def source(self, reported: Reported) -> str:
+        protocol = self.protocols[reported.protocol]
+        return f"{protocol['title']}, {reported.place} ({protocol['source']})"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A measured and a reported number of the same model, ratio and metric. `series` is None for the dense model."""
+
+    section: Section
+    series: Series | None
+    point: Point
+    measured: float
+    reported: Reported
+    differences: tuple[str, ...]
+
+
+@cache
+def literature() -> Literature:
+    """The numbers that the package holds."""
+    text = (resources.files("bs_exp.reporting") / "paper_results.yaml").read_text(encoding="utf-8")
+    data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    rows = tuple(
+        Reported(
+            models=tuple(data["models"][row["model"]]),
+            method=row["method"],
+            removed=float(row["removed"]),
+            metric=name,
+            value=float(value),
+            protocol=table["protocol"],
+            place=table["place"],
+            group_size=row.get("group_size"),
+            calibration=row.get("calibration"),
+            notes=(*table.get("notes", ()), *([row["note"]] if "note" in row else [])),
+        )
+        for table in data["tables"]
+        for row in table["rows"]
+        for name, value in row.items()
+        if name not in _ROW_FIELDS
+    )
+    methods = tuple(
+        Method(
+            method=entry["method"],
+            presets=tuple(entry["presets"]),
+            options=entry["options"],
+            shares=entry.get("shares", False),
+            only_in=tuple(entry.get("only_in", ())),
+            not_in=tuple(entry.get("not_in", ())),
+        )
+        for entry in data["methods"]
+    )
+    return Literature(rows, data["protocols"], methods)
+
+
+def measured_value(found: Mapping[str, Any], metric: str) -> float | None:
+    """A metric of a record; the papers' means are taken over exactly their tasks."""
+    if metric in _MEANS:
+        values = [found.get(f"acc/{task}") for task in _MEANS[metric]]
+        if not all(formats.is_number(value) for value in values):
+            return None
+        return sum(float(value) for value in values if value is not None) / len(values)
+    value = found.get(metric)
+    return float(value) if value is not None and formats.is_number(value) else None
+
+
+def compare(study: Study) -> list[Comparison]:
+    """Every pair of a measured and a reported number that may stand side by side."""
+    if not any(_on_hub(section) for section in study.sections):
+        return []
+    known = literature()
+    return [found for section in study.sections if _on_hub(section) for found in _compare_section(section, known)]
+
+
+def _on_hub(section: Section) -> bool:
+    return "/" in section.model and not section.model.startswith(("/", ".", "~"))
+
+
+def _compare_section(section: Section, known: Literature) -> Iterator[Comparison]:
+    reported = known.about(section.model)
+    done = [point for point in section.points if point.completed]
+    for row in reported:
+        if row.method == DENSE and done and (value := measured_value(section.dense, row.metric)) is not None:
+            yield Comparison(section, None, done[0], value, row, tuple(_differences(done[0], row, known, None)))
+    for series in section.series:
+        for point in series.completed:
+            for row in reported:
+                method = _method(series, point, row, known)
+                value = measured_value(point.compressed, row.metric)
+                if method is not None and value is not None:
+                    found = tuple(_differences(point, row, known, method))
+                    yield Comparison(section, series, point, value, row, found)
+
+
+def _method(series: Series, point: Point, row: Reported, known: Literature) -> Method | None:
+    if point.removed is None or abs(point.removed - row.removed) > 1e-6:
+        return None
+    for method in known.methods:
+        if method.covers(row) and series.method in method.presets:
+            updates, ours = method.options.get("update", ()), _option(point, "update")
+            # A recovery that the paper's number lacks makes it another method, not another protocol.
+            if ours is not None and updates and ours not in updates:
+                continue
+            there = _group_size(row, method, known)
+            if there is None or there == group_size(point):
+                return method
+    return None
+
+
+def _group_size(row: Reported, method: Method, known: Literature) -> int | None:
+    if not method.shares:
+        return 1
+    found = row.group_size or known.protocols[row.protocol].get("group_size")
+    return int(found) if found is not None else None
+
+
+def group_size(point: Point) -> int | None:
+    """Layers per basis: 1 where nothing is shared, None where types differ in it."""
+    sharing = point.record.config.get("sharing", {})
+    found = sharing.get("group_size", 1) if isinstance(sharing, Mapping) else 1
+    if isinstance(found, Mapping):
+        sizes = set(found.values())
+        return sizes.pop() if len(sizes) == 1 else None
+    return found if isinstance(found, int) else None
+
+
+def _option(point: Point, group: str) -> str | None:
+    node = point.record.config.get(group)
+    target = node.get("_target_") if isinstance(node, Mapping) else None
+    return dials.option(target) if isinstance(target, str) else None
+
+
+def _differences(point: Point, row: Reported, known: Literature, method: Method | None) -> Iterator[str]:
+    """How this measurement was not made as the reported one, as far as it is known."""
+    protocol = known.protocols[row.protocol]
+    model = point.record.provenance.get("model", {})
+    yield from _differ("dtype", model.get("dtype"), protocol.get("dtype"))
+    if method is not None:
+        yield from _recipe_differences(point, row, protocol, method)
+    evaluation = point.record.config.get("evaluation")
+    evaluation = evaluation if isinstance(evaluation, Mapping) else {}
+    if metrics.is_perplexity(row.metric):
+        names = {"sequence_length": "window length", "tail": "last, shorter window", "average": "mean over"}
+        names["special_tokens"] = "BOS before the text"
+        for key, name in names.items():
+            yield from _differ(name, evaluation.get(key), protocol.get("perplexity", {}).get(key))
+        if (windows := evaluation.get("max_windows")) is not None:
+            yield f"perplexity of {windows} windows only"
+    else:
+        yield from _differ("lm-eval", point.dense.get("lm_eval/version"), protocol.get("lm_eval"))
+        if (limit := evaluation.get("limit")) is not None:
+            yield f"the first {limit} items of each task only"
+    yield from (f"reported: {note}" for note in (*protocol.get("notes", ()), *row.notes))
+
+
+def _recipe_differences(point: Point, row: Reported, protocol: Mapping[str, Any], method: Method) -> Iterator[str]:
+    for group, options in method.options.items():
+        if (ours := _option(point, group)) is not None and ours not in options:
+            yield f"{group}: {ours} here, {' or '.join(options)} there"
+    kept = point.record.size.get("retain_ratio")
+    if formats.is_number(kept) and abs(kept - (1 - row.removed)) > _SAME_SHARE:
+        yield f"{formats.share(round(kept, 3))} kept here, {formats.share(1 - row.removed)} asked for"
+    windows = point.record.provenance.get("calibration", {})
+    there = dict(protocol.get("calibration", {}))
+    if row.calibration:
+        there["corpus"] = row.calibration
+    yield from _differ("calibration text", _corpus(point), there.get("corpus"))
+    yield from _differ("calibration windows", windows.get("windows"), there.get("windows"))
+    yield from _differ("calibration window length", windows.get("sequence_length"), there.get("sequence_length"))
+    updates_from = protocol.get("updates_from")
+    if (
+        method.shares
+        and updates_from is not None
+        and row.removed >= updates_from
+        and _option(point, "update") == "none"
+    ):
+        yield f"coefficients are updated there from {formats.share(updates_from)} removed on, not here"
+
+
+def _corpus(point: Point) -> str | None:
+    """The calibration text as the papers call it; by its option where they do not know it."""
+    calibration = point.record.config.get("calibration")
+    corpus = calibration.get("corpus") if isinstance(calibration, Mapping) else None
+    if not isinstance(corpus, Mapping):
+        return None
+    words = " ".join(str(corpus.get(key, "")) for key in ("path", "name", "data_files")).lower()
+    known = {"wikitext": "wikitext2", "/c4": "c4", "ptb": "ptb", "alpaca": "alpaca"}
+    return next((name for sign, name in known.items() if sign in words), dials.option(str(corpus.get("_target_", "?"))))
+
+
+def _differ(name: str, here: Any, there: Any) -> Iterator[str]:
+    if here is not None and there is not None and str(here) != str(there):
+        yield f"{name}: {formats.setting(here)} here, {formats.setting(there)} there"
+
+
+def paper_tables(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Table]:
+    """Measured beside reported, and what else is reported at the same model, ratios and metrics."""
+    if comparisons:
+        yield _beside(comparisons)
+    for i, section in enumerate(study.sections, start=1):
+        if _on_hub(section):
+            yield from _others(section, f"m{i}-reported")
+
+
+def _beside(comparisons: Sequence[Comparison]) -> Table:
+    # The dense model last: it shows what the protocols alone make of a number.
+    comparisons = sorted(comparisons, key=lambda found: found.series is None)
+    legend = list(dict.fromkeys(words for found in comparisons for words in found.differences))
+    numbers = {words: i for i, words in enumerate(legend, start=1)}
+    columns = (
+        Column("model", numeric=False),
+        Column("removed"),
+        Column("metric", numeric=False),
+        Column("method", numeric=False),
+        Column("measured"),
+        Column("reported"),
+        Column("difference"),
+        Column("differences of protocol", numeric=False),
+        Column("source", numeric=False),
+    )
+    known = literature()
+    rows = []
+    for found in comparisons:
+        reported, name = found.reported, _metric_name(found.reported.metric)
+        relative = found.measured / reported.value - 1
+        rows.append(
+            Row(
+                (
+                    text(found.section.title),
+                    Cell(removed_title(reported.removed), value=reported.removed, link=found.point.number),
+                    text(name),
+                    text(found.series.label if found.series else "dense"),
+                    Cell(_show(reported.metric, found.measured), value=found.measured),
+                    Cell(_show(reported.metric, reported.value), value=reported.value),
+                    Cell(f"{100 * relative:+.1f} %", value=relative),
+                    Cell(
+                        ", ".join(str(n) for n in sorted(numbers[words] for words in found.differences))
+                        or "none known",
+                        value="; ".join(found.differences) or "none known",
+                        hint="; ".join(found.differences),
+                    ),
+                    text(known.source(reported)),
+                ),
+                kind="dense" if found.series is None else "",
+            )
+        )
+    note = "Only where model, ratio and metric agree. The numbered differences of protocol stand below the table."
+    return Table("papers", "Measured beside reported", columns, tuple(rows), note=note, legend=tuple(legend))
+
+
+def _others(section: Section, key: str) -> Iterator[Table]:
+    """What all papers say at the ratios that were measured, our rows among theirs."""
+    known = literature()
+    rows_by_metric: dict[str, list[Reported]] = {}
+    for row in known.about(section.model):
+        asked = row.removed in section.ratios or row.method == DENSE
+        if asked and (metrics.is_perplexity(row.metric) or row.metric in _MEANS):
+            rows_by_metric.setdefault(row.metric, []).append(row)
+    for metric, reported in rows_by_metric.items():
+        measured = [
+            (
+                series,
+                {
+                    p.removed: value
+                    for p in series.completed
+                    if (value := measured_value(p.compressed, metric)) is not None
+                },
+            )
+            for series in section.series
+        ]
+        if not any(values for _, values in measured):
+            continue
+        columns = [Column("method", numeric=False), Column("from", numeric=False)]
+        columns += [Column(removed_title(removed)) for removed in section.ratios]
+        rows = []
+        for series, values in measured:
+            if values:
+                cells = [_value(metric, values.get(removed)) for removed in section.ratios]
+                rows.append(Row((text(series.label), text("measured"), *cells), kind="dense"))
+        lines: dict[tuple[str, str], dict[float, float]] = {}
+        for row in reported:
+            if row.method != DENSE:
+                group = f", group {row.group_size}" if row.group_size else ""
+                lines.setdefault((row.method + group, known.source(row)), {})[row.removed] = row.value
+        for (method, source), found in lines.items():
+            cells = [_value(metric, found.get(removed)) for removed in section.ratios]
+            rows.append(Row((text(method), text(source), *cells), kind="reported"))
+        title = f"{formats.sentence(_metric_name(metric))} of {section.model}: measured, and all that is reported"
+        note = "Reported under protocols that differ from paper to paper. Columns: share removed."
+        yield Table(f"{key}-{metric.replace('/', '-')}", title, tuple(columns), tuple(rows), note=note)
+
+
+def _value(metric: str, value: float | None) -> Cell:
+    return Cell(formats.ABSENT, style="muted") if value is None else Cell(_show(metric, value), value=value)
+
+
+def _show(metric: str, value: float) -> str:
+    return f"{value:.3f}" if metric in _MEANS else metrics.show(metric, value)
+
+
+def _metric_name(metric: str) -> str:
+    return f"mean accuracy of {len(_MEANS[metric])} tasks" if metric in _MEANS else metrics.title(metric)

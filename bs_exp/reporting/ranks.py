@@ -1,0 +1,145 @@
+"""Ranks per layer and matrix type, from the plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import correlation
+from typing import Any
+
+from bs_exp.reporting import formats
+from bs_exp.reporting.results import removed_title, series_cells, series_columns
+from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.table import Cell, Column, Row, Table
+
+_SPREAD = 0.02
+# Of a search with hundreds of trials, pairs say nothing.
+_MOST_PAIRS = 200
+_MOST_POINTS = 24
+
+
+@dataclass(frozen=True)
+class Place:
+    """One matrix of a plan. `rank` is None where it stays dense; `kept` is its group's share of parameters."""
+
+    rank: int | None
+    kept: float
+    shared: int
+
+
+def places(point: Point) -> dict[tuple[str, int], Place]:
+    """What the plan of a run does with every matrix, by type and layer."""
+    found: dict[tuple[str, int], Place] = {}
+    for group in (point.record.plan or {}).get("groups", ()):
+        layers = group["layers"]
+        for layer in layers:
+            found[group["matrix"], layer] = Place(group["rank"], _kept(group), len(layers))
+    return found
+
+
+def _kept(group: Mapping[str, Any]) -> float:
+    dense = len(group["layers"]) * group.get("d_in", 0) * group.get("d_out", 0)
+    kept = group.get("parameters")
+    return float(kept / dense) if dense and formats.is_number(kept) else float("nan")
+
+
+def rank_points(section: Section) -> list[tuple[Series, Point]]:
+    """One point per series, at the ratio where most series have a plan; of equals, where most is removed."""
+    planned = {
+        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and places(p)]
+        for removed in section.ratios
+    }
+    if not any(planned.values()):
+        return []
+    return planned[max(planned, key=lambda removed: (len(planned[removed]), removed))]
+
+
+def layer_shares(point: Point) -> list[float]:
+    """Share of its parameters that each layer keeps, by layer; a shared group counts for each of its layers."""
+    kept: dict[int, float] = {}
+    dense: dict[int, float] = {}
+    for group in (point.record.plan or {}).get("groups", ()):
+        size = float(group.get("d_in", 0) * group.get("d_out", 0))
+        for layer in group["layers"]:
+            kept[layer] = kept.get(layer, 0.0) + _kept(group) * size
+            dense[layer] = dense.get(layer, 0.0) + size
+    return [kept[layer] / dense[layer] for layer in sorted(kept) if dense[layer]]
+
+
+def correlation_tables(section: Section, key: str) -> Iterator[Table]:
+    """How alike two methods spread the parameters over the layers: Pearson's r of the layers' shares, at each ratio."""
+    rows = []
+    for removed in section.ratios:
+        shares = [
+            (series.label, layer_shares(point))
+            for series in section.series
+            if (point := series.by_removed.get(removed)) is not None and point.completed
+        ]
+        # Uniform shares correlate with nothing; rounding to whole ranks must not make them seem to.
+        spread = [(label, found) for label, found in shares if len(found) > 2 and max(found) - min(found) > _SPREAD]
+        for (first, ours), (second, theirs) in combinations(spread, 2):
+            if len(ours) == len(theirs):
+                r = correlation(ours, theirs)
+                cells = (
+                    Cell(removed_title(removed), value=removed),
+                    Cell(first),
+                    Cell(second),
+                    Cell(f"{r:+.2f}", value=r),
+                )
+                rows.append(Row(cells))
+    if rows and len(rows) <= _MOST_PAIRS:
+        yield Table(
+            f"{key}-correlation",
+            "Do methods agree on which layers matter?",
+            (Column("removed"), Column("one", numeric=False), Column("other", numeric=False), Column("Pearson r")),
+            tuple(rows),
+            note="Correlation of the shares that the layers keep. Methods that treat all layers alike are left out.",
+        )
+
+
+def rank_table(section: Section, key: str) -> Table | None:
+    """Ranks of every completed point: a row per type, a column per layer."""
+    return _table(section, [(s, p) for s in section.series for p in s.completed if places(p)], key, "")
+
+
+def short_rank_table(section: Section, key: str) -> Table | None:
+    """The same, of as many points as a page can hold: if there are more, those at the ratio that the figure shows."""
+    entries = [(s, p) for s in section.series for p in s.completed if places(p)]
+    if len(entries) <= _MOST_POINTS:
+        return _table(section, entries, key, "")
+    chosen = rank_points(section)[:_MOST_POINTS]
+    return _table(section, chosen, key, f" {len(chosen)} of {len(entries)} runs; the CSV file has all.")
+
+
+def _table(section: Section, entries: Sequence[tuple[Series, Point]], key: str, note: str) -> Table | None:
+    found = [places(point) for _, point in entries]
+    layers = sorted({layer for planned in found for _, layer in planned})
+    if not layers:
+        return None
+    columns = [Column("removed"), *series_columns(section), Column("matrix", numeric=False)]
+    columns += [Column(f"layer {layer}") for layer in layers]
+    rows = []
+    for (series, point), planned in zip(entries, found, strict=True):
+        for i, matrix in enumerate(dict.fromkeys(matrix for matrix, _ in planned)):
+            cells = [Cell(removed_title(point.removed or 0.0), value=point.removed, link=point.number)]
+            cells += [*series_cells(series), Cell(matrix)]
+            cells += [_rank(planned.get((matrix, layer))) for layer in layers]
+            rows.append(Row(tuple(cells), kind="" if i else "block"))
+    return Table(
+        f"{key}-ranks",
+        "Rank per layer and matrix type",
+        tuple(columns),
+        tuple(rows),
+        note="A shared basis is counted once: its rank stands at every layer of its group. 'dense' stays as it was."
+        + note,
+    )
+
+
+def _rank(place: Place | None) -> Cell:
+    if place is None:
+        return Cell(formats.ABSENT, style="muted", hint="not targeted")
+    hint = f"{100 * place.kept:.1f} % kept" + (f", shared by {place.shared} layers" if place.shared > 1 else "")
+    if place.rank is None:
+        return Cell("dense", style="muted", hint=hint)
+    return Cell(f"{place.rank:,}", value=place.rank, hint=hint)

@@ -1,0 +1,121 @@
+"""A report on disk: page, tables and figures in one folder, made from records alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bs_exp.errors import RecordError
+from bs_exp.reporting import cost, papers, ranks, results, runs, table
+from bs_exp.reporting.collect import collect
+from bs_exp.reporting.drawing import Drawn
+from bs_exp.reporting.figures import pair_figures, study_figures
+from bs_exp.reporting.page import Chapter, Contents, to_html
+from bs_exp.reporting.study import Section, Study, arrange
+from bs_exp.reporting.table import Table
+
+PAGE, TABLES_TEXT, TABLES_FOLDER, FIGURES_FOLDER = "index.html", "tables.md", "tables", "figures"
+_MADE = ".made.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and what could not be read."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    study: Study
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Written:
+    """Page, Markdown, CSV and figures of all records below the folders; RecordError if there is none."""
+    study = arrange(collect(folders))
+    figures, pairs = study_figures(study), pair_figures(study.pairs)
+    contents = _contents(study, figures, pairs)
+    tables = _tables(contents)
+    full = [t for i, section in enumerate(study.sections, start=1) if (t := ranks.rank_table(section, f"m{i}"))]
+    files: dict[str, bytes] = {PAGE: to_html(contents).encode()}
+    files[TABLES_TEXT] = table.to_markdown(tables, study.name).encode()
+    files |= {f"{TABLES_FOLDER}/{found.key}.csv": table.to_csv(found).encode() for found in (*tables, *full)}
+    files |= _figure_files([*(f for drawn in figures.values() for f in drawn), *pairs])
+    return Written(out, _write(files, out), study)
+
+
+def write_figures(folders: Sequence[Path], out: Path) -> Written:
+    """The figures alone; RecordError if there is no record."""
+    study = arrange(collect(folders))
+    drawn = [*(figure for found in study_figures(study).values() for figure in found), *pair_figures(study.pairs)]
+    files = {name.removeprefix(f"{FIGURES_FOLDER}/"): data for name, data in _figure_files(drawn).items()}
+    return Written(out, _write(files, out), study)
+
+
+def _contents(study: Study, figures: dict[Section, list[Drawn]], pairs: Sequence[Drawn]) -> Contents:
+    chapters = [
+        Chapter(
+            section=section,
+            results=list(results.result_tables(section, f"m{i}")),
+            ranks=ranks.short_rank_table(section, f"m{i}"),
+            agreement=list(ranks.correlation_tables(section, f"m{i}")),
+            cost=list(cost.cost_tables(section, f"m{i}")),
+            quality_figures=[f for f in figures[section] if "-curve-" in f.key or "-pareto-" in f.key],
+            cost_figures=[
+                f for f in figures[section] if "-speed-" in f.key.replace("-pareto-speed-", "") or "-timings" in f.key
+            ],
+            rank_figures=[f for f in figures[section] if "-ranks" in f.key],
+        )
+        for i, section in enumerate(study.sections, start=1)
+    ]
+    places = runs.environments(study)
+    return Contents(
+        study=study,
+        chapters=chapters,
+        pairs=pairs,
+        papers=list(papers.paper_tables(study, papers.compare(study))),
+        problems=list(runs.problems(study)),
+        all_runs=runs.all_runs(study, places),
+        environments=places,
+    )
+
+
+def _tables(contents: Contents) -> list[Table]:
+    """The tables of the page, in its order."""
+    tables = [t for chapter in contents.chapters for t in (*chapter.results, *chapter.cost, *chapter.agreement)]
+    tables += [chapter.ranks for chapter in contents.chapters if chapter.ranks is not None]
+    return [*tables, *contents.papers, *contents.problems, contents.all_runs]
+
+
+def _figure_files(figures: Sequence[Drawn]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for figure in figures:
+        files[f"{FIGURES_FOLDER}/{figure.key}.svg"] = figure.svg.encode()
+        files[f"{FIGURES_FOLDER}/{figure.key}.png"] = figure.png
+    return files
+
+
+def _write(files: dict[str, bytes], out: Path) -> tuple[Path, ...]:
+    """Writes the files, and removes those that an earlier report made and this one does not: they would be believed."""
+    try:
+        for name in _made_before(out) - files.keys():
+            (out / name).unlink(missing_ok=True)
+        for name, data in files.items():
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        (out / _MADE).write_text(json.dumps(sorted(files), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"Cannot write the report to {out}: {error}. Name another folder with --out.") from error
+    return tuple(out / name for name in files)
+
+
+def _made_before(out: Path) -> set[str]:
+    try:
+        names = json.loads((out / _MADE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    # Never outside the folder, whatever the list says.
+    inside = out.resolve()
+    return {name for name in names if isinstance(name, str) and (out / name).resolve().is_relative_to(inside)}

@@ -1,0 +1,252 @@
+"""Records put in order: what may be compared stands in one section, what differs in the ratio alone in one series."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bs_exp.records import RunRecord, Status
+from bs_exp.reporting import dials, formats, metrics
+from bs_exp.reporting.collect import Collection, PairTable, Skipped, Waiting
+from bs_exp.reporting.dials import Flat
+
+_FINGERPRINT = "_sha256/"
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One run. `number` names it in the report, from 1 on."""
+
+    number: int
+    record: RunRecord
+    folder: Path
+
+    @property
+    def completed(self) -> bool:
+        return self.record.status is Status.COMPLETED
+
+    @property
+    def ratio(self) -> float | None:
+        """The retain ratio that was asked for; None if the configuration never came so far."""
+        value = self.record.config.get("retain_ratio")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def removed(self) -> float | None:
+        """The papers' ratio: the share that was to be removed."""
+        return None if self.ratio is None else round(1 - self.ratio, 6)
+
+    @property
+    def dense(self) -> Mapping[str, Any]:
+        return self.record.metrics.get("dense", {})
+
+    @property
+    def compressed(self) -> Mapping[str, Any]:
+        return self.record.metrics.get("compressed", {})
+
+    @cached_property
+    def dials(self) -> Flat:
+        return dials.recipe_dials(self.record.config, self.record.choices)
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Points of one method and one set of dials, by retain ratio; of repeated points, the last completed one."""
+
+    method: str
+    values: tuple[str, ...]
+    label: str
+    points: tuple[Point, ...]
+
+    @cached_property
+    def by_removed(self) -> Mapping[float, Point]:
+        return {point.removed: point for point in self.points if point.removed is not None}
+
+    @property
+    def completed(self) -> list[Point]:
+        """From the least removed to the most."""
+        done = [point for point in self.points if point.completed and point.removed is not None]
+        return sorted(done, key=lambda point: point.removed or 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One model judged in one way: everything in it may be compared, speeds aside."""
+
+    title: str
+    model: str
+    dials: tuple[str, ...]
+    series: tuple[Series, ...]
+    points: tuple[Point, ...]
+
+    @cached_property
+    def ratios(self) -> list[float]:
+        """Shares removed, in ascending order."""
+        return sorted({removed for series in self.series for removed in series.by_removed})
+
+    @cached_property
+    def dense(self) -> Mapping[str, Any]:
+        """The dense model's metrics, each from the first point that has it."""
+        found: dict[str, Any] = {}
+        for point in self.points:
+            for name, value in point.dense.items():
+                found.setdefault(name, value)
+        return found
+
+    @cached_property
+    def quality(self) -> list[str]:
+        """The metrics of the section, perplexities first."""
+        return metrics.quality([self.dense, *(point.compressed for point in self.points)])
+
+    @property
+    def main_metric(self) -> str | None:
+        """What methods are ranked by: the objective where the points agree on one, else the first perplexity."""
+        asked = [point.record.config.get("objective") for point in self.points]
+        if all(name == asked[0] for name in asked) and asked[0] in self.quality:
+            return str(asked[0])
+        return next(iter(self.quality), None)
+
+    def best(self, removed: float, metric: str) -> Series | None:
+        """The series that is best at a ratio, or None if nothing was measured there."""
+        values = {
+            series: point.compressed[metric]
+            for series in self.series
+            if (point := series.by_removed.get(removed)) is not None
+            and point.completed
+            and formats.is_number(point.compressed.get(metric))
+        }
+        if not values:
+            return None
+        return (min if metrics.lower_is_better(metric) else max)(values, key=lambda series: values[series])
+
+
+@dataclass(frozen=True, eq=False)
+class Repeat:
+    """Points that are the same by their settings; the table shows the first of `points`."""
+
+    points: tuple[Point, ...]
+    same_hash: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Everything that a report says, in order."""
+
+    sections: tuple[Section, ...]
+    points: tuple[Point, ...]
+    repeats: tuple[Repeat, ...]
+    skipped: tuple[Skipped, ...]
+    waiting: tuple[Waiting, ...]
+    pairs: tuple[PairTable, ...]
+
+    @property
+    def name(self) -> str:
+        """The sweeps it is about, or the methods where there are few."""
+        sweeps = dict.fromkeys(
+            str(p.record.sweep["id"]) for p in self.points if p.record.sweep and "id" in p.record.sweep
+        )
+        names = list(sweeps or dict.fromkeys(point.record.name for point in self.points))
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def with_status(self, *statuses: Status) -> list[Point]:
+        return [point for point in self.points if point.record.status in statuses]
+
+
+def arrange(collection: Collection) -> Study:
+    """The study that a collection of records holds."""
+    points = tuple(Point(i, found.record, found.folder) for i, found in enumerate(collection.found, start=1))
+    groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
+    for point in points:
+        groups[_identity(point.record)].append(point)
+    parts = [part for group in groups.values() for part in _by_text(group)]
+    titles = _titles(parts)
+    repeats: list[Repeat] = []
+    sections = tuple(_section(title, part, repeats) for title, part in zip(titles, parts, strict=True))
+    return Study(sections, points, tuple(repeats), collection.skipped, collection.waiting, collection.pairs)
+
+
+def model_name(record: RunRecord) -> str:
+    """Hub id, folder or option of the model."""
+    model = record.config.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    for key in ("name", "path"):
+        if isinstance(value := model.get(key), str):
+            return value
+    source = record.provenance.get("model", {}).get("source")
+    if isinstance(source, str):
+        return source
+    target = str(model.get("_target_", "unknown model"))
+    return target.rpartition(".")[2]
+
+
+def _identity(record: RunRecord) -> tuple[str, str]:
+    protocol = dials.protocol_dials(record.config, {})
+    return model_name(record), str(sorted(protocol.items(), key=lambda item: item[0]))
+
+
+def _by_text(points: Sequence[Point]) -> list[list[Point]]:
+    """Points that read the same evaluation text; those that never came so far stay with the first."""
+    texts: dict[tuple[tuple[str, Any], ...], list[Point]] = {}
+    without: list[Point] = []
+    for point in points:
+        text = tuple((k, v) for k, v in point.dense.items() if _FINGERPRINT in k)
+        texts.setdefault(text, []).append(point) if text else without.append(point)
+    if not texts:
+        return [without]
+    parts = list(texts.values())
+    parts[0] = sorted([*parts[0], *without], key=lambda point: point.number)
+    return parts
+
+
+def _titles(parts: Sequence[Sequence[Point]]) -> list[str]:
+    """The model's name, and what tells its sections apart if it has several."""
+    protocols = [dials.protocol_dials(part[0].record.config, part[0].record.choices) for part in parts]
+    models = [model_name(part[0].record) for part in parts]
+    titles: list[str] = []
+    for i, model in enumerate(models):
+        family = [protocols[j] for j, other in enumerate(models) if other == model]
+        keys = dials.varying([family])
+        names = dials.short_names(keys)
+        words = [f"{names[key]} {dials.show(protocols[i], key)}" for key in keys if key in protocols[i]]
+        title = " · ".join([model, *words])
+        # The settings agree and the texts do not: other versions of what the text is made of.
+        titles.append(f"{title} · text {titles.count(title) + 1}" if title in titles else title)
+    return titles
+
+
+def _section(title: str, points: Sequence[Point], repeats: list[Repeat]) -> Section:
+    methods: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        methods[point.record.name].append(point)
+    order = list(methods)
+    keys = dials.varying([[point.dials for point in family] for family in methods.values()])
+    names = dials.short_names(keys)
+    groups: dict[tuple[str, tuple[str, ...]], list[Point]] = defaultdict(list)
+    for point in points:
+        groups[point.record.name, tuple(dials.show(point.dials, key) for key in keys)].append(point)
+    series = tuple(
+        Series(method, values, _label(method, [names[key] for key in keys], values), tuple(_unique(group, repeats)))
+        for (method, values), group in sorted(groups.items(), key=lambda entry: order.index(entry[0][0]))
+    )
+    return Section(title, model_name(points[0].record), tuple(names[key] for key in keys), series, tuple(points))
+
+
+def _label(method: str, names: Sequence[str], values: Sequence[str]) -> str:
+    words = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != formats.ABSENT]
+    return " · ".join([method, *words])
+
+
+def _unique(points: Sequence[Point], repeats: list[Repeat]) -> list[Point]:
+    """One point per ratio: completed before unfinished, later before earlier."""
+    by_ratio: dict[float | None, list[Point]] = defaultdict(list)
+    for point in points:
+        by_ratio[point.removed].append(point)
+    for group in by_ratio.values():
+        group.sort(key=lambda point: (point.completed, point.record.finished or point.record.started), reverse=True)
+        if len(group) > 1:
+            repeats.append(Repeat(tuple(group), len({point.record.config_hash for point in group}) == 1))
+    return [group[0] for group in by_ratio.values()]

@@ -1,0 +1,113 @@
+"""A table as data, and as CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bs_exp.reporting import formats
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a reader sees, and the exact value behind it. `link` is the number of a run."""
+
+    text: str
+    value: Any = None
+    best: bool = False
+    hint: str = ""
+    style: str = ""  # a class of the page: muted, bad, good, text
+    link: int | None = None
+
+    @property
+    def exact(self) -> Any:
+        return self.text if self.value is None else self.value
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; numbers stand on the right."""
+
+    title: str
+    numeric: bool = True
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells from left to right. `kind` is a class of the page: dense, reported, block (the first row of one)."""
+
+    cells: tuple[Cell, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """`key` is the name of its files."""
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+    sortable: bool = False
+    legend: tuple[str, ...] = ()  # what numbers in the cells stand for, from 1 on
+
+
+def text(value: str, **more: Any) -> Cell:
+    return Cell(value, **more)
+
+
+def mark_best(cells: list[Cell], *, lowest: bool) -> list[Cell]:
+    """The cells with the best marked, ties as they are printed included."""
+    values = [cell.value for cell in cells if formats.is_number(cell.value)]
+    if len(values) < 2:
+        return cells
+    best = min(values) if lowest else max(values)
+    shown = {cell.text for cell in cells if cell.value == best}
+    return [replace(cell, best=formats.is_number(cell.value) and cell.text in shown) for cell in cells]
+
+
+def to_csv(table: Table) -> str:
+    """The exact values."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([column.title for column in table.columns])
+    writer.writerows([cell.exact for cell in row.cells] for row in table.rows)
+    return file.getvalue()
+
+
+def to_markdown(tables: Iterable[Table], title: str) -> str:
+    """All tables, one heading each; the best per column bold."""
+    parts = [f"# {_plain(title)}"]
+    for table in tables:
+        lines = [f"## {_plain(table.title)}", ""]
+        if table.note:
+            lines += [_plain(table.note), ""]
+        lines.append(_line(_plain(column.title) or " " for column in table.columns))
+        lines.append(_line("---:" if column.numeric else ":---" for column in table.columns))
+        lines += [_line(_markdown(cell) for cell in row.cells) for row in table.rows]
+        if table.legend:
+            lines += ["", *(f"{i}. {_plain(words)}" for i, words in enumerate(table.legend, start=1))]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown(cell: Cell) -> str:
+    shown = _plain(cell.text)
+    return f"**{shown}**" if cell.best else shown
+
+
+def _plain(words: str) -> str:
+    """One line in which nothing is markup: HTML inside Markdown would be run by what shows it."""
+    escaped = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for sign in ("\\", "|", "*", "_", "`", "[", "]"):
+        escaped = escaped.replace(sign, f"\\{sign}")
+    return " ".join(escaped.split())

@@ -1,0 +1,37 @@
+"use strict";
+// A click on a heading sorts its table; a second click turns it round.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0];
+  const value = (row, i) => {
+    const cell = row.cells[i];
+    return cell.dataset.v === undefined ? cell.textContent.trim() : Number(cell.dataset.v);
+  };
+  const compare = (a, b) =>
+    typeof a === typeof b ? (typeof a === "number" ? a - b : a.localeCompare(b)) : typeof a === "number" ? -1 : 1;
+  [...table.tHead.rows[0].cells].forEach((heading, i) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const down = heading.getAttribute("aria-sort") === "ascending";
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const fixed = [...body.rows].filter((row) => row.classList.contains("dense"));
+      const rows = [...body.rows].filter((row) => !row.classList.contains("dense"));
+      rows.sort((a, b) => (down ? -1 : 1) * compare(value(a, i), value(b, i)));
+      table.classList.add("sorted");
+      body.replaceChildren(...fixed, ...rows);
+    });
+  });
+}
+// A link to a run opens it.
+const open = () => {
+  const target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
+  if (target instanceof HTMLDetailsElement) {
+    target.open = true;
+    target.scrollIntoView();
+  }
+};
+addEventListener("hashchange", open);
+open();

@@ -1,0 +1,134 @@
+"""Reported numbers stand beside measured ones where model, ratio and metric agree, and never without what differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bs_exp.records import RunRecord
+from bs_exp.reporting.collect import Collection, Found
+from bs_exp.reporting.papers import Comparison, compare, literature, measured_value, paper_tables
+from bs_exp.reporting.study import Study, arrange
+from tests.reporting import synthetic
+
+LLAMA = "huggyllama/llama-7b"
+
+
+def _study(*records: RunRecord) -> Study:
+    return arrange(Collection(tuple(Found(r, Path(f"runs/{i}")) for i, r in enumerate(records)), (), (), ()))
+
+
+def _compared(metric: str, *records: RunRecord, place: str | None = None) -> list[Comparison]:
+    found = [c for c in compare(_study(*records)) if c.reported.metric == metric and c.series is not None]
+    return [c for c in found if place is None or c.reported.place == place]
+
+
+def test_the_stored_numbers_are_sound() -> None:
+    known = literature()
+    assert len(known.rows) > 1000
+    for row in known.rows:
+        assert row.models and row.protocol in known.protocols
+        assert 0 <= row.removed < 1
+        assert row.value > 1 if row.metric.startswith("ppl/") else 0 <= row.value <= 1
+    assert {method.method for method in known.methods} <= {row.method for row in known.rows}
+
+
+def test_basis_sharing_on_llama_7b_meets_table_1() -> None:
+    (found,) = _compared("ppl/wikitext2", synthetic.record("basis_sharing", 0.2, hub=LLAMA, ppl=8.0), place="Table 1")
+    assert (found.measured, found.reported.value) == (8.0, 7.74)
+    (table, *_) = paper_tables(_study(found.point.record), compare(_study(found.point.record)))
+    row = next(r for r in table.rows if r.kind == "dense" and "Table 1" in r.cells[-1].text)
+    dense = [r for r in table.rows if r.kind == "dense"]
+    assert [cell.text for cell in row.cells[3:7]] == ["dense", "5.68", "5.68", "+0.0 %"]
+    assert len(dense) > 3
+    row = next(r for r in table.rows if r.cells[3].text == "basis_sharing" and "Table 1" in r.cells[-1].text)
+    assert [cell.text for cell in row.cells[4:7]] == ["8.00", "7.74", "+3.4 %"]
+
+
+@pytest.mark.parametrize(("size", "value"), [(3, 7.72), (4, 7.65), (5, 7.62)])
+def test_group_sizes_are_not_mixed(size: int, value: float) -> None:
+    found = _compared("ppl/wikitext2", synthetic.record("basis_sharing", 0.2, hub=LLAMA, group_size=size))
+    assert {c.reported.value for c in found if c.reported.place == "Table 6"} == {value}
+    assert not [c for c in found if c.reported.place == "Table 1"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        synthetic.record("basis_sharing", 0.25, hub=LLAMA),  # a ratio that no table has
+        synthetic.record("basis_sharing", 0.2, hub="someone/llama-7b"),
+        synthetic.record("basis_sharing", 0.2),
+        synthetic.record("best", 0.2, hub=LLAMA),  # a method that no paper has
+        synthetic.record("basis_sharing", 0.2, hub=LLAMA, changes={"update._target_": "bs_exp.update.recover.Recover"}),
+    ],
+)
+def test_what_does_not_agree_is_not_compared(record: RunRecord) -> None:
+    assert not _compared("ppl/wikitext2", record)
+
+
+def test_fine_tuned_rows_of_a_paper_are_not_the_bare_method() -> None:
+    found = _compared("ppl/wikitext2", synthetic.record("svd_llm", 0.2, hub=LLAMA))
+    assert {c.reported.value for c in found if c.reported.protocol == "svd_llm"} == {7.94}
+    tuned = synthetic.record("svd_llm", 0.2, hub=LLAMA, changes={"update._target_": "bs_exp.update.lora.LoRA"})
+    found = _compared("ppl/wikitext2", tuned)
+    assert {c.reported.value for c in found} == {7.73, 7.79}
+    (other,) = (c for c in found if c.reported.value == 7.79)
+    assert "calibration text: wikitext2 here, c4 there" in other.differences
+
+
+def _differences(record: RunRecord, metric: str = "ppl/wikitext2") -> str:
+    (found,) = _compared(metric, record, place="Table 1")
+    return "; ".join(found.differences)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluation.tail": "drop"}, "last, shorter window: drop here, keep there"),
+        ({"evaluation.average": "tokens"}, "mean over: tokens here, windows there"),
+        ({"evaluation.sequence_length": 512}, "window length: 512 here, 2048 there"),
+        ({"evaluation.max_windows": 16}, "perplexity of 16 windows only"),
+        ({"calibration.corpus.path": "allenai/c4"}, "calibration text: c4 here, wikitext2 there"),
+        ({"whitening._target_": "bs_exp.whitening.two_sided.T"}, "whitening: two_sided here, gram there"),
+    ],
+)
+def test_differences_of_protocol_are_named(changes: dict[str, Any], words: str) -> None:
+    same = synthetic.record("basis_sharing", 0.2, hub=LLAMA)
+    assert words not in _differences(same)
+    assert words in _differences(synthetic.record("basis_sharing", 0.2, hub=LLAMA, changes=changes))
+
+
+def test_differences_that_the_run_shows_are_named() -> None:
+    record = synthetic.record("basis_sharing", 0.4, hub=LLAMA)
+    assert "coefficients are updated there from 40 % removed on, not here" in _differences(record)
+    model = {**record.provenance, "model": {"dtype": "bfloat16"}, "calibration": {"windows": 8}}
+    words = _differences(replace(record, provenance=model, size={**record.size, "retain_ratio": 0.58}))
+    assert "dtype: bfloat16 here, float32 there" in words
+    assert "calibration windows: 8 here, 256 there" in words
+    assert "58 % kept here, 60 % asked for" in words
+    assert "lm-eval: 0.4.13 here, 0.4.3 there" in _differences(record, "acc/piqa")
+    assert "lm-eval" not in _differences(record)
+    assert "reported: its calibration windows hold one BOS per row" in words
+
+
+def test_means_are_taken_over_the_tasks_of_the_paper() -> None:
+    tasks = ["openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa"]
+    found: dict[str, Any] = {f"acc/{task}": i / 10 for i, task in enumerate(tasks)}
+    assert measured_value(found, "mean7") == pytest.approx(0.3)
+    assert measured_value(found, "mean6") == pytest.approx((2.1 - 0.2) / 6)
+    del found["acc/mathqa"]
+    assert measured_value(found, "mean7") is None
+
+
+def test_all_that_is_reported_stands_beside_what_was_measured() -> None:
+    study = _study(synthetic.record("best", 0.2, hub=LLAMA, ppl=6.5), synthetic.record("best", 0.4, hub=LLAMA, ppl=9.0))
+    tables = {table.key: table for table in paper_tables(study, compare(study))}
+    table = tables["m1-reported-ppl-wikitext2"]
+    assert [column.title for column in table.columns] == ["method", "from", "20 %", "40 %"]
+    assert [cell.text for cell in table.rows[0].cells] == ["best", "measured", "6.50", "9.00"]
+    rows = {(row.cells[0].text, row.cells[1].text): row for row in table.rows}
+    dobi = rows["Dobi-SVD", "SAES-SVD, Table 1 (arXiv 2602.03051)"]
+    assert [cell.text for cell in dobi.cells[2:]] == ["8.54", "13.54"]

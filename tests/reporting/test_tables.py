@@ -1,0 +1,174 @@
+"""Tables say what the records say: papers' layout, the best, costs, ranks; CSV exactly, Markdown safely."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import pytest
+
+from bs_exp.records import RunRecord, Status
+from bs_exp.reporting import cost, ranks, results, runs
+from bs_exp.reporting.collect import Collection, Found
+from bs_exp.reporting.study import Section, arrange
+from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, to_csv, to_markdown
+from tests.reporting import synthetic
+
+
+def _section(*records: RunRecord) -> Section:
+    (section,) = arrange(_collection(*records)).sections
+    return section
+
+
+def _collection(*records: RunRecord) -> Collection:
+    return Collection(tuple(Found(r, Path(f"runs/{i}")) for i, r in enumerate(records)), (), (), ())
+
+
+def _texts(row: Row) -> list[str]:
+    return [cell.text for cell in row.cells]
+
+
+def test_methods_by_ratio_with_the_dense_row_first_and_the_best_bold() -> None:
+    section = _section(
+        synthetic.record("svd", 0.2, ppl=20061.0, group_size=0),
+        synthetic.record("svd", 0.4, status=Status.FAILED, group_size=0),
+        synthetic.record("svd_llm", 0.2, ppl=7.94, group_size=0),
+        synthetic.record("svd_llm", 0.4, ppl=13.11, group_size=0),
+        synthetic.record("best", 0.2, ppl=7.936, group_size=0),
+    )
+    table = next(results.result_tables(section, "m1"))
+    assert [column.title for column in table.columns] == ["method", "20 %", "40 %"]
+    assert [_texts(row) for row in table.rows] == [
+        ["dense", "5.68", "5.68"],
+        ["svd", "20,061", "failed"],
+        ["svd_llm", "7.94", "13.11"],
+        ["best", "7.94", "-"],
+    ]
+    assert [cell.best for row in table.rows for cell in row.cells[1:]] == [
+        *(False, False),  # the dense model is not in the race
+        *(False, False),
+        *(True, False),  # the same as it is printed; alone in its column there is no best
+        *(True, False),
+    ]
+    assert table.rows[1].cells[2].hint == "it went wrong"
+
+
+def test_everything_measured_stands_by_ratio_with_what_was_kept() -> None:
+    section = _section(*(synthetic.record(m, r, group_size=0) for m in ("svd", "best") for r in (0.4, 0.2)))
+    table = list(results.result_tables(section, "m1"))[-1]
+    titles = [column.title for column in table.columns]
+    assert titles[:4] == ["removed", "method", "ppl wikitext2", "ppl ptb"]
+    assert titles[-3:] == ["mean", "kept", "size"]
+    assert [_texts(row)[:2] for row in table.rows] == [
+        ["", "dense"],
+        ["20 %", "svd"],
+        ["20 %", "best"],
+        ["40 %", "svd"],
+        ["40 %", "best"],
+    ]
+    best = {titles[i]: row.cells[i].best for row in table.rows[2:3] for i in range(len(titles))}
+    assert best["ppl ptb"] and best["mean"]  # lower and higher
+
+
+def test_a_search_over_many_ratios_has_no_columns_of_holes() -> None:
+    section = _section(*(synthetic.record("best", 0.01 * i) for i in range(1, 30)))
+    assert [table.key for table in results.result_tables(section, "m1")] == ["m1-all"]
+
+
+@pytest.mark.parametrize(("lowest", "best"), [(True, [True, False, False]), (False, [False, True, False])])
+def test_best_is_marked_among_numbers_only(lowest: bool, best: list[bool]) -> None:
+    cells = [Cell("1", value=1.0), Cell("2", value=2.0), Cell("NaN", value=math.nan)]
+    assert [cell.best for cell in mark_best(cells, lowest=lowest)] == best
+
+
+def test_break_even_is_where_the_time_saved_is_the_time_spent() -> None:
+    tokens = cost.break_even_tokens(60.0, 100.0, 150.0)
+    assert tokens is not None
+    assert tokens / 100.0 == pytest.approx(60.0 + tokens / 150.0)
+    assert cost.break_even_tokens(60.0, 100.0, 100.0) is None
+    assert cost.break_even_tokens(60.0, 100.0, None) is None
+
+
+def test_break_even_needs_more_than_noise() -> None:
+    slower, clearly = synthetic.record(removed=0.1), synthetic.record(removed=0.5)
+    barely = synthetic.record(removed=0.21)  # 1.01 times as fast, with a spread of 1 % on both sides
+    tables = {table.title: table for table in cost.cost_tables(_section(slower, clearly, barely), "m1")}
+    table = next(table for title, table in tables.items() if title.startswith("Break-even"))
+    by_ratio = {row.cells[0].value: row.cells[-2] for row in table.rows}
+    assert by_ratio[0.1].text == "never: not faster"
+    assert by_ratio[0.21].text == "not clearly faster"
+    assert by_ratio[0.5].value == pytest.approx(5.0 / (1 / 1500 - 1 / 1950))
+
+
+def test_no_second_is_counted_twice() -> None:
+    (point,) = _section(synthetic.record()).points
+    own = cost.own_timings(point)
+    assert own["compress"] == pytest.approx(5.0 - 3.0 - 1.5)
+    assert sum(own.values()) == pytest.approx(0.5 + 2.0 + 5.0)
+    assert sum(cost.phases(point).values()) == pytest.approx(sum(own.values()))
+    assert cost.compression_seconds(point) == 5.0
+
+
+def test_speeds_of_other_settings_stand_in_tables_of_their_own() -> None:
+    slow, fast = synthetic.record(removed=0.2), synthetic.record(removed=0.4)
+    compressed = {**fast.metrics["compressed"], "throughput/device": "NVIDIA H100"}
+    moved = synthetic.record(removed=0.4, metrics={**fast.metrics, "compressed": compressed})
+    tables = [t for t in cost.cost_tables(_section(slow, moved), "m1") if t.title.startswith("Throughput")]
+    assert [len(table.rows) for table in tables] == [2, 2]
+    assert [("H100" in table.note) for table in tables] == [False, True]
+
+
+def test_latency_is_a_step_of_the_whole_batch() -> None:
+    table = next(iter(cost.cost_tables(_section(synthetic.record()), "m1")))
+    assert table.columns[-1].title == "ms per token"
+    assert table.rows[0].cells[-1].value == pytest.approx(1000 * 8 / 1500)
+
+
+def test_ranks_stand_at_every_layer_of_a_group() -> None:
+    record = synthetic.record("basis_sharing", 0.5, group_size=3, layers=4)
+    table = ranks.rank_table(_section(record), "m1")
+    assert table is not None and record.plan is not None
+    assert [column.title for column in table.columns[-4:]] == [f"layer {i}" for i in range(4)]
+    groups = [group["rank"] for group in record.plan["groups"] if group["matrix"] == "gate"]
+    row = next(row for row in table.rows if row.cells[2].text == "gate")
+    assert [cell.value for cell in row.cells[-4:]] == [groups[0]] * 3 + [groups[1]]
+
+
+def test_methods_that_agree_on_layers_correlate() -> None:
+    def shares(record: RunRecord) -> list[float]:
+        return ranks.layer_shares(_section(record).points[0])
+
+    assert shares(synthetic.record("svd", 0.5, layers=5)) == pytest.approx([0.5] * 5, abs=0.03)
+    records = [synthetic.record(m, 0.5, layers=12, group_size=1) for m in ("best", "drank", "svd")]
+    (table,) = ranks.correlation_tables(_section(*records), "m1")
+    assert [_texts(row)[1:3] for row in table.rows] == [["best", "drank"]]  # svd treats all layers alike
+    assert table.rows[0].cells[-1].value == pytest.approx(1.0, abs=0.05)
+
+
+def test_every_row_has_its_commit_configuration_and_environment() -> None:
+    gpu = [{"name": "NVIDIA H100", "memory_bytes": 85_899_345_920}]
+    other = synthetic.record(removed=0.4, hardware={"cpu": "Another", "gpus": gpu})
+    study = arrange(_collection(synthetic.record(), other))
+    places = runs.environments(study)
+    assert [place.letter for place in places] == ["A", "B"]
+    assert "NVIDIA H100 (80.00 GiB)" in places[1].hardware
+    table = runs.all_runs(study, places)
+    titles = [column.title for column in table.columns]
+    values = dict(zip(titles, (cell.exact for cell in table.rows[1].cells), strict=True))
+    assert values["environment"] == "B"
+    assert values["commit"] == "0123456789abcdef0123456789abcdef01234567"
+    assert values["configuration"] == other.config_hash
+
+
+def test_csv_holds_exact_values_and_markdown_no_markup() -> None:
+    name = "a|b <script>*x*\nnext"
+    row = Row((Cell(name), Cell("7.94", value=7.936123456789, best=True)))
+    table = Table("t", "Title", (Column("name", numeric=False), Column("ppl")), (row,), legend=("see <b>",))
+    parsed = list(csv.reader(io.StringIO(to_csv(table))))
+    assert parsed == [["name", "ppl"], [name, "7.936123456789"]]
+    text = to_markdown([table], "Study")
+    assert "| a\\|b &lt;script&gt;\\*x\\* next | **7.94** |" in text
+    assert "1. see &lt;b&gt;" in text
+    assert "<script>" not in text and "<b>" not in text
