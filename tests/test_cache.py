@@ -37,6 +37,16 @@ def test_another_cache_object_finds_the_file(tmp_path: Path) -> None:
     assert Cache(tmp_path).find("gram", "k") is not None
 
 
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        Cache(tmp_path).store("gram", "k", TENSORS)
+    finally:
+        os.umask(before)
+    [path] = (tmp_path / "gram").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("keep", [0, 5, 40, 0.5, -1])
 def test_a_truncated_file_is_a_miss_and_is_replaced(tmp_path: Path, keep: float) -> None:
     cache = Cache(tmp_path)

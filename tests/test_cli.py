@@ -24,13 +24,17 @@ ROOT = Path(__file__).parent.parent
     ("slip", "message"),
     [
         ("sed=1", "error: sed does not exist. Did you mean seed?"),
-        ("calibration.num_sequence=3", "error: calibration.num_sequence does not exist. Did you mean num_sequences?"),
+        (
+            "calibration.num_sequence=3",
+            "error: calibration.num_sequence does not exist in calibration=text. Did you mean num_sequences?",
+        ),
+        ("experiment=svd sharing.size=3", "error: sharing.size does not exist in sharing=none. Keys there: none."),
         ("model=dmo", "error: model=dmo does not exist. Did you mean demo?"),
         ("seed=abc", "error: seed: Value 'abc'"),
     ],
 )
 def test_typo_stops_before_any_work(cli: Cli, tiny: Tiny, tmp_path: Path, slip: str, message: str) -> None:
-    done = cli(*tiny, slip, "hydra.run.dir=out")
+    done = cli(*tiny, *slip.split(), "hydra.run.dir=out")
     assert done.status == 1
     assert done.err.startswith(message)
     assert "Traceback" not in done.err
@@ -46,17 +50,23 @@ def test_typo_stops_before_any_work(cli: Cli, tiny: Tiny, tmp_path: Path, slip: 
         ("sharing.group_size=9", "error: ", None),
         ("evaluation.files=[absent.txt]", "error: ", "perplexity (dense)"),
         ("calibration.sequence_length=100000", "error: ", "tokenise"),
+        (
+            "evaluation.sequence_length=100000",
+            "error: sequence_length is 100,000, but the model has",
+            "check evaluation",
+        ),
         ("objective=acc/none", "error: objective must be one of ppl/text", None),
     ],
 )
 def test_bad_setting_leaves_a_record(
     cli: Cli, tiny: Tiny, tmp_path: Path, slip: str, message: str, stage: str | None
 ) -> None:
-    done = cli(*tiny, slip, "hydra.run.dir=out")
+    done = cli(*tiny, *slip.split(), "hydra.run.dir=out")
     assert done.status == 1
     # Lines before it tell of stages that went well.
     assert [line for line in done.err.splitlines() if line.startswith(message)]
     assert "Traceback" not in done.err
+    assert "Error executing job" not in done.err
     assert f"Recorded in {tmp_path}/out/record.json" in done.err
     record = read_record(tmp_path / "out")
     assert record.status == Status.FAILED
@@ -64,6 +74,69 @@ def test_bad_setting_leaves_a_record(
     assert record.error is not None
     assert stage is None or record.error["stage"] == stage
     assert "Traceback" in record.error["traceback"]
+
+
+def test_slip_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
+    program = "import sys; from bs_exp.__main__ import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "sharing.groupsize=2"],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "False\n")
+    assert done.stderr.startswith("error: sharing.groupsize does not exist in sharing=paper.")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("evaluation.prompt_length=999999", "error: prompt_length 999999 and generated_length 64 add up to"),
+        pytest.param("evaluation.tasks=[docs_clozed]", "error: tasks: 'docs_clozed' is none", marks=pytest.mark.slow),
+    ],
+)
+def test_every_evaluator_is_asked_before_any_work(
+    cli: Cli, tiny: Tiny, tmp_path: Path, setting: str, message: str
+) -> None:
+    done = cli(*(a for a in tiny if not a.startswith("evaluation")), "evaluation=full", setting, "hydra.run.dir=out")
+    assert done.status == 1
+    assert message in done.err
+    record = read_record(tmp_path / "out")
+    assert record.timings.keys() == {"configure", "load", "check evaluation"}
+    assert record.metrics == {}
+
+
+def test_place_that_cannot_be_written_says_what_to_do(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file in the way")
+    done = cli(*tiny)
+    assert done.status == 1
+    assert done.err.startswith("error: cannot write outputs/")
+    assert "hydra.run.dir=DIR" in done.err and "cache.dir=DIR" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_occupied_model_folder_stops_before_any_work(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "thesis.txt").write_text("mine")
+    done = cli(*tiny, "save_model=true", "hydra.run.dir=out")
+    assert done.status == 1
+    assert "out/model exists and is no model folder" in done.err
+    assert "load" not in read_record(tmp_path / "out").timings
+    assert (tmp_path / "out" / "model" / "thesis.txt").read_text() == "mine"
+
+
+def test_damaged_cache_file_is_told(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    assert cli(*tiny, "cache.dir=cache", "hydra.run.dir=first").status == 0
+    damaged = sorted((tmp_path / "cache" / "decomposition").iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    done = cli(*tiny, "cache.dir=cache", "hydra.run.dir=second")
+    assert done.status == 0
+    assert "note: damaged cache files were not used: 1 (decomposition)." in done.err
+    first, second = (read_record(tmp_path / name) for name in ("first", "second"))
+    assert first.objective == second.objective
+    assert not any("damaged" in note for note in first.notes)
 
 
 @pytest.mark.parametrize(("dial", "full_error"), [("debug=true", False), ("debug=false", True)])

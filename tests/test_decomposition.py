@@ -150,7 +150,7 @@ def test_non_finite_input_raises(bad: float) -> None:
     gram[0, 0] = bad
     with pytest.raises(DecompositionError, match="Gram holds NaN"):
         gram_metric(gram)
-    with pytest.raises(DecompositionError, match="activations of these matrices are zero"):
+    with pytest.raises(DecompositionError, match="all inputs of these matrices are zero"):
         gram_metric(torch.zeros(4, 4))
 
 

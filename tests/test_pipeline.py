@@ -104,6 +104,31 @@ def test_predicted_losses_are_measured_in_the_compressed_model(family: str) -> N
         assert planned.predicted_loss == pytest.approx(measured, rel=1e-6), planned.group.name
 
 
+@pytest.mark.parametrize(
+    ("changes", "unit"),
+    [
+        ({}, "output_norm"),
+        ({"importance": ChannelImportance(p=0.1, a=4.0, form="two_sided")}, "metric_norm"),
+        ({"whitening": IdentityWhitening()}, "metric_norm"),
+        ({"whitening": DiagonalWhitening(alpha=0.5, size="mean", epsilon=1e-6)}, "metric_norm"),
+    ],
+)
+def test_the_unit_says_what_a_predicted_loss_is(changes: dict[str, Any], unit: str, tmp_path: Path) -> None:
+    dense, recipe = tiny_random("llama", layers=2), replace(RECIPE, **changes)
+    for _ in range(2):  # made, then read from the cache
+        plan = compress(dense, recipe, Cache(tmp_path), Journal(quiet=True)).plan.to_dict()
+        assert {group["loss_unit"] for group in plan["groups"]} == {unit}
+
+
+def test_weights_that_overflow_are_not_taken_for_a_silent_text() -> None:
+    """Squares of 1e25 are infinite in fp32, and a norm divides by their root."""
+    dense = tiny_random("llama", layers=2)
+    with torch.no_grad():
+        dense.module.get_input_embeddings().weight.mul_(1e25)
+    with pytest.raises(DecompositionError, match=r"weights before them are huge.*model\.dtype=float32"):
+        compress(dense, RECIPE, Cache(None), Journal(quiet=True))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_dense_model_is_untouched_and_shared(family: str) -> None:
     dense = tiny_random(family)

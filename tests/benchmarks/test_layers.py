@@ -31,7 +31,8 @@ def test_variants_hold_what_they_claim() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "layers.json"
-    main([*"--d-in 32 --d-out 32 --batch 1 4 --rounds 1 --seconds 0.01 --device cpu --json".split(), str(file)])
+    arguments = "--d-in 32 --d-out 32 --batch 1 4 --rounds 1 --seconds 0.01 --device cpu"
+    main([*arguments.split(), "--json", str(file)])
     record = json.loads(file.read_text())
     assert [(m["batch"], m["variant"]) for m in record["measurements"][:2]] == [(1, "dense"), (1, "plain")]
     assert len(record["measurements"]) == 8

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scores import FormulaScore
 
-from bs_exp.allocation.budget import largest_rank, parameter_budget
+from bs_exp.allocation.bayesopt import BayesianSearch
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic
 from bs_exp.allocation.effective_rank import EffectiveRank
 from bs_exp.allocation.loss_threshold import LossThreshold
+from bs_exp.allocation.manual import ManualAllocation
+from bs_exp.allocation.sensitivity import SensitivitySearch
 from bs_exp.allocation.smooth import SmoothAllocation
 from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
+from bs_exp.choices import largest_rank, parameter_budget
 from bs_exp.errors import ConfigError
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
@@ -35,6 +39,34 @@ def smooth(unit: str, smoothness: float, max_ratio: float = 1.0) -> SmoothAlloca
     return SmoothAllocation(smoothness=smoothness, unit=unit, relative=True, min_ratio=0.1, max_ratio=max_ratio)
 
 
+def manual(min_ratio: float = 0.0, max_ratio: float = 1.0) -> ManualAllocation:
+    return ManualAllocation(
+        by_layer=None, by_depth=(2.0, 0.5, 1.0), by_type={"q": 0.7}, min_ratio=min_ratio, max_ratio=max_ratio
+    )
+
+
+def search(unit: str, warm_starts: Mapping[str, Allocation]) -> BayesianSearch:
+    return BayesianSearch(
+        trials=2,
+        sampler="tpe",
+        startup_trials=1,
+        unit=unit,
+        objective="kl",
+        num_windows=None,
+        pruning="none",
+        min_ratio=0.2,
+        max_ratio=1.0,
+        warm_starts=warm_starts,
+        seed=0,
+        storage=None,
+        study_name=None,
+    )
+
+
+def sensitivity(unit: str) -> SensitivitySearch:
+    return SensitivitySearch(ratios=(0.1, 0.4, 0.8), unit=unit, objective="kl", num_windows=None)
+
+
 # They spend the budget up to less than one component.
 SPENDING: list[Allocation] = [
     UniformAllocation(fill=True),
@@ -48,8 +80,17 @@ SPENDING: list[Allocation] = [
     LossThreshold(max_loss=None, relative=True),
     smooth("block", 1.0),
     smooth("matrix", 0.0),
+    search("matrix", {"uniform": UniformAllocation(fill=True)}),
+    sensitivity("block"),
+    manual(min_ratio=0.2),
 ]
-ALLOCATORS: list[Allocation] = [UniformAllocation(), heuristic("code"), smooth("block", 0.1, max_ratio=0.7), *SPENDING]
+ALLOCATORS: list[Allocation] = [
+    UniformAllocation(),
+    heuristic("code"),
+    smooth("block", 0.1, max_ratio=0.7),
+    manual(max_ratio=0.8),
+    *SPENDING,
+]
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 
 
@@ -63,9 +104,8 @@ def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
 
 def problem(groups: Sequence[WeightGroup], ratio: float, layout: Layout = LAYOUTS[0]) -> AllocationProblem:
     spectra = tuple(spectrum(g, seed) for seed, g in enumerate(groups))
-    return AllocationProblem(
-        spectra, ratio, layout, random_profile(1 + max(layer for g in groups for layer in g.layers))
-    )
+    profile = random_profile(1 + max(layer for g in groups for layer in g.layers))
+    return AllocationProblem(spectra, ratio, layout, profile, FormulaScore(lambda plan: plan.predicted_loss))
 
 
 def random_profile(layers: int) -> LayerProfile:

@@ -1,0 +1,88 @@
+"""Searches without models: the function that a test likes, and everything else as it is."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+
+from bs_exp.searching.search import Outcome, Search, SearchSettings
+from bs_exp.searching.space import SearchSpace
+from bs_exp.searching.study import Identity
+
+SPACE = SearchSpace({"x": FloatDistribution(-1.0, 1.0), "n": IntDistribution(0, 3)}, ("fixed=1",))
+Values = Callable[[Mapping[str, Any]], tuple[float, ...]]
+
+
+def parabola(point: Mapping[str, Any]) -> tuple[float, ...]:
+    return ((point["x"] - 0.3) ** 2 + point["n"],)
+
+
+def search(
+    folder: Path,
+    *,
+    n_trials: int = 6,
+    n_jobs: int = 1,
+    storage: str | None = "",
+    directions: tuple[str, ...] = ("minimize",),
+    objectives: tuple[str, ...] = ("loss",),
+    distributions: Mapping[str, BaseDistribution] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    sampler: BaseSampler | None = None,
+    max_failure_rate: float = 0.5,
+) -> Search:
+    """A search whose study is `folder/study.journal` unless it is said to be elsewhere."""
+    space = SearchSpace(distributions or SPACE.distributions, SPACE.fixed)
+    return Search(
+        settings=SearchSettings(
+            n_trials=n_trials,
+            n_jobs=n_jobs,
+            directions=directions,
+            storage=str(folder / "study.journal") if storage == "" else storage,
+            study_name="study",
+            max_failure_rate=max_failure_rate,
+        ),
+        space=space,
+        identity=Identity(directions, objectives, space.describe(), settings or {"model": "tiny", "seed": 0}),
+        sampler=sampler or RandomSampler(seed=1),
+        folder=folder,
+    )
+
+
+class Runner:
+    """Runs points by a function, and remembers them."""
+
+    def __init__(self, values: Values = parabola) -> None:
+        self.values = values
+        self.points: list[Mapping[str, Any]] = []
+        self.batches: list[tuple[int, int]] = []
+
+    def __call__(self, points: Sequence[Mapping[str, Any]], first: int) -> Sequence[Outcome]:
+        self.batches.append((first, len(points)))
+        outcomes = []
+        for point in points:
+            self.points.append(dict(point))
+            overrides = tuple(f"{key}={value}" for key, value in point.items())
+            try:
+                outcomes.append(Outcome(values=self.values(point), overrides=overrides))
+            except ArithmeticError as error:
+                outcomes.append(Outcome(error=str(error), overrides=overrides))
+        return outcomes
+
+
+def work(folder: str, storage: str, n_trials: int, seconds: float, start: Any) -> None:
+    """What a worker process does: takes part in a search, and leaves a file for every point that it runs."""
+    path = Path(folder)
+
+    def slow(point: Mapping[str, Any]) -> tuple[float, ...]:
+        (path / f"ran-{os.getpid()}-{time.monotonic_ns()}").write_text(repr(point["x"]))
+        time.sleep(seconds)
+        return parabola(point)
+
+    start.wait(60)
+    search(path, storage=storage, n_trials=n_trials).run(Runner(slow))

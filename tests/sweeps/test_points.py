@@ -1,0 +1,215 @@
+"""A sweep on disk: who owns a point, what is finished, and what the user reads about it."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bs_exp.errors import RecordError
+from bs_exp.records import FILE_NAME, RunRecord, Status, write_record
+from bs_exp.sweep import (
+    PLAN_FILE,
+    Outcome,
+    Point,
+    PointState,
+    SweepPlan,
+    duration,
+    finished_record,
+    kept_objective,
+    occupied,
+    progress_line,
+    survey,
+    varying,
+)
+from bs_exp.sweep_report import print_sweep
+
+ROOT = Path(__file__).parents[2]
+BEFORE, START, AFTER = (f"2026-01-01T0{hour}:00:00+00:00" for hour in (1, 2, 3))
+
+
+def _record(**changes: Any) -> RunRecord:
+    base = RunRecord(
+        name="run",
+        run_id="id",
+        status=Status.COMPLETED,
+        started=START,
+        finished=AFTER,
+        command=("python",),
+        config={"objective": None},
+        config_hash="hash",
+        process=1,
+        metrics={"compressed": {"ppl/text": 12.5}},
+        objective=12.5,
+    )
+    return replace(base, **changes)
+
+
+def _plan(*folders: str) -> SweepPlan:
+    return SweepPlan("mine", ("python",), START, tuple(Point(f, ("seed=1", f"x={f}")) for f in folders))
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_model", "finished"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"model_folder": "model"}, True, True),
+        ({"model_folder": "lost"}, True, False),
+        ({"status": Status.FAILED}, False, False),
+        ({"status": Status.INTERRUPTED}, False, False),
+        ({"status": Status.RUNNING, "finished": None}, False, False),
+        ({"config_hash": "other"}, False, False),
+    ],
+)
+def test_finished_is_completed_with_this_configuration(
+    tmp_path: Path, changes: dict[str, Any], with_model: bool, finished: bool
+) -> None:
+    (tmp_path / "model").mkdir()
+    write_record(_record(**changes), tmp_path)
+    assert (finished_record(tmp_path, "hash", with_model=with_model) is not None) == finished
+
+
+def test_nothing_and_half_a_record_are_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finished_record(tmp_path, "hash", with_model=False) is None
+    assert capsys.readouterr().err == ""
+    (tmp_path / FILE_NAME).write_text('{"format_version"')
+    assert finished_record(tmp_path, "hash", with_model=False) is None
+    assert f"{tmp_path}/{FILE_NAME} is not JSON" in capsys.readouterr().err
+
+
+def test_a_sweeper_gets_back_what_the_run_returned() -> None:
+    assert kept_objective(_record()) == 12.5
+    assert kept_objective(_record(objective={"ppl/text": 12.5, "size/bytes": 3.0})) == (12.5, 3.0)
+    assert kept_objective(_record(objective=None)) is None
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from bs_exp.sweep import occupied
+with occupied(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+    Path(sys.argv[1], "done").touch()
+"""
+
+
+def _hold(folder: Path) -> subprocess.Popen[str]:
+    other = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    return other
+
+
+def test_a_point_belongs_to_one_process_and_others_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "point"
+    with _hold(folder) as other:
+        write_record(_record(status=Status.RUNNING, finished=None), folder)
+        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [Outcome.RUNNING]
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.close()
+        with occupied(folder):
+            assert (folder / "done").exists()
+    # Who holds it is known as long as it is held; it may also have ended before we came, and nobody had to wait.
+    owners = ("another process", f"process {other.pid} on {os.uname().nodename}")
+    assert capsys.readouterr().err in ("", *(f"point is under way in {o}: waiting for it to end.\n" for o in owners))
+
+
+def test_a_killed_process_lets_go(tmp_path: Path) -> None:
+    folder = tmp_path / "point"
+    with _hold(folder) as other:
+        write_record(_record(status=Status.RUNNING, finished=None), folder)
+        other.kill()
+        other.wait()
+        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [Outcome.KILLED]
+        with occupied(folder):
+            assert not (folder / "done").exists()
+
+
+def test_survey_tells_new_from_old(tmp_path: Path) -> None:
+    write_record(_record(), tmp_path / "new")
+    write_record(_record(started=BEFORE, finished=BEFORE), tmp_path / "old")
+    write_record(_record(status=Status.FAILED), tmp_path / "failed")
+    write_record(_record(status=Status.FAILED, started=BEFORE, finished=BEFORE), tmp_path / "failed_before")
+    write_record(_record(status=Status.RUNNING, finished=None), tmp_path / "killed")
+    names = ("new", "old", "failed", "failed_before", "killed", "absent")
+    assert [str(state.outcome) for state in survey(tmp_path, _plan(*names))] == [
+        *("completed", "kept", "failed", "not run", "killed", "not run")
+    ]
+
+
+def test_points_without_a_plan_are_those_on_disk(tmp_path: Path) -> None:
+    sweep = {"id": "mine", "job": 0, "settings": ["x=1"]}
+    write_record(_record(sweep=sweep), tmp_path / "b")
+    write_record(_record(sweep=sweep, started=BEFORE), tmp_path / "a")
+    states = survey(tmp_path, SweepPlan("mine", ("python",), START, None))
+    assert [(state.point.folder, state.point.settings) for state in states] == [("a", ("x=1",)), ("b", ("x=1",))]
+
+
+def test_plan_comes_back_from_disk(tmp_path: Path) -> None:
+    assert SweepPlan.read(tmp_path) is None
+    for plan in (_plan("a", "b"), SweepPlan("mine", ("python",), START, None)):
+        plan.write(tmp_path)
+        assert SweepPlan.read(tmp_path) == plan
+        assert [path.name for path in tmp_path.iterdir()] == [PLAN_FILE]
+    (tmp_path / PLAN_FILE).write_text("{}")
+    with pytest.raises(RecordError, match=r"sweep\.json is no plan"):
+        SweepPlan.read(tmp_path)
+
+
+def test_settings_in_common_are_not_repeated() -> None:
+    assert varying([("m=1", "x=1"), ("m=1", "x=2")]) == ["x=1", "x=2"]
+    assert varying([("m=1", "x=1")]) == ["m=1 x=1"]
+    assert varying([]) == []
+
+
+def test_progress_line_counts_and_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Five hours after the start, one point ended, one was there before, one is left: as long again.
+    monkeypatch.setattr("time.time", lambda: 1767225600.0 + 7 * 3600)
+    plan = _plan("a", "b", "c")
+    assert plan.points is not None
+    outcomes = (Outcome.COMPLETED, Outcome.KEPT, Outcome.NOT_RUN)
+    states = [
+        PointState(point, outcome, None if outcome is Outcome.NOT_RUN else _record())
+        for point, outcome in zip(plan.points, outcomes, strict=True)
+    ]
+    assert progress_line(states, "a", plan) == "[2/3] completed x=a  ppl/text 12.5  60 min; about 5.0 h left"
+    assert progress_line(states, "b", plan).startswith("[2/3] kept x=b  ppl/text 12.5; about")
+    assert progress_line(states, "z", plan) == "z ended"
+
+
+def test_the_table_names_every_point_and_what_to_do(tmp_path: Path) -> None:
+    write_record(_record(), tmp_path / "a")
+    error = {"type": "ConfigError", "message": "x must be small, got [b].\nRecorded", "stage": None, "traceback": ""}
+    write_record(_record(status=Status.FAILED, error=error, objective=None), tmp_path / "b")
+    out = io.StringIO()
+    print_sweep("mine", tmp_path, survey(tmp_path, _plan("a", "b")), Console(file=out, width=100))
+    text = out.getvalue()
+    assert [line.split() for line in text.splitlines() if line.startswith(" x=")] == [
+        ["x=a", "completed", "12.5", "60", "min", "a"],
+        ["x=b", "failed", "b"],
+    ]
+    assert "failed   b: x must be small, got [b].\n" in text
+    assert "points   2: 1 completed, 1 failed\n" in text
+    assert "the same command again" in text
+    assert f"bs-exp report {tmp_path}\n" in text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2.0 h")])
+def test_durations_are_read_at_a_glance(value: float, text: str) -> None:
+    assert duration(value) == text
