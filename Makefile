@@ -10,7 +10,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-CODE := bs_exp tests
+CODE := bs_exp bs_exp_autoload.py tests
 
 # CI sets this variable; slow tests are left out elsewhere.
 ifdef CI
@@ -20,13 +20,17 @@ MARKERS := not slow and not gpu and not network
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test check fix clean
+.PHONY: help demo sweep-demo smoke test check fix clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(INSTALLED)  ## compress the embedded model and compare it with the dense one
 	$(BIN)/python -m bs_exp $(ARGS)
+
+sweep-demo: $(INSTALLED)  ## four methods at four ratios on the embedded model, and a page that compares them
+	$(BIN)/python -m bs_exp sweeps=sweep_demo hydra.sweep.dir=outputs/sweeps/sweep_demo $(ARGS)
+	$(BIN)/python -m bs_exp report outputs/sweeps/sweep_demo
 
 smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
 	$(BIN)/python -m bs_exp model=tiny_random evaluation=smoke tracking=none name=smoke \
@@ -38,7 +42,7 @@ test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
 check: $(INSTALLED)  ## format, lint, strict types and tests
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy --strict bs_exp
+	$(BIN)/mypy --strict bs_exp bs_exp_autoload.py
 	$(MAKE) test
 
 fix: $(INSTALLED)  ## format, and fix what the linter can fix

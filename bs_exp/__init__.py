@@ -1,12 +1,38 @@
 """Low-rank compression of language models by sharing bases between layers.
 
-Importing the package registers its plug-in with Transformers, so that `from_pretrained` loads compressed models.
+Importing the package registers its plug-in with Transformers, so that `from_pretrained` loads compressed models. It
+imports neither torch nor Transformers: names are looked up, and the plug-in is registered, when they are needed.
 """
 
 from __future__ import annotations
 
-from bs_exp.hf_plugin import PivotedLinear, SharedLinear
-from bs_exp.replacement import to_dense
-from bs_exp.saving import save_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import bs_exp_autoload
+
+if TYPE_CHECKING:
+    from bs_exp.hf_plugin import PivotedLinear, SharedLinear
+    from bs_exp.replacement import to_dense
+    from bs_exp.saving import save_model
 
 __all__ = ["PivotedLinear", "SharedLinear", "save_model", "to_dense"]
+
+_HOMES = {
+    "PivotedLinear": "bs_exp.hf_plugin",
+    "SharedLinear": "bs_exp.hf_plugin",
+    "save_model": "bs_exp.saving",
+    "to_dense": "bs_exp.replacement",
+}
+
+bs_exp_autoload.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -6,15 +6,31 @@ import os
 import signal
 import sys
 import traceback
+from importlib import import_module
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
-from bs_exp.config import build, describe, explain, root_folder
+from bs_exp.config import build, describe, explain, in_sweep, root_folder
 from bs_exp.journal import Journal
-from bs_exp.recording import Recorder
+from bs_exp.multirun import end_sweep
 from bs_exp.report import print_report
+from bs_exp.reporting.command import COMMANDS, run_command
+from bs_exp.sweep import finished_record, kept_objective, occupied, print_progress
+
+if TYPE_CHECKING:
+    from bs_exp.dense import DenseStore
+    from bs_exp.experiment import Objective
+    from bs_exp.records import RunRecord
+
+# Hydra looks for plug-ins in the namespace package `hydra_plugins`: this makes ours a part of it. It has looked already
+# where it was used in this process before.
+sys.path.append(str(Path(__file__).resolve().parent / "plugins"))
+Plugins.instance().register(import_module("hydra_plugins.bs_exp_optuna").OptunaSweeper)
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -24,14 +40,14 @@ class ErrorPrinter:
 
     def __init__(self) -> None:
         self.tracebacks = False
-        self._shown: BaseException | None = None
+        self._shown: list[BaseException] = []
 
     def show(self, error: BaseException) -> None:
         """Prints an error that was not shown before."""
-        if error is self._shown:
+        if any(error is shown for shown in self._shown):
             return
-        self._shown = error
-        print(f"error: {explain(error)}", file=sys.stderr)
+        self._shown.append(error)
+        print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)
         if self.tracebacks:
             traceback.print_exception(error)
         # Hydra keeps the exception of a failed job; without this, its frames would keep the job's models alive.
@@ -42,7 +58,7 @@ _errors = ErrorPrinter()
 
 
 @hydra.main(version_base="1.3", config_path=str(root_folder() / "conf"), config_name="config")
-def run(cfg: DictConfig) -> float | None:
+def run(cfg: DictConfig) -> Objective:
     """One run; returns its objective to a sweeper."""
     _errors.tracebacks |= bool(cfg.debug)
     try:
@@ -50,17 +66,42 @@ def run(cfg: DictConfig) -> float | None:
     except BaseException as error:
         # Shown at once: Hydra goes on with the other jobs of a sweep, and tells of failures at the end.
         _errors.show(error)
+        if isinstance(error, Exception) and not in_sweep():
+            raise SystemExit(1) from error  # Hydra would say in a line of its own that the job failed
         raise
 
 
-def _run(cfg: DictConfig) -> float | None:
+def _run(cfg: DictConfig) -> Objective:
+    from bs_exp.dense import OF_SWEEP, DenseStore
+
     record, folder = describe(cfg)
-    with Recorder(record, folder, Journal()) as recorder:
-        with recorder.journal.stage("configure"):
-            experiment = build(cfg)
+    if record.sweep is None:
+        objective, record = _work(cfg, record, folder, Journal(), DenseStore())
+        print_report(record, folder)
+        return objective
+    with occupied(folder):
+        kept = None if cfg.force else finished_record(folder, record.config_hash, with_model=cfg.save_model)
+        try:
+            if kept is not None:
+                return kept_objective(kept)
+            # In a log, a line per point says enough; the record has its stages and notes.
+            journal = Journal(quiet=not sys.stderr.isatty())
+            return _work(cfg, record, folder, journal, OF_SWEEP)[0]
+        finally:
+            print_progress(folder)
+
+
+def _work(
+    cfg: DictConfig, record: RunRecord, folder: Path, journal: Journal, dense: DenseStore
+) -> tuple[Objective, RunRecord]:
+    """Runs what a configuration describes; returns its objective, and the record of how it ended."""
+    from bs_exp.recording import Recorder
+
+    with Recorder(record, folder, journal) as recorder:
+        with journal.stage("configure"):
+            experiment = build(cfg, dense)
         objective = experiment.run(recorder)
-    print_report(recorder.record, folder)
-    return objective
+    return objective, recorder.record
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -75,12 +116,17 @@ def main() -> None:
     os.environ[_FULL_ERROR] = "1"
     signal.signal(signal.SIGTERM, _stop)
     try:
-        run()
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            run_command(sys.argv[1:])
+        else:
+            run()
     except SystemExit:
         raise
     except BaseException as error:  # the outermost frame: nothing is swallowed, the process ends here
         _errors.show(error)
         sys.exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
+    finally:
+        end_sweep()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bs_exp.errors import CacheError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def content_key(**parts: Any) -> str:
@@ -105,8 +105,11 @@ class Cache:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask says; safetensors lets only the owner read
             stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(stored, temporary, {"key": key, **{name: _checksum(tensor) for name, tensor in stored.items()}})
+            temporary.chmod(mode)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

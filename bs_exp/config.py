@@ -1,19 +1,24 @@
 """Configuration: the root's schema, and from a composed configuration to an `Experiment`.
 
-With `__main__`, the only file that knows Hydra. Groups are YAML with `_target_`: the constructor is their schema.
+With `__main__` and `multirun`, the only file that knows Hydra. Groups are YAML with `_target_`: the constructor is
+their schema.
+What imports torch is imported when a run begins, so that a slip in a setting is answered at once.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
+import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
@@ -25,21 +30,28 @@ from hydra.errors import (
 )
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.experiment import Experiment
-from bs_exp.pipeline import Recipe
-from bs_exp.recording import new_record
 from bs_exp.records import RunRecord
+from bs_exp.sweep import point_folder, shown_settings
+
+if TYPE_CHECKING:
+    from bs_exp.dense import DenseStore
+    from bs_exp.experiment import Experiment
 
 _PACKAGE = Path(__file__).resolve().parent
 # What does not change a result, and so not the hash of its configuration either.
-_NOT_HASHED = frozenset({"name", "cache", "debug", "save_model", "tracking"})
+_NOT_HASHED = frozenset({"name", "cache", "debug", "force", "save_model", "tracking"})
+# What the system says where no folder or file can be made.
+_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR})
 # In a node, but no dials.
 _INTERNAL_KEYS = frozenset({"hydra", "_target_"})
+# What Hydra says of a launcher or sweeper whose package is not there.
+_MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
+# A folder's name that says what was set is better than a hash, as long as it is short and plain.
+_PLAIN_NAME = re.compile(r"[\w.,=+-]{1,80}")
 
 
 def root_folder() -> Path:
@@ -61,9 +73,10 @@ class RootConfig:
     name: str = MISSING
     seed: int = MISSING
     retain_ratio: float = MISSING
-    objective: str | None = MISSING
+    objective: Any = MISSING  # a metric, a list of metrics, or null
     save_model: bool = MISSING
     debug: bool = MISSING
+    force: bool = MISSING
     cache: CacheConfig = field(default_factory=CacheConfig)
     model: dict[str, Any] = MISSING
     calibration: dict[str, Any] = MISSING
@@ -73,20 +86,33 @@ class RootConfig:
     allocation: dict[str, Any] = MISSING
     layout: dict[str, Any] = MISSING
     schedule: dict[str, Any] = MISSING
+    selection: dict[str, Any] = MISSING
     update: dict[str, Any] = MISSING
+    analysis: dict[str, Any] = MISSING
     evaluation: dict[str, Any] = MISSING
     tracking: dict[str, Any] = MISSING
 
 
 ConfigStore.instance().store(name="root_schema", node=RootConfig)
 OmegaConf.register_new_resolver("bs_exp.root", lambda: str(root_folder()), replace=True)
-# Cached: one suffix per composed configuration, shared by all jobs of a sweep.
+# Cached: one suffix per composed configuration.
 OmegaConf.register_new_resolver("bs_exp.suffix", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+OmegaConf.register_new_resolver("bs_exp.sweep", lambda *, _root_: sweep_name(_root_), replace=True)
+OmegaConf.register_new_resolver("bs_exp.point", lambda *, _root_: point_folder(hash_of(_root_)), replace=True)
 
 
-def build(cfg: DictConfig) -> Experiment:
-    """The experiment that a configuration describes; every setting is checked before any work begins."""
+def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
+    """The experiment that a configuration describes; every setting is checked before any work begins.
+
+    `dense` is shared by the points of a sweep; without one, nothing is.
+    """
     _check_complete(cfg)
+
+    from bs_exp.cache import Cache
+    from bs_exp.dense import DenseStore
+    from bs_exp.experiment import Experiment
+    from bs_exp.pipeline import Recipe
+
     recipe = Recipe(
         calibration=_make(cfg, "calibration.set"),
         sharing=_make(cfg, "sharing"),
@@ -101,13 +127,23 @@ def build(cfg: DictConfig) -> Experiment:
     return Experiment(
         model=_make(cfg, "model"),
         recipe=recipe,
-        evaluators={name: _make(cfg, f"evaluation.evaluators.{name}") for name in cfg.evaluation.evaluators},
+        evaluators={name: _make(cfg, f"evaluation.evaluators.{name}") for name in _parts(cfg.evaluation)},
+        analysis=_make(cfg, "analysis"),
         tracker=_make(cfg, "tracking"),
         cache=Cache(None if cfg.cache.dir is None else Path(cfg.cache.dir).absolute()),
         seed=cfg.seed,
-        objective=cfg.objective,
+        objective=_objective(cfg.objective),
         save_model=cfg.save_model,
+        selection=_make(cfg, "selection"),
+        dense=dense or DenseStore(),
     )
+
+
+def _objective(value: Any) -> str | tuple[str, ...] | None:
+    names = value if isinstance(value, ListConfig) else [value]
+    if value is not None and not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"objective must be the name of a metric, a list of names, or null, got {value!r}.")
+    return tuple(value) if isinstance(value, ListConfig) else value
 
 
 def _check_complete(cfg: DictConfig) -> None:
@@ -116,6 +152,18 @@ def _check_complete(cfg: DictConfig) -> None:
         raise ConfigError(f"{unknown[0]} does not exist. {_options('Keys there', unknown[0], known)}")
     if missing := _missing(OmegaConf.to_container(cfg, resolve=False)):
         raise ConfigError(f"{', '.join(missing)} must be set, as in {missing[0]}=VALUE.")
+
+
+def _parts(evaluation: DictConfig) -> list[str]:
+    """Names of the evaluators that are to run, in the order of the option file."""
+    names = [str(name) for name in evaluation.evaluators]
+    if evaluation.parts is None:
+        return names
+    if unknown := [str(part) for part in evaluation.parts if part not in names]:
+        raise ConfigError(
+            f"evaluation.parts: {unknown[0]} is no part of this evaluation. {_options('Parts', unknown[0], names)}"
+        )
+    return [name for name in names if name in evaluation.parts]
 
 
 def _missing(node: Any, key: str = "") -> list[str]:
@@ -147,35 +195,89 @@ def _make(cfg: DictConfig, key: str) -> Any:
 
 def describe(cfg: DictConfig) -> tuple[RunRecord, Path]:
     """The record with which a run begins, and the run's folder."""
+    from bs_exp.recording import new_record
+
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    # A value that is missing cannot be resolved; `build` says so, and the record of the failure must exist.
-    config = plain if _missing(plain) else OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(config, dict)
-    in_sweep = hydra.mode == RunMode.MULTIRUN
+    config = _settings(cfg)
     record = new_record(
         name=cfg.name,
-        config={str(key): value for key, value in config.items()},
+        config=config,
         config_hash=config_hash(config),
         folder=folder,
-        sweep={"id": Path(hydra.sweep.dir).name, "job": hydra.job.num} if in_sweep else None,
+        choices={
+            str(group): str(option)
+            for group, option in hydra.runtime.choices.items()
+            if option is not None and not {"/", "@"} & set(str(group))
+        },
+        sweep={
+            "id": Path(hydra.sweep.dir).name,
+            "job": hydra.job.num,
+            "settings": list(shown_settings(hydra.overrides.task)),
+        }
+        if in_sweep()
+        else None,
     )
     return record, folder
 
 
+def in_sweep() -> bool:
+    """Whether the run at hand is one of several that Hydra starts."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """Every setting as plain data, without Hydra's own."""
+    # A copy: in the whole, resolving would ask Hydra for the folder, whose name depends on the result.
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _INTERNAL_KEYS])
+    plain = OmegaConf.to_container(own, resolve=False)
+    # A value that is missing cannot be resolved; `build` says so, and the record of the failure must exist.
+    config = plain if _missing(plain) else OmegaConf.to_container(own, resolve=True, enum_to_str=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def hash_of(cfg: DictConfig) -> str:
+    """`config_hash` of a composed configuration."""
+    return config_hash(_settings(cfg))
+
+
+def sweep_name(cfg: DictConfig) -> str:
+    """Name of a sweep's folder: its file and what was set besides, so that the same sweep finds its points again.
+
+    Settings that change no result do not count. What is too long for a name, or not plain, is told by a hash.
+    """
+    name = cfg.hydra.runtime.choices.get("sweeps") or "grid"
+    ignored = {"sweeps", *_NOT_HASHED}
+    overrides = sorted(o for o in cfg.hydra.overrides.task if re.split(r"[=.@]", o.lstrip("+~"))[0] not in ignored)
+    if not overrides:
+        return str(name)
+    readable = f"{name},{','.join(overrides)}"
+    if _PLAIN_NAME.fullmatch(readable):
+        return readable
+    return f"{name}-{hashlib.sha256(readable.encode()).hexdigest()[:8]}"
+
+
 def config_hash(config: Mapping[Any, Any]) -> str:
     """SHA-256 of all settings that can change a result."""
-    settings = {key: value for key, value in config.items() if key not in _NOT_HASHED}
+    settings = result_settings(config)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def explain(error: BaseException) -> str:
-    """What went wrong in a user's words: the full key, the value, what is allowed, the closest match."""
-    return "\n".join([_explain(error), *getattr(error, "__notes__", [])])
+def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The part of a configuration that can change a result."""
+    return {key: value for key, value in config.items() if key not in _NOT_HASHED}
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
+    """What went wrong in a user's words: the full key, the value, what is allowed, the closest match.
+
+    With the arguments of the command line, also the option that lacks a key, which a preset may have chosen.
+    """
+    return "\n".join([_explain(error, arguments), *getattr(error, "__notes__", [])])
+
+
+def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
     cause = error.__cause__
     match error:
         case BsExpError():
@@ -185,7 +287,8 @@ def _explain(error: BaseException) -> str:
             return f"{group}={option} does not exist. {_options(f'Options of {group}', option, options)}"
         case ConfigCompositionException() if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             keys = [str(key) for key in cause.parent_node if key not in _INTERNAL_KEYS]
-            return f"{cause.full_key} does not exist. {_options('Keys there', str(cause.key), keys)}"
+            where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)
+            return f"{cause.full_key} does not exist{where}. {_options('Keys there', str(cause.key), keys)}"
         case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
             return _explain(cause)
         case OmegaConfBaseException():
@@ -194,19 +297,45 @@ def _explain(error: BaseException) -> str:
             return f"{error.override!r} is not understood; settings have the form key=value. {error.message}"
         case InstantiationException() if cause is not None:
             return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
+        case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
+            return (
+                f"{missing[1]} is not installed. Launchers come with an extra: pip install 'bs-exp[cluster]'. "
+                "Without one, points run one after the other."
+            )
         case HydraException():
             return str(error)
         case KeyboardInterrupt():
             return "interrupted."
         case SystemExit():
             return f"told to stop ({error.code})."
+        case OSError() if error.errno in _UNWRITABLE and error.filename:
+            return (
+                f"cannot write {error.filename}: {error.strerror}. Runs and caches go into ./outputs: start in a "
+                "folder that can be written, or set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and "
+                "cache.dir=DIR."
+            )
         case OSError() | MemoryError():
             return f"{type(error).__name__}: {error}"
         case _:
             return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
 
 
+def _option_of(group: str, arguments: Sequence[str]) -> str:
+    """` in GROUP=OPTION`, as the command line or its preset chooses; empty if it chooses nothing that exists."""
+    conf = root_folder() / "conf"
+    choices = [a for a in arguments if a.startswith("sweeps=") or (conf / a.partition("=")[0]).is_dir()]
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            cfg = compose("config", choices, return_hydra_config=True)
+    except HydraException:
+        return ""
+    option = cfg.hydra.runtime.choices.get(group)
+    return "" if option is None else f" in {group}={option}"
+
+
 def _options(title: str, wrong: str, options: Iterable[str]) -> str:
     names = sorted(options)
+    if not names:
+        return f"{title}: none."
     close = difflib.get_close_matches(wrong, names, n=1)
     return (f"Did you mean {close[0]}? " if close else "") + f"{title}: {', '.join(names)}."

@@ -39,5 +39,9 @@ class RecordError(BsExpError):
     """A run record that cannot be written or read."""
 
 
+class SearchError(BsExpError):
+    """A search that cannot begin or go on: its study is elsewhere, another one's, or too many trials failed."""
+
+
 class TrackingError(BsExpError):
     """The tracking service refuses; the run goes on without it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,37 +14,56 @@ from datasets.utils import logging as datasets_logging
 
 from bs_exp import environment
 from bs_exp.cache import Cache
+from bs_exp.dense import DenseStore
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.evaluation.size import measure_size
-from bs_exp.pipeline import Recipe, compress, prepare
-from bs_exp.protocols import Evaluator, ModelSource, Tracker
+from bs_exp.evaluation.cost import measure_cost
+from bs_exp.evaluation.size import SIZES, measure_size
+from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
+from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
 from bs_exp.recording import Recorder
-from bs_exp.saving import save_model
+from bs_exp.saving import check_replaceable, save_model
+from bs_exp.selecting import check_candidates, select
+from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
 
 MODEL_FOLDER = "model"
-_PERPLEXITY = "ppl/"
+_PERPLEXITIES = ("ppl/", "masked_ppl/", "seq2seq_ppl/")
+_SIZE = "size/"
+
+# One number, or one per objective, in their order; None where nothing was measured.
+Objective = float | tuple[float, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A model, a recipe, and how to judge the result. `run` does all of it once and leaves nothing behind in memory."""
+    """A model, a recipe, and how to judge the result. `run` does all of it once.
+
+    Nothing stays in memory but what `dense` keeps for the next point of a sweep.
+    """
 
     model: ModelSource
     recipe: Recipe
     evaluators: Mapping[str, Evaluator]
+    analysis: Analysis
     tracker: Tracker
     cache: Cache
     seed: int
-    objective: str | None
+    objective: str | tuple[str, ...] | None
     save_model: bool
+    selection: Selection = field(default_factory=NoSelection)
+    dense: DenseStore = field(default_factory=DenseStore)
 
     def __post_init__(self) -> None:
         # NumPy's legacy generator takes 32 bits.
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be between 0 and {2**32 - 1}, got {self.seed}.")
+        if isinstance(self.objective, tuple) and len(set(self.objective)) < max(len(self.objective), 1):
+            raise ConfigError(
+                f"objective must name a metric, or several different ones, got {list(self.objective)}; null is the "
+                "first perplexity."
+            )
 
-    def run(self, recorder: Recorder) -> float | None:
+    def run(self, recorder: Recorder) -> Objective:
         """The objective, for a sweeper; everything else goes into the record."""
         _quiet_libraries()
         transformers.set_seed(self.seed)
@@ -52,60 +72,138 @@ class Experiment:
         try:
             return self._compare(recorder)
         finally:
+            _tell_of_damage(self.cache, recorder)
             recorder.update(memory=environment.peak_memory(), cache=_counts(self.cache))
             _free_memory()
 
-    def _compare(self, recorder: Recorder) -> float | None:
+    def _compare(self, recorder: Recorder) -> Objective:
+        if self.save_model:
+            check_replaceable(recorder.folder / MODEL_FOLDER)
         dense = self._load(recorder)
-        preparation = prepare(dense, self.recipe, recorder.journal)
-        dense_metrics = self._evaluate(dense, "dense", recorder)
-        objective = self._objective_name(dense_metrics)
-        compressed = compress(dense, self.recipe, self.cache, recorder.journal, preparation)
+        self._check_evaluators(dense, recorder)
+        recipe = replace(self.recipe, calibration=self.dense.calibration(self.recipe.calibration))
+        preparation = prepare(dense, recipe, recorder.journal)
+        check_candidates(dense, recipe, self.selection, preparation, recorder.journal)
+        self.analysis.check(preparation.dense.architecture)
+        dense_metrics = self._evaluate_dense(dense, recorder)
+        objectives = self._objectives(dense_metrics)
+        # Global generators start here, whether the work so far was done or taken from an earlier run.
+        transformers.set_seed(self.seed)
+        with recorder.journal.stage("compress"):
+            selected = select(dense, recipe, self.selection, preparation, self.cache, recorder.journal)
+            recipe, preparation = selected.recipe, selected.preparation
+            recorder.update(selection=dict(selected.report))
+            compressed = compress(dense, recipe, self.cache, recorder.journal, preparation)
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
             update=dict(compressed.update),
-            size=measure_size(dense, compressed, compressed.plan),
+            size=measure_size(preparation.dense, compressed, compressed.plan),
             provenance={**recorder.record.provenance, "calibration": dict(compressed.calibration)},
         )
         self._save(compressed, dense, recorder)
-        metrics = self._evaluate(replace(dense, module=compressed.module), "compressed", recorder)
-        if objective is None:
-            return None
-        value = float(metrics[objective])
+        self._analyse(preparation, recipe, recorder)
+        metrics = self._evaluate(replace(dense, module=compressed.module, original=dense), "compressed", recorder)
+        self._measure_again_if_changed(dense, dense_metrics, metrics, recorder)
+        # What an earlier run left in the cache would make it look cheap.
+        if self.cache.folder is None or not self.cache.hits:
+            before, seconds = recorder.record.metrics["dense"], recorder.record.timings["compress"]
+            self._add(metrics, measure_cost(seconds, before, metrics), "cost", "compressed", recorder)
+        found = {**metrics, **{_SIZE + name: value for name, value in recorder.record.size.items()}}
+        values = {name: float(found[name]) for name in objectives}
+        if isinstance(self.objective, tuple):
+            recorder.update(objective=values)
+            return tuple(values.values())
+        value = next(iter(values.values()), None)
         recorder.update(objective=value)
         return value
 
     def _load(self, recorder: Recorder) -> LoadedModel:
         with recorder.journal.stage("load"):
-            dense = self.model.load()
-        recorder.update(provenance={"model": dict(dense.provenance)})
+            dense = self.dense.find(self.model)
+            if dense is None:
+                dense = self.model.load()
+                self.dense.keep(self.model, dense, recorder.record.run_id)
+        recorder.update(provenance={"model": {**dense.provenance, "loaded_by": self.dense.loaded_by}})
         return dense
+
+    def _check_evaluators(self, dense: LoadedModel, recorder: Recorder) -> None:
+        with recorder.journal.stage("check evaluation"):
+            for name, evaluator in self.evaluators.items():
+                with _about_evaluator(name):
+                    evaluator.check(dense)
+
+    def _evaluate_dense(self, dense: LoadedModel, recorder: Recorder) -> dict[str, Any]:
+        """As `_evaluate`, but what an earlier run of the sweep measured on this very model is not measured again."""
+        metrics: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for name, evaluator in self.evaluators.items():
+            found = self.dense.measurement(evaluator)
+            if found is None:
+                fresh = self._measure(name, evaluator, dense, "dense", recorder)
+                self.dense.measured(evaluator, fresh, recorder.record.run_id)
+            else:
+                fresh, origins[name] = dict(found.metrics), found.run_id
+            self._add(metrics, fresh, name, "dense", recorder)
+        if origins:
+            recorder.update(provenance={**recorder.record.provenance, "dense_metrics": origins})
+        return metrics
+
+    def _measure_again_if_changed(
+        self, dense: LoadedModel, before: Mapping[str, Any], after: Mapping[str, Any], recorder: Recorder
+    ) -> None:
+        """Dense metrics taken over from a run that saw other text, or another device, are measured here after all."""
+        origins: dict[str, str] = dict(recorder.record.provenance.get("dense_metrics", {}))
+        changed = [name for name, value in after.items() if isinstance(value, str) and before.get(name) != value]
+        if not origins or not changed:
+            return
+        recorder.journal.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
+        metrics: dict[str, Any] = {}
+        for name, evaluator in self.evaluators.items():
+            fresh = self._measure(name, evaluator, dense, "dense", recorder)
+            self.dense.measured(evaluator, fresh, recorder.record.run_id)
+            self._add(metrics, fresh, name, "dense", recorder)
+        provenance = {key: value for key, value in recorder.record.provenance.items() if key != "dense_metrics"}
+        recorder.update(provenance=provenance)
 
     def _evaluate(self, model: LoadedModel, label: str, recorder: Recorder) -> dict[str, Any]:
         """Metrics of all evaluators, recorded as each of them ends."""
         metrics: dict[str, Any] = {}
         for name, evaluator in self.evaluators.items():
-            with recorder.journal.stage(f"{name} ({label})"):
-                try:
-                    found = evaluator.evaluate(model)
-                except BsExpError as error:
-                    error.add_note(f"This is about the evaluation, its part {name!r} (evaluation=...).")
-                    raise
-            if twice := sorted(metrics.keys() & found.keys()):
-                raise ConfigError(f"Two evaluators report {twice[0]}, one of them {name}; name their corpora apart.")
-            metrics.update(found)
-            recorder.update(metrics={**recorder.record.metrics, label: dict(metrics)})
-            recorder.log({f"{label}/{key}": value for key, value in found.items()})
+            self._add(metrics, self._measure(name, evaluator, model, label, recorder), name, label, recorder)
         return metrics
 
-    def _objective_name(self, metrics: Mapping[str, Any]) -> str | None:
-        """The metric to return, checked on the dense model's before the work of compression begins."""
+    def _measure(
+        self, name: str, evaluator: Evaluator, model: LoadedModel, label: str, recorder: Recorder
+    ) -> dict[str, Any]:
+        with recorder.journal.stage(f"{name} ({label})"), _about_evaluator(name):
+            return dict(evaluator.evaluate(model))
+
+    def _add(
+        self, metrics: dict[str, Any], found: Mapping[str, Any], name: str, label: str, recorder: Recorder
+    ) -> None:
+        if twice := sorted(metrics.keys() & found.keys()):
+            raise ConfigError(f"Two evaluators report {twice[0]}, one of them {name}; name their corpora apart.")
+        metrics.update(found)
+        recorder.update(metrics={**recorder.record.metrics, label: dict(metrics)})
+        recorder.log({f"{label}/{key}": value for key, value in found.items()})
+
+    def _objectives(self, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+        """The metrics to return, checked on the dense model's before the work of compression begins."""
         if self.objective is None:
-            return next((name for name in metrics if name.startswith(_PERPLEXITY)), None)
-        if not isinstance(metrics.get(self.objective), int | float):
-            numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-            raise ConfigError(f"objective must be one of {', '.join(numbers)}, got {self.objective!r}.")
-        return self.objective
+            return tuple(name for name in metrics if name.startswith(_PERPLEXITIES))[:1]
+        numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
+        known = [*numbers, *(_SIZE + name for name in SIZES)]
+        asked = (self.objective,) if isinstance(self.objective, str) else self.objective
+        for name in asked:
+            if name not in known:
+                raise ConfigError(f"objective must be one of {', '.join(known)}, or a list of these, got {name!r}.")
+        return asked
+
+    def _analyse(self, preparation: Preparation, recipe: Recipe, recorder: Recorder) -> None:
+        with recorder.journal.stage("analyse"):
+            problem = measured_problem(preparation, recipe, self.cache, recorder.journal)
+            for path in self.analysis.save(problem, recorder.folder):
+                recorder.journal.note(f"analysis: {path.name}")
 
     def _save(self, compressed: CompressedModel, dense: LoadedModel, recorder: Recorder) -> None:
         if not self.save_model:
@@ -116,11 +214,28 @@ class Experiment:
         recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)
 
 
+@contextmanager
+def _about_evaluator(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BsExpError as error:
+        error.add_note(f"This is about the evaluation, its part {name!r} (evaluation=...).")
+        raise
+
+
 def _quiet_libraries() -> None:
     """The journal tells what happens; the libraries' chatter and bars would break its lines."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
+
+
+def _tell_of_damage(cache: Cache, recorder: Recorder) -> None:
+    if cache.damaged:
+        kinds = ", ".join(f"{count} ({kind})" for kind, count in sorted(cache.damaged.items()))
+        recorder.journal.note(
+            f"damaged cache files were not used: {kinds}. What they held is computed again; is the disk in order?"
+        )
 
 
 def _counts(cache: Cache) -> dict[str, dict[str, int]]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bs_exp.allocation.budget import check_retain_ratio
+from bs_exp.allocation.budget import check_retain_ratio, make_plan, share_out
 from bs_exp.cache import Cache
 from bs_exp.calibration.profile import profile_blocks
+from bs_exp.calibration.statistics import check_gatherable
 from bs_exp.corpora.windows import check_fits
 from bs_exp.decompositions import decompose_groups
 from bs_exp.errors import BsExpError, ConfigError
@@ -23,13 +24,16 @@ from bs_exp.protocols import (
     Calibration,
     Importance,
     Layout,
+    MeasuredAllocation,
     Schedule,
+    Score,
     Sharing,
     SharingProblem,
     Update,
     Whitening,
 )
 from bs_exp.replacement import replace_matrices, twin
+from bs_exp.scoring import Comparison, PlanScore, check_measurable
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
     CompressedModel,
@@ -65,11 +69,22 @@ class Recipe:
                 f"{type(self.whitening).__name__} does not read. Use importance=none, or a whitening made from the "
                 "Gram, such as whitening=gram, block_diagonal or two_sided."
             )
+        if self.sharing.in_nats and Statistic.OUTPUT_GRAM not in self.whitening.needs:
+            raise ConfigError(
+                f"sharing {type(self.sharing).__name__} adds up losses of different matrix types, which whitening "
+                f"{type(self.whitening).__name__} measures in units that cannot be added. Use whitening=two_sided, or "
+                "sharing=criterion, which compares within a matrix type."
+            )
 
     @property
     def needs(self) -> frozenset[Statistic]:
         """The statistics that the strategies ask for."""
         return self.metric_needs | self.sharing.needs | self.allocation.needs
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a strategy looks at the calibration windows before the factors exist."""
+        return bool(self.needs) or isinstance(self.allocation, MeasuredAllocation)
 
     @property
     def metric_needs(self) -> frozenset[Statistic]:
@@ -98,8 +113,12 @@ class ReadOnce:
     def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
         if self._windows is None:
             with self.journal.stage("tokenise"):
-                windows = self.calibration.windows(tokenizer)
-                check_fits(windows, self.model)
+                try:
+                    windows = self.calibration.windows(tokenizer)
+                    check_fits(windows, self.model)
+                except BsExpError as error:
+                    error.add_note("This is about the calibration text and its windows (calibration=...).")
+                    raise
             self._windows = windows
         return self._windows
 
@@ -108,9 +127,11 @@ class ReadOnce:
 class Preparation:
     """What a recipe makes of a model before any work: who shares with whom, and the calibration windows.
 
-    Groups that depend on weights and statistics are not known yet.
+    `dense` is the model as the sharing strategy sees it. Groups that depend on weights and statistics are not known
+    yet.
     """
 
+    dense: LoadedModel
     groups: tuple[WeightGroup, ...] | None
     calibration: ReadOnce
 
@@ -118,17 +139,24 @@ class Preparation:
 def prepare(dense: LoadedModel, recipe: Recipe, journal: Journal) -> Preparation:
     """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work."""
     with journal.stage("group"):
+        dense = recipe.sharing.view(dense)
         recipe.sharing.check(dense.architecture)
         groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
     calibration = ReadOnce(recipe.calibration, dense, journal)
-    if recipe.needs:
-        try:
-            calibration.windows(dense.tokenizer)
-        except BsExpError as error:
-            error.add_note("This is about the calibration text and its windows (calibration=...).")
-            raise
-    return Preparation(groups, calibration)
+    if recipe.reads_text:
+        windows = calibration.windows(dense.tokenizer)
+        check_gatherable(dense, windows, _needs_by_strategy(recipe))
+        if isinstance(recipe.allocation, MeasuredAllocation):
+            check_measurable(dense, recipe.allocation.measured_by, windows)
+            recipe.allocation.check_search(_search_identity(dense, recipe, windows, kept=1.0))
+    recipe.update.check(dense, calibration)
+    return Preparation(dense, groups, calibration)
+
+
+def _needs_by_strategy(recipe: Recipe) -> Mapping[str, frozenset[Statistic]]:
+    strategies = (recipe.whitening, recipe.importance, recipe.sharing, recipe.allocation)
+    return {type(strategy).__name__: strategy.needs for strategy in strategies}
 
 
 def compress(
@@ -140,13 +168,14 @@ def compress(
     weights.
     """
     prepared = preparation or prepare(dense, recipe, journal)
-    calibration = prepared.calibration
-    windows = calibration.windows(dense.tokenizer) if recipe.needs else None
+    whole, dense, calibration = dense, prepared.dense, prepared.calibration
+    windows = calibration.windows(dense.tokenizer) if recipe.reads_text else None
+    comparison = _comparison(dense, recipe, windows)
     profile = None
     if windows and recipe.allocation.needs:
         with journal.stage("profile"):
             needs = recipe.allocation.needs
-            profile = profile_blocks(dense, windows, calibration, needs=needs, cache=cache, journal=journal)
+            profile = profile_blocks(whole, windows, calibration, needs=needs, cache=cache, journal=journal)
     measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, journal)
     groups = prepared.groups
     if groups is None:
@@ -158,7 +187,17 @@ def compress(
     while True:
         decompositions = decompose_groups(groups, measures, cache, journal)
         with journal.stage("allocate"):
-            plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe)
+            score = None
+            if comparison is not None:
+                score = PlanScore(
+                    comparison=comparison,
+                    decompositions=decompositions,
+                    keys={group: measures.key(group) for group in groups},
+                    identity=_search_identity(dense, recipe, comparison.windows, kept=rounds[-1]),
+                    cache=cache,
+                    journal=journal,
+                )
+            plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
         with journal.stage("replace"):
             module = twin(dense.module)
             factors = (recipe.layout.arrange(shared) for shared in decompositions.truncated(plan))
@@ -170,10 +209,18 @@ def compress(
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
         measures = _measures(dense, current, windows, recipe, recipe.metric_needs, cache, journal)
     with journal.stage("update"):
-        report = recipe.update.apply(module, dense, calibration, cache, journal)
+        report = recipe.update.apply(module, dense, plan, calibration, cache, journal)
     return CompressedModel(
         module=module, plan=plan, calibration=calibration.provenance, rounds=tuple(rounds[1:]), update=report
     )
+
+
+def measured_problem(prepared: Preparation, recipe: Recipe, cache: Cache, journal: Journal) -> SharingProblem:
+    """What a measured sharing strategy sees, for whoever else wants to look; statistics come from the cache."""
+    dense = prepared.dense
+    windows = prepared.calibration.windows(dense.tokenizer) if recipe.needs else None
+    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, journal)
+    return _sharing_problem(dense, recipe, measures)
 
 
 def _sharing_problem(dense: LoadedModel, recipe: Recipe, measures: GroupMeasures | None = None) -> SharingProblem:
@@ -202,11 +249,48 @@ def _measures(
     )
 
 
-def next_plan(spectra: tuple[Spectrum, ...], profile: LayerProfile | None, current: float, recipe: Recipe) -> RankPlan:
+def _comparison(dense: LoadedModel, recipe: Recipe, windows: TokenWindows | None) -> Comparison | None:
+    """What the allocation measures plans with; None if it does not."""
+    if windows is None or not isinstance(recipe.allocation, MeasuredAllocation):
+        return None
+    return Comparison(
+        dense=dense,
+        windows=windows,
+        objective=recipe.allocation.measured_by,
+        batch_size=recipe.calibration.batch_size,
+    )
+
+
+def _search_identity(dense: LoadedModel, recipe: Recipe, windows: TokenWindows, *, kept: float) -> dict[str, Any]:
+    """What the scores of a recipe's plans depend on, besides the plans; `kept` is what earlier rounds left."""
+    strategies = ("sharing", "whitening", "importance", "layout", "schedule")
+    return {
+        "model": dense.fingerprint,
+        "windows": windows.provenance["sha256"],
+        "batch_size": recipe.calibration.batch_size,
+        **{name: repr(getattr(recipe, name)) for name in strategies},
+        "retain_ratio": recipe.retain_ratio,
+        "kept": kept,
+    }
+
+
+def next_plan(
+    spectra: tuple[Spectrum, ...],
+    profile: LayerProfile | None,
+    current: float,
+    recipe: Recipe,
+    score: Score | None = None,
+) -> RankPlan:
     """The plan of the next round, from the share kept so far."""
 
     def plan_at(ratio: float) -> RankPlan:
-        return recipe.allocation.allocate(AllocationProblem(spectra, ratio, recipe.layout, profile))
+        return recipe.allocation.allocate(AllocationProblem(spectra, ratio, recipe.layout, profile, score))
 
-    ratio = recipe.schedule.next_ratio(current, recipe.retain_ratio, lambda kept: plan_at(kept).predicted_loss)
-    return plan_at(ratio)
+    def loss_at(ratio: float) -> float:
+        if score is None:
+            return plan_at(ratio).predicted_loss
+        # Prediction alone: a search at every ratio that a schedule considers would measure for hours.
+        problem = AllocationProblem(spectra, ratio, recipe.layout, profile)
+        return make_plan(problem, share_out(problem, [1.0] * len(spectra))).predicted_loss
+
+    return plan_at(recipe.schedule.next_ratio(current, recipe.retain_ratio, loss_at))

@@ -22,7 +22,13 @@ from bs_exp.tracking.none import NullTrackedRun
 
 
 def new_record(
-    *, name: str, config: Mapping[str, Any], config_hash: str, folder: Path, sweep: Mapping[str, Any] | None = None
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    config_hash: str,
+    folder: Path,
+    choices: Mapping[str, str] | None = None,
+    sweep: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """The record with which a run begins."""
     # Same settings in the same folder: the same run, started again.
@@ -36,6 +42,7 @@ def new_record(
         config=config,
         config_hash=config_hash,
         process=os.getpid(),
+        choices=choices or {},
         sweep=sweep,
         versions=environment.versions(),
         source=environment.source(),

@@ -45,14 +45,16 @@ class RunRecord:
     config: Mapping[str, Any]
     config_hash: str
     process: int
+    choices: Mapping[str, str] = field(default_factory=dict)  # option by group, such as model=demo
     sweep: Mapping[str, Any] | None = None  # id, job
     finished: str | None = None
     error: Mapping[str, Any] | None = None  # type, message, stage, traceback
     plan: Mapping[str, Any] | None = None  # RankPlan.to_dict()
+    selection: Mapping[str, Any] = field(default_factory=dict)  # which candidate was chosen, by what, at what cost
     update: Mapping[str, Any] = field(default_factory=dict)  # what the update of the factors did, and its cost
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # dense, compressed
     size: Mapping[str, Any] = field(default_factory=dict)
-    objective: float | None = None
+    objective: float | Mapping[str, float] | None = None  # by metric where several were asked for
     model_folder: str | None = None  # where the compressed model was saved, relative to the run folder
     timings: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,20 @@ MATRIX_TYPES = (
     "shared_gate",
     "shared_up",
     "shared_down",
+    "cross_q",
+    "cross_k",
+    "cross_v",
+    "cross_o",
 )
+
+
+class Task(StrEnum):
+    """What a model was trained to do, and so how token windows are fed to it."""
+
+    CAUSAL_LM = "causal_lm"  # predicts the next token (Llama, GPT)
+    MASKED_LM = "masked_lm"  # fills in masked tokens (BERT with its head)
+    SEQ2SEQ_LM = "seq2seq_lm"  # an encoder reads a source, a decoder writes a target (T5, BART)
+    ENCODER = "encoder"  # gives hidden states and no logits (BERT without its head)
 
 
 class Statistic(StrEnum):
@@ -52,7 +65,10 @@ class Statistic(StrEnum):
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """One weight of the model: what it does, in which layer, what feeds it, and the module that stores it."""
+    """One weight of the model: what it does, in which layer, what feeds it, and the module that stores it.
+
+    Layers of a decoder count on after its encoder's; `stack` tells them apart (0 is the encoder, 1 the decoder).
+    """
 
     matrix: str
     layer: int
@@ -60,6 +76,7 @@ class WeightMatrix:
     module: str
     d_in: int
     d_out: int
+    stack: int = 0
 
     @property
     def input_site(self) -> str:
@@ -101,12 +118,17 @@ class Architecture:
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to run, its tokenizer, and what is known of its origin (source, revision, dtype, fingerprint)."""
+    """A model ready to run, its tokenizer, and what is known of its origin (source, revision, dtype, fingerprint).
+
+    `original` is the dense model that a compressed one was made from; None for the dense model itself.
+    """
 
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     provenance: Mapping[str, Any]
+    task: Task = Task.CAUSAL_LM
+    original: LoadedModel | None = None
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +140,24 @@ class LoadedModel:
         return str(self.provenance["fingerprint"])
 
 
+Target: TypeAlias = Literal["continuation", "spans"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feeding:
+    """How windows are fed to models that do not predict the next token; models that do ignore it.
+
+    A masked language model predicts `mask_share` of a window's tokens, drawn by `seed` and the window's own ids. An
+    encoder-decoder reads the first `source_share` of a window and writes the rest (`target="continuation"`), or reads
+    the window with `mask_share` of its tokens cut out and writes these (`target="spans"`).
+    """
+
+    mask_share: float = 0.15
+    source_share: float = 0.5
+    target: Target = "continuation"
+    seed: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
     """Token sequences of equal length with the text's provenance; `tail` holds a shorter last window, if kept."""
@@ -125,16 +165,21 @@ class TokenWindows:
     ids: Int[Tensor, "windows length"]
     provenance: Mapping[str, Any]
     tail: Int[Tensor, " rest"] | None = None
+    feeding: Feeding = Feeding()
 
 
 @dataclass(frozen=True, order=True)
 class WeightGroup:
-    """Matrices of one type, one per layer, that share a basis. A single layer means: not shared."""
+    """Matrices of one type, one per layer, that share a basis. A single layer means: not shared.
+
+    `correction` is the rank of what every layer has besides the shared factors, all for itself; 0 for nothing.
+    """
 
     matrix: str
     layers: tuple[int, ...]
     d_in: int
     d_out: int
+    correction: int = 0
 
     @property
     def name(self) -> str:
@@ -157,6 +202,11 @@ class WeightGroup:
     @property
     def full_rank(self) -> int:
         return min(self.d_in, self.columns)
+
+    @property
+    def correction_parameters(self) -> int:
+        """Parameters of all layers' own corrections."""
+        return self.size * self.correction * (self.d_in + self.d_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +234,7 @@ class WeightGradient:
 class GroupStatistics:
     """The statistics of one group: Grams are sums over tokens (and, for `gram`, over the group's layers), in fp64.
 
+    `tokens` are those that one layer of the group read, `predictions` those whose losses the output Grams are made of.
     What no strategy asked for is None.
     """
 
@@ -193,6 +244,7 @@ class GroupStatistics:
     output_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
     moments: InputMoments | None = None
     weight_gradient: WeightGradient | None = None
+    predictions: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,11 +262,11 @@ class LayerProfile:
 class LossUnit(StrEnum):
     """What the predicted losses of a metric mean.
 
-    A norm is that of the outputs only with the plain Gram as metric (whitening `gram`, importance `none`). Elsewhere it
-    is the error in the metric itself: in the weights, in scaled weights, or on inputs whose channels are re-weighted.
+    Only with the plain Gram as metric (whitening `gram`, importance `none`) is it an error of the outputs.
     """
 
-    OUTPUT_NORM = "output_norm"  # ||S dW||_F; with whitening by the plain Gram ||X dW||_F on the calibration inputs
+    OUTPUT_NORM = "output_norm"  # ||X dW||_F on the calibration inputs
+    METRIC_NORM = "metric_norm"  # ||S dW||_F: in the weights, in scaled weights, or on inputs that are re-weighted
     NATS = "nats"  # increase of the mean token loss, to second order
 
 
@@ -231,7 +283,7 @@ class Metric:
     ridge: float = 0.0
     right: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
     damping: float = 0.0
-    unit: LossUnit = LossUnit.OUTPUT_NORM
+    unit: LossUnit = LossUnit.METRIC_NORM
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,13 +321,17 @@ class Decomposition:
     coefficients: Float[Tensor, "full_rank columns"]
 
 
+Corrections = Mapping[int, tuple[Float[Tensor, "d_in correction"], Float[Tensor, "correction d_out"]]]
+
+
 @dataclass(frozen=True, eq=False)
 class SharedFactors:
-    """One basis for a group and one coefficient matrix per layer."""
+    """One basis for a group and one coefficient matrix per layer; `corrections` hold what a layer's product adds."""
 
     group: WeightGroup
     basis: Float[Tensor, "d_in rank"]
     coefficients: Mapping[int, Float[Tensor, "rank d_out"]]
+    corrections: Corrections = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -294,6 +350,7 @@ class PivotedFactors:
     basis: Float[Tensor, "d_in rank"]
     coefficients: Mapping[int, Float[Tensor, "rank others"]]
     pivots: Mapping[int, Bool[Tensor, " d_out"]]
+    corrections: Corrections = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -318,11 +375,15 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Who shares with whom, at which rank: plain data that can be saved, read, compared and replayed."""
+    """Who shares with whom, at which rank: plain data that can be saved, read, compared and replayed.
+
+    `search` tells how a plan was found that was measured against others; plans are equal whatever it says.
+    """
 
     groups: tuple[PlannedGroup, ...]
     requested_ratio: float
     layout: str = "plain"
+    search: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -350,12 +411,14 @@ class RankPlan:
             "retain_ratio": self.retain_ratio,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
+            **({"search": dict(self.search)} if self.search else {}),
             "groups": [
                 {
                     "matrix": g.group.matrix,
                     "layers": list(g.group.layers),
                     "d_in": g.group.d_in,
                     "d_out": g.group.d_out,
+                    **({"correction": g.group.correction} if g.group.correction else {}),
                     "rank": g.rank,
                     "parameters": g.parameters,
                     "predicted_loss": g.predicted_loss,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.allocation.budget import (
-    Choices,
-    check_affordable,
-    cost_of,
-    make_plan,
-    parameter_budget,
-    spectrum_choices,
-    spend,
-)
+from bs_exp.allocation.budget import check_affordable, check_retain_ratio, least_parameters, make_plan
 from bs_exp.checks import check_share
+from bs_exp.choices import at_price, parameter_budget, spectrum_choices, spend
+from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 
@@ -25,49 +20,84 @@ class WaterFilling:
 
     For a price per parameter every group picks its own best rank, or stays dense; the price is bisected until the
     budget is met, and what is left goes to the best saving per parameter that still fits. With the plain layout that is
-    components in the order of what they save per parameter, the optimum of the separable convex problem. No group keeps
-    less than `min_ratio` of its parameters. The losses must have one unit, so use whitening=two_sided: losses in
-    `||X dW||` differ in scale between matrix types, and spending by them is harmful.
+    components in the order of what they save per parameter, the optimum of the separable convex problem. The losses
+    must have one unit, so use whitening=two_sided: losses in `||X dW||` differ in scale between matrix types, and
+    spending by them is harmful.
+
+    No group keeps less than `min_ratio` of its parameters (its rank rounded down, but one component), or more than
+    `max_ratio`, which gives way to a larger retain_ratio. `layer_bounds` are those of single layers, [least, most], and
+    give way to nothing: where all groups are at their upper bounds, the plan keeps less than the budget. A group of
+    several layers keeps to the bounds of all of them.
     """
 
     min_ratio: float
+    max_ratio: float = 1.0
+    layer_bounds: Mapping[int, tuple[float, float]] | None = None
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
         check_share(min_ratio=self.min_ratio)
+        check_share(above=self.min_ratio, max_ratio=self.max_ratio)
+        object.__setattr__(self, "layer_bounds", _as_bounds(self.layer_bounds))
 
     def check(self, groups: tuple[WeightGroup, ...], retain_ratio: float, layout: Layout) -> None:
         check_affordable(groups, retain_ratio, layout, lowest=self.min_ratio)
+        if not self.layer_bounds:
+            return
+        present = sorted({layer for group in groups for layer in group.layers})
+        if unknown := sorted(set(self.layer_bounds) - set(present)):
+            raise ConfigError(
+                f"allocation.layer_bounds names layer {unknown[0]}, but the model's layers are {present[0]} to "
+                f"{present[-1]}."
+            )
+        total = sum(group.parameters for group in groups)
+        least = sum(least_parameters(group, layout, self.bounds(group, retain_ratio)[0]) for group in groups)
+        if least > parameter_budget(total, retain_ratio):
+            raise ConfigError(
+                f"retain_ratio {retain_ratio} is below the {least / total:.4f} that the lower bounds of "
+                "allocation.layer_bounds need. Raise retain_ratio or lower these bounds."
+            )
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """Ranks that spend the budget up to less than one component.
+        """Ranks that spend the budget up to less than one component, as far as upper bounds let them.
 
-        Raises ConfigError if one component per group, or min_ratio, already exceeds the budget.
+        Raises ConfigError if one component per group, or the lower bounds, already exceed the budget, or the bounds do
+        not fit the layers.
         """
+        check_retain_ratio(problem.retain_ratio)
         self.check(tuple(s.group for s in problem.spectra), problem.retain_ratio, problem.layout)
         budget = parameter_budget(sum(s.group.parameters for s in problem.spectra), problem.retain_ratio)
-        choices = [spectrum_choices(spectrum, problem.layout, lowest=self.min_ratio) for spectrum in problem.spectra]
-        chosen = spend(choices, _at_price(choices, budget), budget)
+        choices = []
+        for spectrum in problem.spectra:
+            low, high = self.bounds(spectrum.group, problem.retain_ratio)
+            choices.append(spectrum_choices(spectrum, problem.layout, lowest=low, highest=high))
+        chosen = spend(choices, at_price(choices, budget), budget)
         return make_plan(problem, [c.ranks[i] for c, i in zip(choices, chosen, strict=True)])
 
+    def bounds(self, group: WeightGroup, retain_ratio: float) -> tuple[float, float]:
+        """The least and the most that a group may keep of its parameters."""
+        everywhere = (self.min_ratio, max(self.max_ratio, retain_ratio))
+        by_layer = [(self.layer_bounds or {}).get(layer, everywhere) for layer in group.layers]
+        low, high = max(low for low, _ in by_layer), min(high for _, high in by_layer)
+        if low > high:
+            raise ConfigError(
+                f"allocation.layer_bounds: {group.name} has one share for all its layers, but one of them must keep at "
+                f"least {low} and another at most {high}. Let the bounds overlap, or use sharing=none."
+            )
+        return low, high
 
-def _at_price(choices: list[Choices], budget: int) -> list[int]:
-    """Every group's best choice at the lowest price per parameter that keeps the budget."""
-    cheap = [c.best(0.0) for c in choices]
-    if cost_of(choices, cheap) <= budget:
-        return cheap
-    low, high = 0.0, 1.0
-    while cost_of(choices, [c.best(high) for c in choices]) > budget:
-        low, high = high, 2.0 * high
-        if high > 1e300:
-            return [0] * len(choices)
-    for _ in range(200):  # until no number lies between
-        middle = 0.5 * (low + high)
-        if not low < middle < high:
-            break
-        if cost_of(choices, [c.best(middle) for c in choices]) > budget:
-            low = middle
-        else:
-            high = middle
-    return [c.best(high) for c in choices]
+
+def _as_bounds(given: Mapping[int, tuple[float, float]] | None) -> dict[int, tuple[float, float]] | None:
+    if given is None:
+        return None
+    bounds = {layer: tuple(pair) for layer, pair in given.items()}
+    for layer, pair in bounds.items():
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ConfigError(f"layer_bounds must name layers by their numbers, from 0, got {layer!r}.")
+        if len(pair) != 2 or not 0.0 <= pair[0] <= pair[1] <= 1.0:
+            raise ConfigError(
+                "layer_bounds must give [least, most] with 0 <= least <= most <= 1, got "
+                f"{list(pair)} for layer {layer}."
+            )
+    return {layer: (float(low), float(high)) for layer, (low, high) in bounds.items()}

@@ -1,0 +1,135 @@
+"""What the points of a sweep have in common, kept in the process from one to the next: the dense model and its metrics.
+
+One model is kept at most. It is proved unchanged by its fingerprint before it is used again.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bs_exp.models.fingerprint import fingerprint
+from bs_exp.protocols import Calibration, Evaluator, ModelSource
+from bs_exp.types import LoadedModel, TokenWindows
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Metrics of the dense model, and the run that measured them."""
+
+    metrics: Mapping[str, Any]
+    run_id: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    source: ModelSource
+    model: LoadedModel
+    run_id: str
+    switches: tuple[object, ...]
+
+
+@dataclass(eq=False)
+class DenseStore:
+    """Keeps what runs find out about one dense model; a run that asks for another one begins anew.
+
+    Sources, evaluators and calibrations are recognised by their settings. A fresh store shares nothing.
+    """
+
+    loads: int = 0
+    _kept: _Kept | None = None
+    _measured: list[tuple[Evaluator, Measurement]] = field(default_factory=list)
+    _windows: list[tuple[Calibration, TokenWindows]] = field(default_factory=list)
+
+    def find(self, source: ModelSource) -> LoadedModel | None:
+        """The kept model, if it is the one that `source` describes and nothing in it has changed; else None.
+
+        A model that is not wanted is let go first, so that two dense models are never in memory at once.
+        """
+        kept = self._kept
+        if kept is not None and kept.source == source and _is_unchanged(kept):
+            return kept.model
+        self.forget()
+        return None
+
+    def keep(self, source: ModelSource, model: LoadedModel, run_id: str) -> None:
+        """Remembers a model that a run has just loaded."""
+        self.loads += 1
+        self._kept = _Kept(source, model, run_id, _switches(model.module))
+
+    @property
+    def loaded_by(self) -> str | None:
+        """The run that loaded the kept model."""
+        return self._kept.run_id if self._kept else None
+
+    def measurement(self, evaluator: Evaluator) -> Measurement | None:
+        """What an evaluator of these settings found about the kept model."""
+        return next((found for known, found in self._measured if known == evaluator), None)
+
+    def measured(self, evaluator: Evaluator, metrics: Mapping[str, Any], run_id: str) -> None:
+        """Remembers what an evaluator found about the kept model, instead of what it found before."""
+        self._measured = [(known, found) for known, found in self._measured if known != evaluator]
+        self._measured.append((evaluator, Measurement(dict(metrics), run_id)))
+
+    def calibration(self, calibration: Calibration) -> Calibration:
+        """The calibration, whose windows are cut once for all runs that share the kept model and its tokenizer."""
+        return _CutOnce(calibration, self)
+
+    def windows(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+        """The windows of a calibration, as they were cut when they were first asked for."""
+        for known, windows in self._windows:
+            if known == calibration:
+                return windows
+        windows = calibration.windows(tokenizer)
+        self._windows.append((calibration, windows))
+        return windows
+
+    def forget(self) -> None:
+        """Lets go of the model and of all that belongs to it."""
+        self._kept = None
+        self._measured.clear()
+        self._windows.clear()
+        # Modules hold reference cycles: without a collection, the next model would load beside this one.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+# That of all points which a process runs in one sweep; `__main__` empties it at the end.
+OF_SWEEP = DenseStore()
+
+
+@dataclass(frozen=True, eq=False)
+class _CutOnce:
+    """A calibration that asks the store for its windows."""
+
+    calibration: Calibration
+    store: DenseStore
+
+    @property
+    def batch_size(self) -> int:
+        return self.calibration.batch_size
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+        return self.store.windows(self.calibration, tokenizer)
+
+
+def _is_unchanged(kept: _Kept) -> bool:
+    module = kept.model.module
+    return _switches(module) == kept.switches and fingerprint(module) == kept.model.fingerprint
+
+
+def _switches(module: PreTrainedModel) -> tuple[object, ...]:
+    """What changes a model's behaviour besides its weights: modes, hooks, gradients and what asks for them."""
+    return (
+        tuple(
+            (name, type(part), part.training, len(part._forward_hooks), len(part._forward_pre_hooks))
+            for name, part in module.named_modules()
+        ),
+        tuple((name, p.requires_grad, p.grad is None) for name, p in module.named_parameters()),
+    )

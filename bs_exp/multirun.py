@@ -1,0 +1,99 @@
+"""Between Hydra's multirun and a sweep on disk: which points there are, where they lie, and how it ended."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from bs_exp.config import hash_of
+from bs_exp.sweep import Outcome, Point, SweepPlan, point_folder, shown_settings, survey, utc_now
+from bs_exp.sweep_report import print_sweep
+
+_FOLDER = "hydra.sweep.dir"
+# By name: Hydra imports its plug-ins a second time, as classes of their own.
+_GRID_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
+
+
+# The launchers' packages store a schema under the names of our option files, and Hydra does not like that it fits.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+@dataclass
+class _Current:
+    """The sweep that this process started, if any."""
+
+    folder: Path | None = None
+    plan: SweepPlan | None = None
+
+
+_current = _Current()
+
+
+class SweepCallback(Callback):
+    """Writes down what a sweep is about to run. Named in `conf/config.yaml`; holds nothing: jobs get copies of it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Fixes the sweep's folder for all jobs, and announces its points."""
+        _fix_folder(config)
+        folder = Path(config.hydra.sweep.dir)
+        points = _grid(config)
+        plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points)
+        plan.write(folder)
+        _current.folder, _current.plan = folder, plan
+        if points is not None:
+            kept = sum(state.outcome is Outcome.KEPT for state in survey(folder, plan))
+            again = f", {kept} of them finished before" if kept else ""
+            print(f"sweep {folder.name}: {len(points)} points in {folder}{again}", file=sys.stderr)
+
+
+def end_sweep() -> None:
+    """Prints what became of the points of this process's sweep, if it ran one, and frees what they shared."""
+    folder, plan = _current.folder, _current.plan
+    _current.folder = _current.plan = None
+    if folder is None or plan is None:
+        return
+    from bs_exp.dense import OF_SWEEP  # imports torch, which a slip in a setting need not wait for
+
+    OF_SWEEP.forget()
+    if plan.points is not None and (states := survey(folder, plan)):
+        print_sweep(plan.name, folder, states)
+
+
+def _fix_folder(config: DictConfig) -> None:
+    """Makes the folder of the sweep a setting that every job inherits: a job's own overrides would change its name."""
+    overrides = config.hydra.overrides.hydra
+    if any(override.split("=")[0].lstrip("+") == _FOLDER for override in overrides):
+        return
+    quoted = str(config.hydra.sweep.dir).replace("\\", "\\\\").replace("'", "\\'")
+    with read_write(config):
+        overrides.append(f"{_FOLDER}='{quoted}'")
+
+
+def _grid(config: DictConfig) -> tuple[Point, ...] | None:
+    """The points of a grid, each once; None for a sweeper that chooses its points, or settings that do not compose."""
+    if config.hydra.sweeper._target_ != _GRID_SWEEPER:
+        return None
+    loader = GlobalHydra.instance().config_loader()
+    params = config.hydra.sweeper.params or {}
+    settings = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    points: dict[str, Point] = {}
+    try:
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(settings)
+        for batch in BasicSweeper.split_arguments(overrides, None):
+            for job in batch:
+                folder = point_folder(hash_of(loader.load_sweep_config(config, job)))
+                points.setdefault(folder, Point(folder, shown_settings(job)))
+    except (HydraException, OmegaConfBaseException):
+        return None  # the sweeper meets the same error next, and ends with it
+    return tuple(points.values())

@@ -1,0 +1,237 @@
+"""The Hydra side of a search: `hydra/sweeper=optuna`.
+
+Hydra looks for plug-ins in the namespace package `hydra_plugins` alone; `bs_exp.__main__` shows it this folder. It
+imports them at every start, so that what a search needs (Optuna, Matplotlib) is imported when one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bs_exp.config import explain, result_settings
+from bs_exp.errors import ConfigError, RecordError
+from bs_exp.records import read_record
+from bs_exp.sweep import objectives
+
+if TYPE_CHECKING:
+    from bs_exp.searching.search import Outcome
+    from bs_exp.searching.space import SearchSpace, Value
+    from bs_exp.searching.study import Identity
+
+
+class OptunaSweeper(Sweeper):
+    """Searches settings with Optuna. Options are named as in hydra-optuna-sweeper; conf/hydra/sweeper/optuna.yaml."""
+
+    def __init__(
+        self,
+        *,
+        n_trials: int,
+        n_jobs: int,
+        direction: str | Sequence[str],
+        storage: str | None,
+        study_name: str,
+        sampler: DictConfig,
+        max_failure_rate: float,
+        params: DictConfig | None,
+    ) -> None:
+        from bs_exp.searching.search import SearchSettings
+
+        self._settings = SearchSettings(
+            n_trials=n_trials,
+            n_jobs=n_jobs,
+            directions=(direction,) if isinstance(direction, str) else tuple(direction),
+            storage=storage,
+            study_name=study_name,
+            max_failure_rate=max_failure_rate,
+        )
+        self._sampler = sampler
+        self._params = params or OmegaConf.create({})
+        self.hydra_context: HydraContext | None = None
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the search; everything that it found is on disk and on the screen then."""
+        import optuna
+
+        from bs_exp.searching.search import Search, ignoring_experimental
+        from bs_exp.searching.space import parse_space
+
+        assert self.config is not None and self.hydra_context is not None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        params = OmegaConf.to_container(self._params, resolve=True)
+        assert isinstance(params, dict)
+        space = parse_space({str(key): value for key, value in params.items()}, arguments, parser)
+        # Slips of the keyboard are found here, before there is a study.
+        config = self._compose(space.overrides(self._somewhere(space)))
+        with ignoring_experimental():
+            sampler = instantiate(self._sampler, _convert_="all")
+        search = Search(
+            settings=self._settings,
+            space=space,
+            identity=_identity(config, space, self._settings.directions),
+            sampler=sampler,
+            folder=Path(self.config.hydra.sweep.dir).absolute(),
+        )
+        self._compare_jobs()
+        search.conclude(search.run(lambda points, first: self._run(space, points, first)))
+
+    def _compare_jobs(self) -> None:
+        """Says so if trials will wait for each other, or be proposed in ignorance of each other, to no purpose."""
+        from bs_exp.searching.search import say
+
+        assert self.config is not None
+        jobs, serial = self._settings.n_jobs, self.config.hydra.launcher._target_.endswith(".BasicLauncher")
+        if serial and jobs > 1:
+            say(
+                f"note: hydra.sweeper.n_jobs={jobs} trials are run one by one; hydra/launcher=joblib runs them at once."
+            )
+        if not serial and jobs == 1:
+            say("note: hydra.sweeper.n_jobs=1 hands the launcher one trial at a time; raise it to what it can run.")
+
+    def _run(self, space: SearchSpace, points: Sequence[Mapping[str, Value]], first: int) -> Sequence[Outcome]:
+        """Launches those points whose settings compose; the others have failed."""
+        assert self.launcher is not None
+        checked = [self._check(space, point) for point in points]
+        legal = [list(overrides) for overrides, error in checked if error is None]
+        jobs = iter(self.launcher.launch(legal, initial_job_idx=first) if legal else ())
+        return [_outcome(overrides, error, None if error else next(jobs)) for overrides, error in checked]
+
+    def _check(self, space: SearchSpace, point: Mapping[str, Value]) -> tuple[list[str], str | None]:
+        """The overrides of a point, and what is wrong with them."""
+        try:
+            overrides = space.overrides(self._applicable(space, point))
+            self._compose(overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            return space.overrides(point), explain(error)
+        return overrides, None
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        assert self.config is not None and self.hydra_context is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+
+    def _groups(self, space: SearchSpace) -> list[str]:
+        """Parameters that choose an option of a group."""
+        assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        return [key for key in space.distributions if loader.get_group_options(key, ObjectType.CONFIG)]
+
+    def _applicable(self, space: SearchSpace, point: Mapping[str, Value]) -> dict[str, Value]:
+        """The parameters of a point that its own options have: `allocation.beta` is none of allocation=uniform."""
+        groups = self._groups(space)
+        if not groups:
+            return dict(point)
+        config = OmegaConf.to_container(self._compose(space.overrides({key: point[key] for key in groups})))
+        return {key: value for key, value in point.items() if key in groups or _has(config, key)}
+
+    def _somewhere(self, space: SearchSpace) -> dict[str, Value]:
+        """A point of the space. Every parameter must belong to some option; one that does not stays, and is refused."""
+        point, groups = space.anywhere(), self._groups(space)
+        found = self._applicable(space, point)
+        for group in groups:
+            for option in space.options(group):
+                found |= self._applicable(space, {**point, group: option})
+        belongs = self._applicable(space, point)
+        return {key: point[key] for key in point if key in belongs or key not in found}
+
+
+def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> Outcome:
+    """What became of a point that did not compose, or was launched as a job."""
+    from bs_exp.searching.search import Outcome
+
+    point = tuple(overrides)
+    if job is None:
+        return Outcome(error=error, overrides=point)
+    folder = None if job.hydra_cfg is None else str(job.hydra_cfg.hydra.runtime.output_dir)
+    if job.status is not JobStatus.COMPLETED:
+        # Not `return_value`: that raises, and prints.
+        return Outcome(error=explain(job._return_value), overrides=point, folder=folder)
+    if job.return_value is None:
+        error = "the run returned no objective: set objective to a metric of the evaluation."
+        return Outcome(error=error, overrides=point, folder=folder)
+    values = job.return_value if isinstance(job.return_value, tuple | list) else (job.return_value,)
+    return Outcome(values=tuple(float(value) for value in values), overrides=point, folder=folder, names=_names(folder))
+
+
+def _has(node: Any, key: str) -> bool:
+    """Whether a configuration, as plain data, has a setting; be it null or mandatory."""
+    for part in key.split("."):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return False
+    return True
+
+
+def _names(folder: str | None) -> tuple[str, ...]:
+    """What a run's record calls its objectives; nothing where there is none, as on another machine's disk."""
+    if folder is None:
+        return ()
+    try:
+        return tuple(objectives(read_record(Path(folder))))
+    except RecordError:
+        return ()
+
+
+def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str]) -> Identity:
+    """What the study is about: everything that a trial's result depends on, beside its parameters."""
+    from bs_exp.searching.study import Identity
+
+    asked = config.objective
+    objectives = tuple(asked) if isinstance(asked, ListConfig) else (asked or "objective",)
+    if len(objectives) != len(directions):
+        raise ConfigError(
+            f"hydra.sweeper.direction names {len(directions)} directions ({', '.join(directions)}), and the run "
+            f"returns {len(objectives)} objectives ({', '.join(objectives)}). Set as many, as in objective=[A,B] and "
+            "hydra.sweeper.direction=[minimize,maximize]."
+        )
+    # A copy without Hydra's own node, whose values are those of this process.
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    resolved = OmegaConf.to_container(own, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    settings = result_settings(resolved)
+    settings.pop("objective")
+    # A parameter may be an option of a group: then all of its node depends on it.
+    varied = tuple(key.replace("/", ".") for key in space.distributions)
+    fixed = {
+        key: value
+        for key, value in _leaves(settings)
+        if not any(key == name or key.startswith(f"{name}.") for name in varied)
+    }
+    return Identity(tuple(directions), objectives, space.describe(), fixed)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    match node:
+        case dict() if node:
+            for name, value in node.items():
+                yield from _leaves(value, f"{key}.{name}" if key else str(name))
+        case list() if node:
+            for index, value in enumerate(node):
+                yield from _leaves(value, f"{key}.{index}")
+        case _:
+            yield key, node

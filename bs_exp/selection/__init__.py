@@ -1,0 +1,1 @@
+"""Selection: which of several recipes is used. One file per strategy."""

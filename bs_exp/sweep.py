@@ -1,0 +1,288 @@
+"""A sweep on disk: a folder per point, named by its configuration, run by one process at a time, kept when finished.
+
+    outputs/sweeps/NAME/sweep.json                what is run, and since when
+    outputs/sweeps/NAME/0a1b2c3d4e5f/record.json  a point: the first digits of its configuration's hash
+
+So a point finds itself again, whatever the order of the grid, the launcher or the process; what is finished is not run
+again, and what was killed is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bs_exp.errors import RecordError
+from bs_exp.records import FILE_NAME, RunRecord, Status, read_record
+
+PLAN_FILE = "sweep.json"
+_DIGITS = 12
+_LOCK = ".lock"
+_OWNER = ".owner"
+_POLL_SECONDS = 0.2
+
+
+def point_folder(config_hash: str) -> str:
+    """Name of a point's folder in the folder of its sweep."""
+    return config_hash[:_DIGITS]
+
+
+def shown_settings(overrides: Iterable[str]) -> tuple[str, ...]:
+    """Overrides of a point, as the command line takes them, without the name of its sweep."""
+    return tuple(override for override in overrides if not override.startswith("sweeps="))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point before it is run: its folder's name, and the settings that make it."""
+
+    folder: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What one start of a sweep is to run. `points` is None where a sweeper chooses them on the way."""
+
+    name: str
+    command: tuple[str, ...]
+    started: str
+    points: tuple[Point, ...] | None
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder/sweep.json`, whole or not at all; RecordError if that cannot be."""
+        path = folder / PLAN_FILE
+        temporary = path.with_name(f".{PLAN_FILE}.{os.getpid()}.tmp")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
+        finally:
+            with suppress(OSError):  # renamed, or never written
+                temporary.unlink()
+
+    @classmethod
+    def read(cls, folder: Path) -> SweepPlan | None:
+        """The plan in a folder; None if it holds none."""
+        path = folder / PLAN_FILE
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            points = data["points"]
+            return cls(
+                name=data["name"],
+                command=tuple(data["command"]),
+                started=data["started"],
+                points=None if points is None else tuple(Point(p["folder"], tuple(p["settings"])) for p in points),
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(
+                f"{path} is no plan of a sweep ({error}); remove it and start the sweep again."
+            ) from error
+
+
+def utc_now() -> str:
+    """The time as records write it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def finished_record(folder: Path, config_hash: str, *, with_model: bool) -> RunRecord | None:
+    """The record of a point that need not be run again: completed as configured, with the model saved if asked for.
+
+    A record that cannot be read is named on stderr, and its point is run again.
+    """
+    if not (folder / FILE_NAME).exists():
+        return None
+    try:
+        record = read_record(folder)
+    except RecordError as error:
+        print(f"{error} The point is run again.", file=sys.stderr)
+        return None
+    if record.status is not Status.COMPLETED or record.config_hash != config_hash:
+        return None
+    if with_model and (record.model_folder is None or not (folder / record.model_folder).is_dir()):
+        return None
+    return record
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Holds a point for this process; waits, and says so once, while another process runs it.
+
+    The operating system lets go of the lock when a process ends, also if it was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{folder.name} is under way in {_owner(folder)}: waiting for it to end.", file=sys.stderr)
+            lock.acquire(poll_interval=_POLL_SECONDS)
+        (folder / _OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except (OSError, NotImplementedError) as error:
+        lock.release()
+        raise RecordError(
+            f"Cannot lock {folder / _LOCK}: {error}. Put the sweep on a file system with locks: hydra.sweep.dir=FOLDER."
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / _OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return (folder / _OWNER).read_text(encoding="utf-8")
+    except OSError:  # just taken, or just let go
+        return "another process"
+
+
+def _is_occupied(folder: Path) -> bool:
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+class Outcome(StrEnum):
+    """What became of a point in this start of the sweep."""
+
+    COMPLETED = "completed"
+    KEPT = "kept"  # completed before this start, and not run again
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    KILLED = "killed"
+    RUNNING = "running"  # in another process
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class PointState:
+    """A point, what became of it, and its record if it has one that can be read."""
+
+    point: Point
+    outcome: Outcome
+    record: RunRecord | None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it came to an end in this start."""
+        return self.outcome in (Outcome.COMPLETED, Outcome.FAILED)
+
+
+def survey(folder: Path, plan: SweepPlan) -> list[PointState]:
+    """All points of the plan, or, where the plan lists none, all that have a folder, in the order of their start."""
+    if plan.points is not None:
+        return [_state(folder, point, plan.started) for point in plan.points]
+    found = [_state(folder, Point(path.parent.name, ()), plan.started) for path in folder.glob(f"*/{FILE_NAME}")]
+    return sorted(found, key=lambda state: state.record.started if state.record else "")
+
+
+def _state(sweep: Path, point: Point, started: str) -> PointState:
+    folder = sweep / point.folder
+    try:
+        record = read_record(folder)
+    except RecordError:
+        return PointState(point, Outcome.NOT_RUN, None)
+    if not point.settings and record.sweep:
+        point = Point(point.folder, tuple(record.sweep.get("settings", ())))
+    # Both times are UTC in ISO 8601, which sorts as text.
+    is_new = (record.finished or record.started) >= started
+    match record.status:
+        case Status.COMPLETED:
+            outcome = Outcome.COMPLETED if is_new else Outcome.KEPT
+        case Status.FAILED:
+            outcome = Outcome.FAILED if is_new else Outcome.NOT_RUN
+        case Status.INTERRUPTED:
+            outcome = Outcome.INTERRUPTED if is_new else Outcome.NOT_RUN
+        case Status.RUNNING:
+            outcome = Outcome.RUNNING if _is_occupied(folder) else Outcome.KILLED
+    return PointState(point, outcome, record)
+
+
+def varying(settings: Sequence[tuple[str, ...]]) -> list[str]:
+    """Each point's settings without those that all points have in common, as one line."""
+    common = set.intersection(*map(set, settings)) if len(settings) > 1 else set()
+    return [" ".join(s for s in own if s not in common) or " ".join(own) for own in settings]
+
+
+def print_progress(folder: Path) -> None:
+    """Says on stderr how far the sweep is, after the point in `folder`."""
+    plan = SweepPlan.read(folder.parent)
+    # A sweeper that chooses its points knows more of them, and tells it itself.
+    if plan is not None and plan.points is not None and (states := survey(folder.parent, plan)):
+        print(progress_line(states, folder.name, plan), file=sys.stderr, flush=True)
+
+
+def progress_line(states: Sequence[PointState], current: str, plan: SweepPlan) -> str:
+    """How far the sweep is after a point: `[3/16] completed experiment=svd  ppl/text 113.6  41 s; about 9 min left`."""
+    labels = varying([state.point.settings for state in states])
+    found = [(s, label) for s, label in zip(states, labels, strict=True) if s.point.folder == current]
+    if not found:  # another start of the sweep, with other settings, has written its plan meanwhile
+        return f"{current} ended"
+    state, label = found[0]
+    ended = sum(s.is_fresh or s.outcome is Outcome.KEPT for s in states)
+    total = f"/{len(states)}" if plan.points is not None else ""
+    parts = [f"[{ended}{total}] {state.outcome} {label}".rstrip()]
+    if state.record is not None and state.outcome in (Outcome.COMPLETED, Outcome.KEPT):
+        parts.append(result(state.record))
+    if state.record is not None and state.is_fresh:
+        parts.append(duration(seconds(state.record)))
+    fresh, left = sum(s.is_fresh for s in states), len(states) - ended if plan.points is not None else 0
+    # Points end at this pace, however many run at once.
+    pace = (time.time() - datetime.fromisoformat(plan.started).timestamp()) / fresh if fresh else 0.0
+    tail = f"; about {duration(pace * left)} left" if fresh and left else ""
+    return "  ".join(part for part in parts if part) + tail
+
+
+def result(record: RunRecord) -> str:
+    """The objectives of a run as a line; empty without any."""
+    return "  ".join(f"{name} {value:.5g}" for name, value in objectives(record).items())
+
+
+def objectives(record: RunRecord) -> Mapping[str, float]:
+    """The objectives of a run by metric; empty without any."""
+    if record.objective is None or isinstance(record.objective, Mapping):
+        return record.objective or {}
+    metrics = record.metrics.get("compressed", {})
+    name = record.config.get("objective") or next((name for name in metrics if name.startswith("ppl/")), "objective")
+    return {name: record.objective}
+
+
+def kept_objective(record: RunRecord) -> float | tuple[float, ...] | None:
+    """What a finished run returned to its sweeper."""
+    return tuple(record.objective.values()) if isinstance(record.objective, Mapping) else record.objective
+
+
+def seconds(record: RunRecord) -> float:
+    """How long a run took, from its start to its end."""
+    if record.finished is None:
+        return 0.0
+    return (datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)).total_seconds()
+
+
+def duration(value: float) -> str:
+    """Seconds as a reader wants them."""
+    if value < 120:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

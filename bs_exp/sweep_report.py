@@ -1,0 +1,65 @@
+"""The lines at the end of a sweep: every point, what became of it, and what to do next. Made from the records alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bs_exp.records import RunRecord
+from bs_exp.sweep import Outcome, PointState, duration, objectives, seconds, varying
+
+_PIPED_WIDTH = 100
+_UNFINISHED = (Outcome.FAILED, Outcome.INTERRUPTED, Outcome.KILLED, Outcome.RUNNING, Outcome.NOT_RUN)
+
+
+def print_sweep(name: str, folder: Path, states: list[PointState], console: Console | None = None) -> None:
+    """Prints one row per point, the error of each failed one, the count by outcome, and where the records lie."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPED_WIDTH
+    with console.capture() as capture:
+        console.print(_table(name, states))
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    for state in states:
+        if state.outcome is Outcome.FAILED and state.record and state.record.error:
+            message = str(state.record.error["message"]).splitlines()[0]
+            lines.append(f"failed   {state.point.folder}: {message}")
+    counts = Counter(state.outcome for state in states)
+    lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in Outcome if counts[o]))
+    if any(state.outcome in _UNFINISHED for state in states):
+        lines.append("resume   the same command again runs what is not completed, and nothing else")
+    lines.append(f"records  {folder}")
+    lines.append(f"report   bs-exp report {folder}")
+    console.file.write("\n".join(lines) + "\n")
+
+
+def _table(name: str, states: list[PointState]) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=name, title_style="bold", title_justify="left", pad_edge=False)
+    names = dict.fromkeys(name for state in states if state.record for name in objectives(state.record))
+    table.add_column("point", overflow="fold")
+    table.add_column("outcome", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("folder", no_wrap=True)
+    for state, label in zip(states, varying([s.point.settings for s in states]), strict=True):
+        done = state.record if state.outcome in (Outcome.COMPLETED, Outcome.KEPT) else None
+        table.add_row(
+            Text(label),  # settings hold brackets, which are no markup
+            str(state.outcome),
+            *(_number(done, name) for name in names),
+            duration(seconds(done)) if done else "",
+            state.point.folder,
+        )
+    return table
+
+
+def _number(record: RunRecord | None, name: str) -> str:
+    found = objectives(record) if record else {}
+    return f"{found[name]:.5g}" if name in found else ""
