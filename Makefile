@@ -2,11 +2,13 @@
 #
 #   PYTHON       interpreter, 3.11 or newer                         make demo PYTHON=python3.12
 #   TORCH_INDEX  extra package index for torch, such as the one of its CPU builds
+#   JOBS         processes that run tests side by side                make test JOBS=8
 #   ARGS         more arguments for `demo` and `test`               make demo ARGS="retain_ratio=0.6"
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -37,7 +39,7 @@ smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
 	  calibration.num_sequences=8 calibration.sequence_length=64 $(ARGS)
 
 test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
-	$(BIN)/python -m pytest -m "$(MARKERS)" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "$(MARKERS)" $(ARGS)
 
 check: $(INSTALLED)  ## format, lint, strict types and tests
 	$(BIN)/ruff format --check $(CODE)

@@ -150,7 +150,8 @@ class BlockStream:
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(
             f"The blocks of this {type(self._model.module).__name__} cannot be run one at a time: {reason}. For the "
-            "refit use update.mode=one_shot with update.target=compressed_inputs, which runs the model as a whole."
+            "refit use update.mode=one_shot with update.target=compressed_inputs, which runs the model as a whole; "
+            "update=none leaves it out."
         )
 
 

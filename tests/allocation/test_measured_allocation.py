@@ -145,6 +145,7 @@ def test_a_study_of_another_model_is_refused_before_any_work(tmp_path: Path) -> 
         prepare(tiny_random(seed=1), recipe, Journal(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_run_records_its_search_and_another_goes_on_with_it(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
     dials = (
         *("experiment=dipsvd_bayesopt", "allocation.num_windows=2", "allocation.storage=search.log"),

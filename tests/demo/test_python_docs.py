@@ -17,6 +17,7 @@ def long_paragraphs(text: str) -> Counter[str]:
     return Counter("".join(c for c in part.casefold() if c.isalnum()) for part in parts)
 
 
+@pytest.mark.slow
 def test_splits_share_no_long_paragraph_and_repeat_none() -> None:
     heldout, calibration = (long_paragraphs(read_python_docs(split).text) for split in ("heldout", "calibration"))
     assert not heldout.keys() & calibration.keys()
@@ -33,6 +34,7 @@ def test_it_reads_like_documentation() -> None:
     assert read_python_docs("heldout").fingerprint == docs.fingerprint
 
 
+@pytest.mark.slow
 def test_reading_imports_nothing() -> None:
     before = set(sys.modules)
     read_python_docs.cache_clear()

@@ -482,6 +482,7 @@ AUTO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bs_exp", [True, False])
 def test_a_fresh_process_gives_the_same_outputs(saved: Path, with_bs_exp: bool) -> None:
     done = subprocess.run(

@@ -112,6 +112,7 @@ def saved(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_logits_bit_for_bit(dense: Dense, saved: Path) -> None:
     script = Path(__file__).with_name("load_with_plugin.py")
     environment = {

@@ -136,6 +136,7 @@ def _pages(pdf: bytes) -> int:
     return len(re.findall(rb"/Type\s*/Page\b", b"".join([pdf, *_streams(pdf)])))
 
 
+@pytest.mark.slow
 def test_print_holds_what_is_folded_on_the_screen(page: Path, tmp_path: Path) -> None:
     def printed(source: Path) -> bytes:
         pdf = tmp_path / f"{source.stem}.pdf"

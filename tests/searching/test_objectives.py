@@ -47,6 +47,7 @@ def test_what_is_no_objective_is_refused(override: str, message: str) -> None:
         build(compose("config", [override]))
 
 
+@pytest.mark.slow
 def test_sizes_are_objectives(cli: Callable[..., Any], tiny: tuple[str, ...]) -> None:
     names = [f"size/{name}" for name in SIZES]
     done = cli(*tiny, f"objective=[{','.join(names)}]", "hydra.run.dir=out")

@@ -45,6 +45,7 @@ def rows(folder: Path = FOLDER) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_search_and_its_best_point_again(cli: Cli, searching: Tiny) -> None:
     done = cli(*searching)
     assert done.status == 0, done.err

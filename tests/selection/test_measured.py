@@ -222,6 +222,7 @@ def test_a_run_chooses_and_its_record_says_how(cli: Cli, tiny: Tiny, tmp_path: P
     assert bool(shared) == found["chosen"].startswith("pairs") or found["chosen"] == "optimal"
 
 
+@pytest.mark.slow
 def test_candidates_are_composed_on_the_command_line(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
     done = cli(
         *(*tiny, "experiment=basis_sharing", "selection=measured", "hydra.run.dir=out"),

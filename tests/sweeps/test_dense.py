@@ -29,6 +29,7 @@ def _records(sweep: Path) -> list[RunRecord]:
     return sorted(records, key=lambda record: record.sweep["job"])  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_seven_ratios_cost_hardly_more_than_one(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
     done = cli(*tiny, "retain_ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", "hydra.sweep.dir=sweep", "-m")
     assert done.status == 0, done.err
@@ -72,6 +73,7 @@ def test_points_of_two_models_load_each_once(cli: Cli, tiny: Tiny, tmp_path: Pat
     assert "dense_metrics" not in c.provenance
 
 
+@pytest.mark.slow
 def test_text_that_changes_during_a_sweep_is_measured_again(
     cli: Cli, tiny: Tiny, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_a_sweep_is_named_by_its_file_and_what_was_set(more: tuple[str, ...], na
     assert found == name or (name.endswith("-") and re.fullmatch(f"{name}[0-9a-f]{{8}}", found))
 
 
+@pytest.mark.slow
 def test_kill_9_loses_what_was_in_flight_and_nothing_else(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
     with _start(tiny, tmp_path) as sweep:
         deadline = time.monotonic() + 100
