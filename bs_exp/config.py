@@ -299,7 +299,7 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
         case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
             return (
-                f"{missing[1]} is not installed. Launchers come with an extra: pip install 'bs-exp[cluster]'. "
+                f"{missing[1]} is not installed. Launchers come with an extra: pip install '.[cluster]'. "
                 "Without one, points run one after the other."
             )
         case HydraException():
@@ -334,7 +334,8 @@ def _option_of(group: str, arguments: Sequence[str]) -> str:
 
 
 def _options(title: str, wrong: str, options: Iterable[str]) -> str:
-    names = sorted(options)
+    # What starts with an underscore is a part of options, and none itself.
+    names = sorted(name for name in options if not name.startswith("_"))
     if not names:
         return f"{title}: none."
     close = difflib.get_close_matches(wrong, names, n=1)

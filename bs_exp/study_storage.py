@@ -104,7 +104,7 @@ def _database(url: str, setting: str) -> BaseStorage:
             missing = getattr(error.__cause__, "name", None) or "its module"
             raise SearchError(
                 f"{setting}={shown(url)} needs a driver that is not installed: {missing}. For PostgreSQL: "
-                "pip install 'bs-exp[postgresql]'."
+                "pip install '.[postgresql]' in a checkout."
             ) from error
         except (SQLAlchemyError, RuntimeError) as error:
             # Processes that start together make the tables together, and all but one of them fail.

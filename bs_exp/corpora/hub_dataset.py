@@ -92,7 +92,8 @@ class HubDataset:
                 found = "no such column" if self.field not in row else type(text).__name__
                 raise DataError(
                     f"{self._label}: row {number} must hold text in the column {self.field!r}, found {found}; "
-                    f"the columns are {', '.join(row)}. Set field to the one that holds the text."
+                    f"the columns are {', '.join(row)}. Set `field` of the corpus to the one that holds the "
+                    "text (calibration.corpus.field=NAME)."
                 )
             yield text
 

@@ -68,7 +68,8 @@ class TextFiles:
             found = "nothing" if document is None else type(document).__name__
             raise DataError(
                 f"{path}, line {number}: the key {self.field!r} must hold text, found {found}; "
-                f"the line's keys are {', '.join(row) or 'none'}. Set field to the one that holds the text."
+                f"the line's keys are {', '.join(row) or 'none'}. Set `field` of the corpus to the one "
+                "that holds the text (calibration.corpus.field=NAME)."
             )
         return document
 

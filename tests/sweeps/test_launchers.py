@@ -36,7 +36,7 @@ def test_a_launcher_that_is_not_installed_says_what_to_install(cli: Callable[...
     done = cli("-m", *tiny, "hydra/launcher=basic", "hydra.launcher._target_=hydra_plugins.absent.Launcher")
     assert done.status == 1
     assert "error: hydra_plugins.absent.Launcher is not installed" in done.err
-    assert "pip install 'bs-exp[cluster]'" in done.err
+    assert "pip install '.[cluster]'" in done.err
 
 
 def test_every_option_is_tested() -> None:

@@ -150,10 +150,6 @@ def test_two_at_once_run_every_point_once(tiny: Tiny, tmp_path: Path) -> None:
     assert {record.status for record in records.values()} == {Status.COMPLETED}
     for out, _ in ends:
         assert re.search(r"points   4: \d completed|points   4: \d kept", out)
-    # A point that the other process has just run is found finished, not run again.
-    logs = "\n".join(error for _, error in ends)
-    for process in both:
-        assert f"in process {process.pid} on" in logs or any(r.process == process.pid for r in records.values())
     ran = [record.process for record in records.values()]
     assert set(ran) <= {process.pid for process in both}
 
