@@ -44,20 +44,6 @@ def _points(cfg: DictConfig) -> list[list[str]]:
     return points
 
 
-def _skip_if_unwritten(points: list[list[str]]) -> None:
-    """Sweeps may be written before the strategies that they compare."""
-    for override in {override for point in points for override in point}:
-        group, _, option = override.partition("=")
-        if (CONF / group).is_dir() and not (CONF / group / f"{option}.yaml").exists():
-            pytest.skip(f"{override} is not there yet")
-
-
-def _compose_or_skip(name: str, *overrides: str) -> DictConfig:
-    for group, option in re.findall(r"- override /(\w+): (\w+)", FILES[name].read_text()):
-        _skip_if_unwritten([[f"{group}={option}"]])
-    return composed(f"sweeps={name}", *overrides)
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_says_what_it_claims_and_needs(name: str) -> None:
     text = FILES[name].read_text()
@@ -76,15 +62,14 @@ def test_readme_lists_every_sweep() -> None:
 
 @pytest.mark.parametrize("name", _SOME_FAST)
 def test_builds_on_the_papers_model_and_on_the_demo(name: str) -> None:
-    papers = _compose_or_skip(name)
+    papers = composed(f"sweeps={name}")
     assert papers.hydra.mode.name == "MULTIRUN"
     assert papers.model._target_.endswith("DemoModel") or f"{papers.model.name}" in FILES[name].read_text()
-    demo = _compose_or_skip(name, "model=demo")
+    demo = composed(f"sweeps={name}", "model=demo")
     if not _is_grid(papers):
         _build(demo)
         return
     points, demo_points = _points(papers), _points(demo)
-    _skip_if_unwritten(points + demo_points)
     _build(papers)
     last = composed(f"sweeps={name}", *demo_points[-1], "model=demo")
     _build(last)
@@ -94,11 +79,10 @@ def test_builds_on_the_papers_model_and_on_the_demo(name: str) -> None:
 
 @pytest.mark.parametrize("name", _SOME_FAST)
 def test_first_point_runs(cli: Cli, texts: Path, tmp_path: Path, name: str) -> None:
-    cfg = _compose_or_skip(name, "model=tiny_random")
+    cfg = composed(f"sweeps={name}", "model=tiny_random")
     if not _is_grid(cfg):
         pytest.skip("its sweeper has tests of its own")
     points = _points(cfg)
-    _skip_if_unwritten(points)
     first = [setting for setting in points[0] if setting.split("=")[0] not in ("model", "calibration")]
     parts = cfg.evaluation.parts or ["perplexity", "accuracy", "throughput"]
     evaluation = (
