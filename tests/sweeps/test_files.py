@@ -69,7 +69,7 @@ def test_builds_on_the_papers_model_and_on_the_demo(name: str) -> None:
     if not _is_grid(papers):
         _build(demo)
         return
-    points, demo_points = _points(papers), _points(demo)
+    demo_points = _points(demo)
     _build(papers)
     last = composed(f"sweeps={name}", *demo_points[-1], "model=demo")
     _build(last)
