@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,10 @@ class Adapter:
     down: nn.Parameter
     up: nn.Parameter
     scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -72,8 +78,9 @@ def adapted_twin(
 ) -> AdaptedTwin:
     """A twin with an adapter on each named factor (`MODULE.basis` or `MODULE.weight`, a shared basis by any member).
 
-    An adapter starts at no change (1 / sqrt(d_in) uniform down, zero up: 2106.09685, section 4.1, as peft does it), in
-    fp32 or the factor's dtype if that is finer. It changes `requires_grad` of the model's parameters.
+    Adapters have `rank`, or that of a factor's smaller side if it is smaller: more would give nothing more. All are
+    scaled by `alpha / rank`, and start at no change (1 / sqrt(d_in) uniform down, zero up: 2106.09685, section 4.1, as
+    peft does it), in fp32 or the factor's dtype if that is finer. It changes `requires_grad` of the model's parameters.
     """
     wanted = {id(model.get_parameter(name)): name for name in reversed(list(factors))}
     module = twin(model)
@@ -82,12 +89,12 @@ def adapted_twin(
         if isinstance(layer, SharedLinear | PivotedLinear):
             module.set_submodule(name, _FactorPair(layer, linears))
     # An adapter replaces the first place of a shared basis alone; the others follow.
-    config = _config(
-        rank,
-        alpha,
-        lora_dropout=dropout,
-        target_modules=[name for name, part in module.named_modules() if _factor_id(part) in wanted],
-    )
+    ranks = {
+        name: min(rank, *_plain(part).weight.shape)
+        for name, part in module.named_modules()
+        if _factor_id(part) in wanted
+    }
+    config = _config(rank, alpha, ranks, lora_dropout=dropout, target_modules=list(ranks))
     inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     found = {id(part.base_layer.weight): part for part in module.modules() if isinstance(part, LoraLayer)}
     generator = torch.Generator().manual_seed(seed)
@@ -114,15 +121,18 @@ def attach(model: PreTrainedModel, adapted: AdaptedTwin, *, rank: int, alpha: fl
     It changes `requires_grad` of the model's parameters.
     """
     by_factor = {id(adapter.factor): adapter for adapter in adapted.adapters.values()}
-    names = [
-        f"{name}.{kind}"
+    ranks = {
+        f"{name}.{kind}": by_factor[id(getattr(layer, kind))].rank
         for name, layer in model.named_modules()
         if isinstance(layer, SharedLinear | PivotedLinear)
         for kind in KINDS
         if id(getattr(layer, kind)) in by_factor
-    ]
-    config = _config(rank, alpha, target_modules=[], target_parameters=names)
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    }
+    config = _config(rank, alpha, ranks, target_modules=[], target_parameters=list(ranks))
+    with warnings.catch_warnings():
+        # peft applies a pattern to a Parameter, too, but looks for what it matched among modules alone.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for wrapper in model.modules():
         if isinstance(wrapper, ParamWrapper):
             adapter = by_factor[id(getattr(wrapper.get_base_layer(), wrapper.parameter_name))]
@@ -150,7 +160,11 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """The adapters as a peft folder. peft knows nothing of sharing, so a shared one is written once for each layer."""
+    """The adapters as a peft folder. peft knows nothing of sharing, so a shared one is written once for each layer.
+
+    Those of a smaller rank stand in `rank_pattern` and `alpha_pattern`. peft applies these to Parameters as to modules,
+    and yet warns on loading that they match no module.
+    """
     config: Any = model.peft_config
     config[ADAPTER].save_pretrained(folder)
     path = folder / "adapter_config.json"
@@ -162,9 +176,12 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
     save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _config(rank: int, alpha: float, **settings: Any) -> LoraConfig:
+def _config(rank: int, alpha: float, ranks: Mapping[str, int], **settings: Any) -> LoraConfig:
+    """Adapters of the `ranks` by name, none above `rank`, and all scaled by `alpha / rank`."""
+    clipped = {re.escape(name): own for name, own in ranks.items() if own < rank}
     scale: Any = alpha  # peft's type says int, and its code takes any number
-    return LoraConfig(r=rank, lora_alpha=scale, **settings)
+    scales: Any = {name: alpha * own / rank for name, own in clipped.items()}
+    return LoraConfig(r=rank, lora_alpha=scale, rank_pattern=clipped, alpha_pattern=scales, **settings)
 
 
 class _FactorPair(nn.Module):

@@ -37,10 +37,12 @@ class LoRA:
     """Trains a low-rank change of each factor by AdamW, on the text (cross_entropy) or on the dense model's predictions
     of it (distillation), and nothing else. A shared basis has one adapter, so it stays shared.
 
-    Where windows are held out, the adapters that do best on them are taken, and none if all of them do harm. `merge`
-    adds the changes to the factors; else they stay beside them, more parameters than the budget has. Hu et al.
-    (2106.09685), as Basis Sharing (2410.03765, section 4.1) and SVD-LLM (2403.07378, section 3.3) recover: rank 8,
-    learning rate 1e-4. Basis Sharing's code trains the coefficients of q and v alone, SVD-LLM's both factors of all.
+    A change is scaled by `alpha / rank`. A factor with a side below `rank` has an adapter of that side's rank, which is
+    enough for any change of it, with an alpha of its own so that the scale is the same. Where windows are held out, the
+    adapters that do best on them are taken, and none if all of them do harm. `merge` adds the changes to the factors;
+    else they stay beside them, more parameters than the budget has. Hu et al. (2106.09685), as Basis Sharing
+    (2410.03765, section 4.1) and SVD-LLM (2403.07378, section 3.3) recover: rank 8, learning rate 1e-4. Basis Sharing's
+    code trains the coefficients of q and v alone, SVD-LLM's both factors of all.
     """
 
     factors: str
@@ -109,7 +111,6 @@ class LoRA:
         if not factors or not self.steps:
             journal.note("lora: no steps asked for" if factors else "lora: there are no factors to adapt")
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
-        self._check_rank(compressed, factors)
         windows = self._windows(dense, calibration)
         training, held_out = Course.of(self).split(windows.ids)
         key = "" if cache.folder is None else self._key(compressed, dense, windows)
@@ -119,6 +120,12 @@ class LoRA:
             )
             for parameter in adapted.parameters.values():
                 parameter.requires_grad_(True)
+            clipped = sum(adapter.rank < self.rank for adapter in adapted.adapters.values())
+            if clipped:
+                journal.note(
+                    f"lora: {clipped} of {len(adapted.adapters)} factors have a side below update.rank={self.rank}, "
+                    "and adapters of its rank"
+                )
             run = Run(Course.of(self), self._training(adapted, dense, windows), held_out)
             run.follow(training, label=KIND, cache=cache, kind=KIND, key=key, journal=journal)
             report = {
@@ -128,6 +135,7 @@ class LoRA:
                 "training_windows": len(training),
                 "windows": dict(windows.provenance),
                 "adapters": len(adapted.adapters),
+                "clipped_adapters": clipped,
             }
             report |= run.report()
             if run.history:
@@ -176,15 +184,6 @@ class LoRA:
             if is_factor and kind in FACTORS[self.factors] and module.removesuffix(".shared") in wanted:
                 found.append(name)
         return found
-
-    def _check_rank(self, compressed: PreTrainedModel, factors: list[str]) -> None:
-        """ConfigError if an adapter is no smaller than its factor in either direction."""
-        name, smallest = min(((n, min(compressed.get_parameter(n).shape)) for n in factors), key=lambda item: item[1])
-        if self.rank > smallest:
-            raise ConfigError(
-                f"update.rank must be at most {smallest}, the smaller side of {name}, got {self.rank}: a larger "
-                "adapter gives nothing more. To train whole factors use update=recover."
-            )
 
     def _windows(self, dense: LoadedModel, calibration: Calibration) -> TokenWindows:
         """The windows to train on, those of calibration unless other data is named."""
