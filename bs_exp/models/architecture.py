@@ -113,7 +113,10 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
             "so there is nothing to compress."
         )
     if problem := _problem(found, table):
-        raise ModelError(f"{type(model).__name__} (model type {family!r}): {problem}.\n{_manual(found, table)}")
+        what, unclear = problem
+        raise ModelError(
+            f"{type(model).__name__} (model type {family!r}): {what}.\n{_manual(found, table, sorted(unclear))}"
+        )
     _require_plain(model, [layer for layer, role in found if role != DENSE])
     order = {matrix: position for position, matrix in enumerate(table.sites)}
     matrices = [
@@ -218,35 +221,45 @@ def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
                 yield name
 
 
-def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> str | None:
-    """What is wrong with the roles found, if anything: one role for each linear layer, and none twice in a layer."""
+def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> tuple[str, set[str]] | None:
+    """What is wrong with the roles found, if anything, and for which layers (by suffix) a role has to be said.
+
+    Every linear layer needs a role, no two of a block the same, and one at least a matrix type.
+    """
     counts = Counter((layer.layer, role) for layer, role in found if role is not None and role != DENSE)
     if not counts and all(role == DENSE for _, role in found):
-        return "every linear layer is marked as dense, so nothing is left to compress"
+        every = {layer.suffix for layer, _ in found}
+        return "every linear layer is marked as dense, so nothing is left to compress", every
     if unknown := {layer.suffix for layer, role in found if role is None}:
-        return f"no role is known for the linear layers {', '.join(sorted(unknown))}"
+        return f"no role is known for the linear layers {', '.join(sorted(unknown))}", unknown
     if twice := {layer.suffix for layer, role in found if role is not None and counts[layer.layer, role] > 1}:
-        return f"several linear layers of one block have the same role: {', '.join(sorted(twice))}"
+        return f"several linear layers of one block have the same role: {', '.join(sorted(twice))}", twice
     if idle := [suffix for suffix in table.own if not any(_ends_with(layer.name, suffix) for layer, _ in found)]:
-        return f"model.roles names {', '.join(idle)}, which no linear layer ends with"
+        what = f"model.roles names {', '.join(idle)}, which no linear layer ends with"
+        return f"{what}: leave it out, or name a layer of these", set()
     return None
 
 
-def _manual(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> str:
-    """All linear layers found, and how to say what they are."""
+def _manual(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable, unclear: Sequence[str]) -> str:
+    """All linear layers found, and how to say what the unclear ones are: which type that is, only the user knows."""
     rows = {
         f"  {layer.pattern}  {type(layer.module).__name__}  {layer.shape[0]} -> {layer.shape[1]}": role or "?"
         for layer, role in found
     }
     width = max(map(len, rows))
-    example, matrix = min((role is not None, layer.suffix) for layer, role in found)[1], next(iter(table.sites))
+    listed = "Linear layers of its blocks, and their matrix types:\n" + "\n".join(
+        f"{row:<{width}}  {role}" for row, role in rows.items()
+    )
+    if not unclear:
+        return listed
+    clear = [layer.name for layer, _ in found if layer.suffix not in unclear]
+    said = {suffix: role for suffix, role in table.own.items() if any(_ends_with(name, suffix) for name in clear)}
+    roles = [f"{suffix}: {matrix}" for suffix, matrix in {**said, **dict.fromkeys(unclear, "TYPE")}.items()]
     return (
-        "Linear layers of its blocks, and their matrix types:\n"
-        + "\n".join(f"{row:<{width}}  {role}" for row, role in rows.items())
-        + "\nSay what they are by the end of their names, in YAML:\n"
-        f"  model:\n    roles:\n      {example}: {matrix}\n"
-        f"or on the command line:\n  'model.roles={{{example}: {matrix}}}'\n"
-        f"Matrix types: {' '.join(table.sites)}; {DENSE!r} leaves a layer as it is."
+        f"{listed}\nSay what they are by the end of their names, in YAML:\n"
+        "  model:\n    roles:\n" + "".join(f"      {role}\n" for role in roles) + "or on the command line:\n"
+        f"  'model.roles={{{', '.join(roles)}}}'\n"
+        f"TYPE is what the layer does: {' '.join(table.sites)}; or {DENSE!r}, which leaves it as it is."
     )
 
 

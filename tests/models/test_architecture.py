@@ -186,9 +186,17 @@ def test_an_unknown_family_lists_its_linear_layers_and_says_how_to_map_them() ->
         ["backbone.layers.*.mixer.dt_proj", "Linear", "2", "->", "64", "?"],
         ["backbone.layers.*.mixer.out_proj", "Linear", "64", "->", "32", "o"],
     ]
-    assert "  model:\n    roles:\n      mixer.dt_proj: q" in str(caught.value)
-    assert "'model.roles={mixer.dt_proj: q}'" in str(caught.value)
-    assert "Matrix types: q k v qkv o gate up" in str(caught.value)
+    unclear = ["mixer.dt_proj: TYPE", "mixer.in_proj: TYPE", "mixer.x_proj: TYPE"]
+    assert lines[7:12] == ["  model:", "    roles:", *(f"      {role}" for role in unclear)]
+    assert lines[13] == f"  'model.roles={{{', '.join(unclear)}}}'"
+    assert lines[14].startswith("TYPE is what the layer does: q k v qkv o gate up")
+
+
+def test_only_what_is_unclear_is_asked_for_and_what_fits_is_kept() -> None:
+    with pytest.raises(ModelError) as caught:
+        find_architecture(_from_config("mamba", num_hidden_layers=2), {"in_proj": "up", "xproj": "down"})
+    expected = "'model.roles={in_proj: up, mixer.dt_proj: TYPE, mixer.x_proj: TYPE}'"
+    assert expected in str(caught.value) and "xproj: down" not in str(caught.value)
 
 
 def test_numbers_that_tell_layers_of_a_block_apart_are_kept() -> None:
@@ -234,13 +242,16 @@ def test_the_longest_suffix_wins_and_a_star_stands_for_one_part() -> None:
 
 
 def test_two_matrices_of_one_type_in_a_layer_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"same role: mlp\.gate_proj, mlp\.up_proj\.\n"):
-        find_architecture(tiny_random("llama").module, {"gate_proj": "up"})
+    with pytest.raises(ModelError, match=r"same role: mlp\.gate_proj, mlp\.up_proj\.\n") as caught:
+        find_architecture(tiny_random("llama").module, {"gate_proj": "up", "o_proj": "dense"})
+    assert "'model.roles={o_proj: dense, mlp.gate_proj: TYPE, mlp.up_proj: TYPE}'" in str(caught.value)
 
 
 def test_a_role_that_fits_no_layer_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"model\.roles names q_prj, which no linear layer ends with"):
+    message = r"model\.roles names q_prj, which no linear layer ends with: leave it out, or name a layer of these\.\n"
+    with pytest.raises(ModelError, match=message) as caught:
         find_architecture(tiny_random("llama").module, {"q_prj": "q"})
+    assert "self_attn.q_proj  Linear" in str(caught.value) and "model.roles={" not in str(caught.value)
 
 
 def test_a_model_with_everything_dense_is_refused() -> None:
