@@ -8,30 +8,53 @@ from typing import Any, get_args
 
 from bs_exp.checks import check_choice
 from bs_exp.corpora.provenance import describe
-from bs_exp.demo.python_docs import Split, read_python_docs
-from bs_exp.errors import DataError
+from bs_exp.demo.python_docs import PACKAGES, PYTHON, Split, read_python_docs
+from bs_exp.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonDocs:
-    """One split of *python_docs*; no network, and no paragraph of one split in another.
+    """One split of *python_docs*, of some `packages` or of all; no network.
 
-    The text follows the installed versions, so its perplexities compare only where the fingerprints agree.
+    `packages` name installed packages, and `python` for the standard library with the language reference. No paragraph
+    of a split or a package is in another one, so that packages can stand for different texts. The text follows the
+    installed versions, so its perplexities compare only where the fingerprints agree.
     """
 
     split: str = "heldout"
+    packages: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_choice("split", self.split, get_args(Split))
+        if self.packages is None:
+            return
+        known = (PYTHON, *PACKAGES)
+        if isinstance(self.packages, str) or not self.packages or set(self.packages) - set(known):
+            raise ConfigError(f"packages must be a list of some of {', '.join(known)}, or null, got {self.packages!r}.")
+        object.__setattr__(self, "packages", tuple(self.packages))
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
-        """The split's text, and the versions of the packages that it was read from."""
+        """The text, and the versions of the packages that it was read from; DataError if a package has none."""
         docs = read_python_docs(self.split)
+        part: dict[str, Any] = {}
+        if self.packages is not None:
+            if empty := [package for package in self.packages if not docs.of([package]).text]:
+                raise DataError(
+                    f"python_docs found nothing of {', '.join(empty)} in its {self.split} split "
+                    f"({', '.join(f'{package}: {docs.sources[package]}' for package in empty)}). Install it, or leave "
+                    "it out of packages."
+                )
+            docs, part = docs.of(self.packages), {"packages": list(self.packages)}
         if not docs.text:
             raise DataError(
                 "python_docs found no documentation beside this interpreter (an installation without sources?). "
                 "Use text files instead: calibration=text, evaluation=text."
             )
         return docs.text, describe(
-            "python_docs", docs.text, split=self.split, sources=dict(docs.sources), unparsed=list(docs.unparsed)
+            "python_docs",
+            docs.text,
+            split=self.split,
+            **part,
+            sources=dict(docs.sources),
+            unparsed=list(docs.unparsed),
         )

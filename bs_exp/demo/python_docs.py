@@ -12,7 +12,7 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
     }
 )
 NOT_INSTALLED = "not installed"
+# The standard library and the language reference, beside the packages.
+PYTHON = "python"
 
 TOPICS_MODULE = "pydoc_data.topics"
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"})
@@ -53,6 +55,8 @@ class PythonDocs:
     """One split of the corpus, and where it came from."""
 
     split: Split
+    modules: tuple[str, ...]
+    """The module of each document; `pydoc_data.topics.NAME` for a topic of the language reference."""
     documents: tuple[str, ...]
     sources: Mapping[str, str]
     """Package (and `python`) -> version; absent packages say `not installed`."""
@@ -69,6 +73,17 @@ class PythonDocs:
         """SHA-256 of the text, in hex."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def of(self, packages: Collection[str]) -> "PythonDocs":
+        """What it says of some packages alone (`python` is one); a paragraph stays with the first that says it."""
+        kept = [pair for pair in zip(self.modules, self.documents, strict=True) if package_of(pair[0]) in packages]
+        return PythonDocs(
+            self.split,
+            tuple(module for module, _ in kept),
+            tuple(document for _, document in kept),
+            {name: version for name, version in self.sources.items() if name in {PYTHON, *packages}},
+            tuple(module for module in self.unparsed if package_of(module) in packages),
+        )
+
 
 @cache
 def read_python_docs(split: Split) -> PythonDocs:
@@ -80,17 +95,23 @@ def read_python_docs(split: Split) -> PythonDocs:
     if split not in SPLIT_SHARES:
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}.")
     documents, unparsed = _deduplicated(split)
-    return PythonDocs(split, documents, source_versions(), unparsed)
+    return PythonDocs(split, tuple(documents), tuple(documents.values()), source_versions(), unparsed)
 
 
 def source_versions() -> Mapping[str, str]:
     """Version of Python and of every package the corpus may read from."""
-    versions = {"python": platform.python_version()}
+    versions = {PYTHON: platform.python_version()}
     for package, distribution in PACKAGES.items():
         versions[package] = (
             NOT_INSTALLED if _package_folder(package) is None else importlib.metadata.version(distribution)
         )
     return MappingProxyType(versions)
+
+
+def package_of(module: str) -> str:
+    """The package that a module belongs to; `python` for the standard library and the language reference."""
+    package = module.partition(".")[0]
+    return package if package in PACKAGES else PYTHON
 
 
 def split_of(module: str) -> Split:
@@ -103,21 +124,24 @@ def split_of(module: str) -> Split:
     return "train"  # rounding of the shares
 
 
-def _deduplicated(split: Split) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Documents of a split without what an earlier split, or an earlier document of its own, already said."""
+def _deduplicated(split: Split) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Documents of a split by module, without what an earlier split, or an earlier document of its own, already said.
+
+    And the modules that could not be parsed.
+    """
     seen: set[str] = set()
     for earlier in SPLIT_SHARES:
         if earlier == split:
             break
         for document in read_python_docs(earlier).documents:
             seen.update(_identity(paragraph) for paragraph in document.split("\n\n"))
-    documents, unparsed = [], []
+    documents, unparsed = {}, []
     for module, texts in _modules(split):
         if texts is None:
             unparsed.append(module)
         elif fresh := _fresh_paragraphs(texts, seen):
-            documents.append("\n\n".join(fresh))
-    return tuple(documents), tuple(unparsed)
+            documents[module] = "\n\n".join(fresh)
+    return documents, tuple(unparsed)
 
 
 def _fresh_paragraphs(texts: Iterable[str], seen: set[str]) -> list[str]:

@@ -35,6 +35,12 @@ def test_the_rows_of_a_split_are_joined(folder: Path) -> None:
     assert HubDataset(path=str(folder), split="train").read()[1]["fingerprint"] != provenance["fingerprint"]
 
 
+def test_a_split_can_be_cut_in_two(folder: Path) -> None:
+    """As Alpaca's, which has but one."""
+    first, last = (HubDataset(path=str(folder), split=split).read()[0] for split in ("train[:-1]", "train[-1:]"))
+    assert (first, last) == ("train: First row.\n\ntrain: ", "train: Third row.")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_named_files_and_the_first_documents(folder: Path, streaming: bool) -> None:
     corpus = HubDataset(

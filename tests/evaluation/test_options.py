@@ -108,7 +108,23 @@ def test_every_calibration_option_makes_its_set_and_turns_its_dials(option: str)
 def test_the_papers_calibrate_on_256_training_windows_of_2048(option: str) -> None:
     made = _calibration(f"+calibration={option}")
     assert (made.num_sequences, made.sequence_length, made.order, made.special_tokens) == (256, 2048, "random", True)
-    assert isinstance(made.corpus, HubDataset) and made.corpus.split == "train"
+    assert isinstance(made.corpus, HubDataset) and made.corpus.split.partition("[")[0] == "train"
+
+
+def test_five_texts_are_judged_on_parts_that_no_calibration_reads() -> None:
+    judged = _evaluators("+evaluation=five_texts")["perplexity"].corpora
+    texts = sorted(set(_options("calibration")) - {"text"})
+    calibrated = {text: _calibration(f"+calibration={text}").corpus for text in texts}
+    assert {text: (calibrated[text].split, judged[text].split) for text in judged} == {
+        "wikitext2": ("train", "test"),
+        "ptb": ("train", "test"),
+        "c4": ("train", "validation"),
+        "alpaca": ("train[:-2000]", "train[-2000:]"),
+        "python_docs": ("calibration", "heldout"),
+    }
+    assert sorted(judged) == texts
+    for text in set(texts) - {"python_docs"}:
+        assert calibrated[text].path == judged[text].path
 
 
 def test_the_default_calibrates_and_evaluates_on_different_splits() -> None:

@@ -103,6 +103,24 @@ def test_first_point_runs(cli: Cli, texts: Path, tmp_path: Path, name: str) -> N
     assert measured >= {{"perplexity": "ppl", "accuracy": "acc", "throughput": "throughput"}[part] for part in parts}
 
 
+@pytest.mark.slow
+def test_the_calibration_study_of_the_demo_has_five_texts_with_enough_windows() -> None:
+    """Each of them is calibrated on by some points, and judged on by all: in parts that no point calibrates on."""
+    grid = _points(composed("sweeps=study_calibration", "model=demo"))
+    points = [_build(composed("sweeps=study_calibration", "model=demo", *point)) for point in grid]
+    tokenizer = points[0].model.load().tokenizer
+    calibrated: dict[tuple[str, ...], str] = {}
+    for point in points:
+        calibration: Any = point.recipe.calibration
+        if calibration.corpus.packages not in calibrated:
+            windows = calibration.windows(tokenizer)
+            assert tuple(windows.ids.shape) == (96, 512)
+            calibrated[calibration.corpus.packages] = windows.provenance["sha256"]
+        judged = {corpus.packages: corpus.split for corpus in point.evaluators["perplexity"].corpora.values()}
+        assert judged == dict.fromkeys(judged, "heldout") and calibration.corpus.split == "calibration"
+    assert calibrated.keys() == judged.keys() and len(set(calibrated.values())) == 5 and len(points) == 20
+
+
 def test_unknown_sweep_lists_those_that_exist(cli: Cli) -> None:
     done = cli("sweeps=table_perplexty")
     assert done.status == 1
