@@ -21,15 +21,6 @@ from bs_exp.schedule.steps import EqualSteps
 from bs_exp.types import LossUnit
 from bs_exp.whitening.two_sided import TwoSidedWhitening
 
-SCHEDULES: list[Schedule] = [
-    SingleRound(),
-    EqualSteps(size=0.05),
-    EqualSteps(size=0.3),
-    EqualSteps(size=1.0),
-    AdaptiveSteps(max_loss=0.05, min_size=0.02, max_size=0.2),
-    AdaptiveSteps(max_loss=1e-9, min_size=0.1, max_size=0.1),
-]
-
 
 def rounds(schedule: Schedule, target: float, loss_at: Callable[[float], float]) -> list[float]:
     ratios = [1.0]
@@ -38,12 +29,6 @@ def rounds(schedule: Schedule, target: float, loss_at: Callable[[float], float])
         assert target <= ratios[-1] < ratios[-2]
         assert len(ratios) < 100
     return ratios[1:]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("target", [0.95, 0.8, 0.5, 0.33, 0.1])
-def test_rounds_fall_to_the_target(schedule: Schedule, target: float) -> None:
-    assert rounds(schedule, target, lambda ratio: (1.0 - ratio) ** 2)[-1] == target
 
 
 def test_equal_steps_are_decimals_and_spread_no_crumbs() -> None:

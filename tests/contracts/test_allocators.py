@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import strategies
 from scores import FormulaScore
 
 from bs_exp.allocation.bayesopt import BayesianSearch
@@ -128,6 +129,10 @@ GROUPS = st.lists(
     ),
     min_size=1, max_size=8, unique_by=lambda g: g.layers[0],
 )  # fmt: skip
+
+
+def test_every_option_is_among_them() -> None:
+    assert strategies("allocation") == {type(strategy) for strategy in ALLOCATORS}
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import strategies
 from torch import Tensor
 
 from bs_exp.errors import ConfigError
@@ -92,6 +93,10 @@ def hard_weights(x: Tensor, count: int, factor: float) -> Tensor:
     alphas = [math.sqrt(float(x[:, j] @ (x @ x.T) @ x[:, j])) for j in range(x.shape[1])]
     chosen = sorted(range(len(alphas)), key=lambda j: -alphas[j])[:count]
     return torch.tensor([factor if j in chosen else 1.0 for j in range(len(alphas))]).double()
+
+
+def test_every_option_is_among_them() -> None:
+    assert strategies("importance") == {type(strategy) for strategy in STRATEGIES}
 
 
 @pytest.mark.parametrize("importance", STRATEGIES, ids=repr)

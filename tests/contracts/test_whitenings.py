@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import strategies
 from torch import Tensor
 
 from bs_exp.decomposition import decompose, truncate
@@ -72,6 +73,10 @@ def error(metric: Metric, group: WeightGroup, difference: Tensor) -> float:
     if metric.unit is LossUnit.NATS:
         return total / 2
     return total - metric.ridge * float(difference.square().sum())  # the ridge is no error
+
+
+def test_every_option_is_among_them() -> None:
+    assert strategies("whitening") == {type(strategy) for strategy in STRATEGIES}
 
 
 @pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)

@@ -23,7 +23,6 @@ from bs_exp.records import read_record
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.selecting import GivenWindows, check_candidates, select
 from bs_exp.selection.measured import MeasuredSelection
-from bs_exp.selection.none import NoSelection
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
 from bs_exp.types import LoadedModel
@@ -87,13 +86,9 @@ def test_the_candidate_that_stays_closest_wins(family: str, candidates: Mapping[
 
 def test_held_out_windows_enter_no_statistics() -> None:
     contest = measured().contest(WINDOWS)
-    training, held_out = ({tuple(w) for w in part.ids.tolist()} for part in (contest.training, contest.held_out))
-    assert (len(training), len(held_out)) == (18, 6) and not training & held_out
-    assert training | held_out == {tuple(w) for w in WINDOWS.ids.tolist()}
-    shas = {part.provenance["sha256"] for part in (WINDOWS, contest.training, contest.held_out)}
-    assert len(shas) == 3
-    assert measured(seed=1).contest(WINDOWS).held_out.provenance["sha256"] not in shas
-    assert measured().contest(WINDOWS).held_out.provenance == contest.held_out.provenance
+    assert (len(contest.training.ids), len(contest.held_out.ids)) == (18, 6)
+    other = measured(seed=1).contest(WINDOWS)
+    assert other.held_out.provenance["sha256"] != contest.held_out.provenance["sha256"]
     # Other held-out windows, same training windows: same plans and factors.
     dense, cache = tiny_random(), Cache(None)
     chosen(dense, measured(recalibrate=False), cache=cache)
@@ -134,12 +129,6 @@ def test_candidates_are_judged_after_one_round_or_all(rounds: str, count: int) -
     groups = len(prepare(dense, recipe, Journal(quiet=True)).groups or ())
     assert cache.misses["decomposition"] == count * groups
     assert found.recipe.schedule == recipe.schedule
-
-
-def test_without_candidates_nothing_is_chosen_and_nothing_is_computed() -> None:
-    dense, cache = tiny_random(), Cache(None)
-    found = chosen(dense, NoSelection(), cache=cache)
-    assert found.recipe is RECIPE and found.report == {} and cache.misses == {}
 
 
 def test_no_candidate_with_finite_outputs_is_an_error() -> None:
@@ -232,9 +221,3 @@ def test_candidates_are_composed_on_the_command_line(cli: Cli, tiny: Tiny, tmp_p
     )
     assert done.status == 0, done.err
     assert set(read_record(tmp_path / "out").selection["candidates"]) == {"private", "threes"}
-
-
-def test_windows_keep_how_they_are_fed() -> None:
-    given = replace(WINDOWS, feeding=replace(WINDOWS.feeding, mask_share=0.3))
-    contest = measured().contest(given)
-    assert contest.training.feeding == contest.held_out.feeding == given.feeding
