@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.cache import Cache
 from bs_exp.corpora.python_docs import PythonDocs
 from bs_exp.corpora.windows import CalibrationSet
+from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.importance.none import NoImportance
 from bs_exp.journal import Journal
@@ -21,10 +23,12 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.loading import DemoModel
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.protocols import Sharing
+from bs_exp.replacement import factors_of, replace_matrices, twin
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
-from bs_exp.types import LoadedModel
+from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
@@ -119,6 +123,36 @@ def test_whitening_beats_plain_svd_by_far(perplexity: Callable[[Recipe | None], 
 @pytest.mark.slow
 def test_basis_sharing_visibly_hurts(perplexity: Callable[[Recipe | None], float]) -> None:
     assert perplexity(replace(SVD_LLM, sharing=PAIRS)) > 1.1 * perplexity(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", [NoSharing(), PAIRS], ids=["alone", "pairs"])
+def test_the_pivoted_layout_loses_nothing(demo: LoadedModel, sharing: Sharing) -> None:
+    """The same factors in both layouts: the same logits and right answers, and k^2 fewer numbers."""
+    recipe = replace(SVD_LLM, sharing=sharing, whitening=IdentityWhitening())
+    made = compress(demo, recipe, Cache(None), Journal(quiet=True))
+    groups = [planned for planned in made.plan.groups if planned.rank is not None]
+    pivoted = twin(demo.module)
+    arranged = [PivotedLayout().arrange(_factors(made.module, demo, planned.group)) for planned in groups]
+    replace_matrices(pivoted, demo.architecture, arranged, layout="pivoted")
+
+    ids = recipe.calibration.windows(demo.tokenizer).ids[:4]
+    with torch.no_grad():
+        one, other = (module(ids).logits for module in (made.module, pivoted))
+    assert float((one - other).norm() / one.norm()) < 1e-4
+    assert made.module.num_parameters() - pivoted.num_parameters() == sum((p.rank or 0) ** 2 for p in groups)
+    judge = Accuracy(tasks=["docs_cloze"], limit=100, num_fewshot=None, batch_size=8, seed=0, include_path=[])
+    assert judge.evaluate(replace(demo, module=made.module)) == judge.evaluate(replace(demo, module=pivoted))
+
+
+def _factors(module: PreTrainedModel, demo: LoadedModel, group: WeightGroup) -> SharedFactors:
+    stored = factors_of(module, demo.architecture, group)
+    assert isinstance(stored, SharedFactors)
+    return replace(
+        stored,
+        basis=stored.basis.double(),
+        coefficients={layer: c.double() for layer, c in stored.coefficients.items()},
+    )
 
 
 @pytest.mark.slow
