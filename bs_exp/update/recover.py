@@ -1,9 +1,9 @@
-"""The factors are trained to give the dense model's predictions on the calibration windows."""
+"""The factors are trained to give the dense model's predictions on the calibration windows, and on its own text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
 from bs_exp.update.course import Course, Run, check_positive
 from bs_exp.update.distillation import BlockOutputs, LogitDivergence, find_factors
+from bs_exp.update.generation import Generation
 from bs_exp.update.training import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
 
 KIND = "recovery"
@@ -31,13 +32,17 @@ KIND = "recovery"
 class Recovery:
     """Trains bases and coefficients, and nothing else, on the KL divergence from the dense model's logits.
 
-    A part of the calibration windows is held out; the factors that do best on it are kept, which may be the ones that
-    were there before. A factor's step size is `learning_rate` times its root mean square at the start. Half-precision
+    Trained on calibration windows and, beside them, on `generated` ones that the dense model writes itself. A part of
+    the calibration windows is held out; the factors that do best on it are kept, which may be the ones that were there
+    before. A factor's step size is `learning_rate` times its root mean square at the start. Half-precision
     factors are trained in fp32 copies. Distillation: Hinton et al. (1503.02531), section 2.
     """
 
     blockwise_steps: int
     steps: int
+    generated: int
+    prompt_length: int
+    generation_batch: int
     batch_size: int
     accumulation: int
     optimizer: str
@@ -58,6 +63,7 @@ class Recovery:
 
     def __post_init__(self) -> None:
         Course.of(self)
+        self._generation()
         check_at_least(0, blockwise_steps=self.blockwise_steps)
         check_positive(temperature=self.temperature)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -70,8 +76,9 @@ class Recovery:
         """Windows enough to hold some out, and a model that predicts something."""
         if self.steps or self.blockwise_steps:
             windows = calibration.windows(dense.tokenizer)
-            Course.of(self).split(windows.ids)
+            training, _ = Course.of(self).split(windows.ids)
             feeder(dense, windows.feeding).examples(windows.ids[:1])
+            self._generation().check(dense, training)
 
     def apply(
         self,
@@ -92,7 +99,8 @@ class Recovery:
             journal.note("recovery: no steps asked for" if factors else "recovery: there are no factors to train")
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
         windows = calibration.windows(dense.tokenizer)
-        training, held_out = Course.of(self).split(windows.ids)
+        text, held_out = Course.of(self).split(windows.ids)
+        training = torch.cat([text, self._generation().windows(dense, text, cache, journal)])
         feed = feeder(dense, windows.feeding)
         predictions = LogitDivergence(
             compressed=compressed,
@@ -136,12 +144,16 @@ class Recovery:
         report |= run.report() | {
             "tokens": (run.step + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * training.shape[1],
             "training_windows": len(training),
+            "generated_windows": len(training) - len(text),
             "held_out_kl_before": before,
             "held_out_kl_after": min(run.best_loss, before),
             "held_out_kl": [[step, value] for step, value in run.history],
         }
         journal.note(_summary(report))
         return report
+
+    def _generation(self) -> Generation:
+        return Generation(**{f.name: getattr(self, f.name) for f in fields(Generation)})
 
     def _key(self, compressed: PreTrainedModel, dense: LoadedModel, windows: TokenWindows, stage: str) -> str:
         settings = {name: value for name, value in asdict(self).items() if name != "checkpoint_minutes"}

@@ -1,0 +1,100 @@
+"""Windows that the dense model writes itself, to train on where calibration text is short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig
+
+from bs_exp.cache import Cache, content_key
+from bs_exp.checks import check_at_least
+from bs_exp.errors import ConfigError
+from bs_exp.journal import Journal
+from bs_exp.models.feeding import check_task
+from bs_exp.types import LoadedModel, Task
+
+KIND = "generated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Continuations of calibration text, drawn token by token from the dense model's own predictions.
+
+    Each window begins with `prompt_length` tokens from a random place of the given windows. The expected KL divergence
+    over such windows is the one between the two models' distributions of whole texts, with as many samples as one
+    likes. Data-free distillation of LLM-QAT (Liu et al., 2305.17888, section 2.1), with prompts.
+    """
+
+    generated: int
+    prompt_length: int
+    generation_batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_at_least(0, generated=self.generated, seed=self.seed)
+        check_at_least(1, prompt_length=self.prompt_length, generation_batch=self.generation_batch)
+
+    def check(self, dense: LoadedModel, windows: Int[Tensor, "windows length"]) -> None:
+        """ConfigError for a model that does not continue text, and for prompts that fill a window."""
+        if not self.generated:
+            return
+        check_task(dense, f"update.generated={self.generated}", Task.CAUSAL_LM)
+        if self.prompt_length >= windows.shape[1]:
+            raise ConfigError(
+                f"prompt_length must be below the {windows.shape[1]} tokens of a calibration window, got "
+                f"{self.prompt_length}."
+            )
+
+    def windows(
+        self, dense: LoadedModel, text: Int[Tensor, "windows length"], cache: Cache, journal: Journal
+    ) -> Int[Tensor, "generated length"]:
+        """The windows, as long as those of `text`; from the cache if they were drawn before."""
+        if not self.generated:
+            return text[:0]
+        # The batch belongs to the key: random numbers are drawn batch by batch.
+        key = content_key(
+            dense=dense.fingerprint,
+            device=dense.device.type,
+            prompts=self._prompts(text).tolist(),
+            length=text.shape[1],
+            batch=self.generation_batch,
+            seed=self.seed,
+        )
+        stored = cache.find(KIND, key)
+        if stored is None:
+            batches = self._prompts(text).split(self.generation_batch)
+            drawn = [*journal.track(self._draw(dense, batches, text.shape[1]), label="generating", total=len(batches))]
+            stored = cache.store(KIND, key, {"ids": torch.cat(drawn)})
+        return stored.tensor("ids")
+
+    def _prompts(self, text: Int[Tensor, "windows length"]) -> Int[Tensor, "generated prompt"]:
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randint(len(text), (self.generated,), generator=generator)
+        places = text.unfold(1, self.prompt_length, 1)
+        return places[rows, torch.randint(places.shape[1], (self.generated,), generator=generator)]
+
+    @torch.no_grad()
+    def _draw(self, dense: LoadedModel, batches: tuple[Tensor, ...], length: int) -> Iterator[Tensor]:
+        # A window is a piece of running text: no end, no filter, nothing of the model's own generation settings.
+        new = length - self.prompt_length
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=0,
+        )
+        generate: Any = dense.module.generate
+        with torch.random.fork_rng(devices=[dense.device] if dense.device.type == "cuda" else []):
+            for number, prompts in enumerate(batches):
+                torch.manual_seed(self.seed * 1_000_003 + number)
+                ids = prompts.to(dense.device)
+                yield generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings).cpu()

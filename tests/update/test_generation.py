@@ -1,0 +1,99 @@
+"""Windows that the dense model writes itself: draws from its own predictions, the same for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_recover import RECOVERY
+from torch import Tensor
+from updates import QUIET, Tokens, same, updated, values
+
+from bs_exp.cache import Cache
+from bs_exp.errors import ConfigError
+from bs_exp.models.tiny import tiny_random
+from bs_exp.types import LoadedModel
+from bs_exp.update.generation import KIND, Generation
+
+TEXT = Tokens().windows(None).ids
+GENERATION = Generation(generated=12, prompt_length=4, generation_batch=5, seed=3)
+
+
+def written(dense: LoadedModel, settings: Generation = GENERATION, text: Tensor = TEXT) -> Tensor:
+    return settings.windows(dense, text, Cache(None), QUIET)
+
+
+def test_windows_continue_the_text() -> None:
+    ids = written(tiny_random())
+    assert ids.shape == (12, TEXT.shape[1])
+    prompts = {tuple(prompt.tolist()) for prompt in TEXT.unfold(1, 4, 1).flatten(0, 1)}
+    assert all(tuple(prompt.tolist()) in prompts for prompt in ids[:, :4])
+    assert len({tuple(window.tolist()) for window in ids}) == 12
+
+
+def test_tokens_are_drawn_from_the_predictions() -> None:
+    """Oracle: the softmax of the model's logits, without the end of a text, which running text does not have."""
+    dense = tiny_random()
+    with torch.no_grad():
+        dense.module.get_output_embeddings().weight.mul_(20.0)  # random weights alone predict all tokens alike
+    prompt = TEXT[:1, :4]
+    text = torch.cat([prompt, prompt[:, :1]], dim=1)
+    drawn = written(dense, replace(GENERATION, generated=6000, generation_batch=3000), text)
+    drawn = drawn[(drawn[:, :4] == prompt).all(1), 4]
+    with torch.no_grad():
+        logits = dense.module(prompt).logits[0, -1]
+    logits[dense.tokenizer.eos_token_id] = -torch.inf
+    expected = logits.softmax(-1)
+    frequencies = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
+    distance = float((frequencies - expected).abs().sum()) / 2
+    uniform = float((expected - 1 / len(expected)).abs().sum()) / 2
+    assert len(drawn) > 2000 and distance < 0.1 < 0.3 < uniform
+
+
+def test_same_in_same_out_whatever_the_model_would_generate_with() -> None:
+    dense = tiny_random()
+    first = written(dense)
+    state = torch.random.get_rng_state()
+    dense.module.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0, max_length=7)
+    assert torch.equal(written(dense), first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(written(dense, replace(GENERATION, seed=4)), first)
+
+
+def test_what_was_written_is_found_again(tmp_path: Path) -> None:
+    dense = tiny_random()
+    first = GENERATION.windows(dense, TEXT, Cache(tmp_path), QUIET)
+    again = Cache(tmp_path)
+    assert torch.equal(GENERATION.windows(dense, TEXT, again, QUIET), first)
+    assert (again.hits[KIND], again.misses[KIND]) == (1, 0)
+    for other in (replace(GENERATION, seed=4), replace(GENERATION, prompt_length=5)):
+        other.windows(dense, TEXT, again, QUIET)
+    GENERATION.windows(dense, TEXT[:, :20], again, QUIET)
+    assert (again.hits[KIND], again.misses[KIND]) == (1, 3)
+
+
+def test_recovery_trains_on_them_and_is_judged_on_text_alone() -> None:
+    dense = tiny_random()
+    plain, more = updated(dense, RECOVERY), updated(dense, replace(RECOVERY, generated=20, steps=24))
+    assert more.update["training_windows"] == plain.update["training_windows"] + 20
+    assert (plain.update["generated_windows"], more.update["generated_windows"]) == (0, 20)
+    assert more.update["held_out_kl"][0] == plain.update["held_out_kl"][0]
+    assert more.update["held_out_kl_after"] < 0.95 * more.update["held_out_kl_before"]
+    assert not same(values(more.module), values(plain.module))
+
+
+@pytest.mark.parametrize("wrong", [{"generated": -1}, {"prompt_length": 0}, {"generation_batch": 0}], ids=repr)
+def test_settings_out_of_range_name_themselves(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))} must"):
+        replace(RECOVERY, **wrong)
+
+
+def test_what_cannot_be_is_said_before_any_work() -> None:
+    too_long = replace(RECOVERY, generated=4, prompt_length=24)
+    with pytest.raises(ConfigError, match="prompt_length must be below the 24 tokens"):
+        too_long.check(tiny_random(), Tokens())
+    with pytest.raises(ConfigError, match=r"update\.generated=4 needs a causal language model"):
+        replace(RECOVERY, generated=4).check(tiny_random("bert"), Tokens())
