@@ -25,7 +25,8 @@ from bs_exp.whitening.identity import IdentityWhitening
 CONF = root_folder() / "conf"
 GROUPS = sorted(RootConfig.__dataclass_fields__.keys() & {path.name for path in CONF.iterdir() if path.is_dir()})
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
-PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+_EXPERIMENT = CONF / "experiment"
+PRESETS = sorted(str(path.relative_to(_EXPERIMENT).with_suffix("")) for path in _EXPERIMENT.rglob("*.yaml"))
 SWEEPS = sorted(path.stem for path in (root_folder() / "sweeps").glob("*.yaml"))
 
 Compose = Callable[..., DictConfig]
@@ -86,7 +87,7 @@ def test_option_shows_every_dial(composed: Compose, group: str, option: str) -> 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_builds(composed: Compose, preset: str) -> None:
     cfg = composed(f"experiment={preset}")
-    assert cfg.name == preset
+    assert cfg.name == preset.replace("/", "_")
     build(cfg)
 
 
