@@ -48,6 +48,11 @@ class Choices:
         """The choice with the least `loss + price * parameters`; of equals the cheaper one."""
         return int((self.losses + price * self.costs).argmin())
 
+    def multiples(self, of: int) -> Choices:
+        """Those whose rank is a multiple of `of`, and in any case the cheapest and dense."""
+        kept = [i for i, rank in enumerate(self.ranks) if i == 0 or rank is None or rank % of == 0]
+        return Choices(tuple(self.ranks[i] for i in kept), self.costs[kept], self.losses[kept])
+
 
 def spectrum_choices(spectrum: Spectrum, layout: Layout, *, lowest: float = 0.0, highest: float = 1.0) -> Choices:
     """The ranks from `lowest` to `highest` of a group's parameters, with the energy that each of them drops.

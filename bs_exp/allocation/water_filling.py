@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bs_exp.allocation.budget import check_affordable, check_retain_ratio, least_parameters, make_plan
-from bs_exp.checks import check_share
+from bs_exp.checks import check_at_least, check_share
 from bs_exp.choices import at_price, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
@@ -28,15 +28,20 @@ class WaterFilling:
     `max_ratio`, which gives way to a larger retain_ratio. `layer_bounds` are those of single layers, [least, most], and
     give way to nothing: where all groups are at their upper bounds, the plan keeps less than the budget. A group of
     several layers keeps to the bounds of all of them.
+
+    Ranks are multiples of `multiple`, as matrix units like them; a group whose budget is below that keeps the fewest
+    components that its bounds allow.
     """
 
     min_ratio: float
     max_ratio: float = 1.0
     layer_bounds: Mapping[int, tuple[float, float]] | None = None
+    multiple: int = 1
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
+        check_at_least(1, multiple=self.multiple)
         check_share(min_ratio=self.min_ratio)
         check_share(above=self.min_ratio, max_ratio=self.max_ratio)
         object.__setattr__(self, "layer_bounds", _as_bounds(self.layer_bounds))
@@ -60,7 +65,7 @@ class WaterFilling:
             )
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """Ranks that spend the budget up to less than one component, as far as upper bounds let them.
+        """Ranks that spend the budget up to less than one step, as far as upper bounds let them.
 
         Raises ConfigError if one component per group, or the lower bounds, already exceed the budget, or the bounds do
         not fit the layers.
@@ -71,7 +76,8 @@ class WaterFilling:
         choices = []
         for spectrum in problem.spectra:
             low, high = self.bounds(spectrum.group, problem.retain_ratio)
-            choices.append(spectrum_choices(spectrum, problem.layout, lowest=low, highest=high))
+            every = spectrum_choices(spectrum, problem.layout, lowest=low, highest=high)
+            choices.append(every.multiples(self.multiple))
         chosen = spend(choices, at_price(choices, budget), budget)
         return make_plan(problem, [c.ranks[i] for c, i in zip(choices, chosen, strict=True)])
 

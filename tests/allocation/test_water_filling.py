@@ -70,6 +70,32 @@ def test_bounded_plans_are_near_the_best_of_all_that_keep_the_bounds(layout: Lay
         assert not bigger or cost(position, bigger[0]) - cost(position, rank) > budget - plan.parameters
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), ratio=st.floats(0.5, 0.9))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_ranks_are_multiples_and_near_the_best_of_such_plans(layout: Layout, seed: int, ratio: float) -> None:
+    """Oracle: brute force over multiples of 4, one component and dense."""
+    given_spectra = spectra(seed)
+    budget = parameter_budget(sum(g.parameters for g in GROUPS), ratio)
+
+    def cost(position: int, rank: int | None) -> int:
+        g = GROUPS[position]
+        return g.parameters if rank is None else layout.parameters(g, rank)
+
+    options = [[1, *range(4, g.full_rank, 4), None] for g in GROUPS]
+    options = [[r for r in ranks if cost(i, r) <= GROUPS[i].parameters] for i, ranks in enumerate(options)]
+    affordable = [
+        ranks for ranks in itertools.product(*options) if sum(cost(i, rank) for i, rank in enumerate(ranks)) <= budget
+    ]
+    losses = [sum(s.loss(rank) for s, rank in zip(given_spectra, ranks, strict=True)) for ranks in affordable]
+    plan = plan_of(ratio, layout, seed, multiple=4)
+    chosen = tuple(p.rank for p in plan.groups)
+    assert chosen in affordable
+    steps = [float(s.energies[rank : rank + 4].sum()) for s, rank in zip(given_spectra, chosen, strict=True) if rank]
+    assert min(losses) - 1e-12 <= plan.predicted_loss <= min(losses) + 2 * max(steps, default=0.0) + 1e-12
+    assert plan_of(ratio, layout, seed, multiple=1) == plan_of(ratio, layout, seed)
+
+
 def test_bounds_of_one_layer_leave_the_others_alone() -> None:
     free, held = plan_of(0.7), plan_of(0.7, layer_bounds={1: [0.2, 0.5]})
     assert held.groups[2].parameters <= 0.5 * GROUPS[2].parameters
@@ -108,6 +134,7 @@ def test_bounds_that_do_not_fit_the_model(dials: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("dials", "message"),
     [
+        ({"multiple": 0}, r"multiple must be at least 1, got 0"),
         ({"max_ratio": 0.0}, r"max_ratio must be above 0 .* got 0\.0"),
         ({"min_ratio": 0.5, "max_ratio": 0.4}, r"max_ratio must be above 0\.5"),
         ({"layer_bounds": {0: (0.5,)}}, r"layer_bounds must give \[least, most\] .* got \[0\.5\] for layer 0"),
