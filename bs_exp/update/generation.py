@@ -15,7 +15,6 @@ from bs_exp.cache import Cache, content_key
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError
 from bs_exp.journal import Journal
-from bs_exp.models.feeding import check_task
 from bs_exp.types import LoadedModel, Task
 
 KIND = "generated"
@@ -43,7 +42,11 @@ class Generation:
         """ConfigError for a model that does not continue text, and for prompts that fill a window."""
         if not self.generated:
             return
-        check_task(dense, f"update.generated={self.generated}", Task.CAUSAL_LM)
+        if dense.task is not Task.CAUSAL_LM:
+            raise ConfigError(
+                f"generated must be 0 for a {type(dense.module).__name__}, which does not continue text, got "
+                f"{self.generated}."
+            )
         if self.prompt_length >= windows.shape[1]:
             raise ConfigError(
                 f"prompt_length must be below the {windows.shape[1]} tokens of a calibration window, got "
