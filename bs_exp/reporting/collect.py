@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class PairTable:
     """What sharing costs for every pair of layers of a matrix type: loss of one basis for both, minus both apart.
 
     `values[i][j]` belongs to layers `layers[i]` and `layers[j]`; negative means that sharing pays. None: not measured.
+    `ratios` holds the loss of one basis as a share of both apart, by pair, where that is defined.
     """
 
     matrix: str
@@ -67,6 +68,7 @@ class PairTable:
     values: tuple[tuple[float | None, ...], ...]
     folder: Path
     unit: str
+    ratios: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,13 @@ def _read_pairs(path: Path) -> Iterator[PairTable]:
             values = tuple(tuple(None if v is None else float(v) for v in row) for row in table["values"])
             if len(values) != len(layers) or any(len(row) != len(layers) for row in values):
                 raise RecordError(f"the table of {table['matrix']} is not {len(layers)} by {len(layers)}.")
-            yield PairTable(str(table["matrix"]), layers, values, path.parent, str(data.get("unit", "")))
+            ratios = {
+                (int(pair["layers"][0]), int(pair["layers"][1])): float(pair["ratio"])
+                for pair in table.get("pairs", ())
+                if pair["ratio"] is not None
+            }
+            yield PairTable(str(table["matrix"]), layers, values, path.parent, str(data.get("unit", "")), ratios)
     except OSError as error:
         raise RecordError(f"cannot be read: {error}.") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RecordError(f"not a table of pairs ({error!r}).") from error

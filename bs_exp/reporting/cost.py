@@ -64,6 +64,42 @@ def compression_seconds(point: Point) -> float:
     return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION_STAGES)
 
 
+@dataclass(frozen=True, eq=False)
+class SharedCost:
+    """What points of one sweep took together and the first of them alone, in seconds, evaluation aside."""
+
+    first: Point
+    points: int
+    first_seconds: float
+    all_seconds: float
+
+    @property
+    def times(self) -> float:
+        """How many times the first point all of them cost; as many as there are points, if nothing is shared."""
+        return self.all_seconds / self.first_seconds
+
+
+def seconds_without_evaluation(point: Point) -> float:
+    """What a run took, evaluation aside."""
+    return sum(seconds for phase, seconds in phases(point).items() if phase not in _EVALUATIONS.values())
+
+
+def shared_costs(series: Series) -> list[SharedCost]:
+    """For each sweep that ran points of a series at two ratios or more, what they cost beside the first of them."""
+    sweeps: dict[str, list[Point]] = {}
+    for point in series.completed:
+        if point.record.sweep and point.record.timings:
+            sweeps.setdefault(str(point.record.sweep.get("id")), []).append(point)
+    return [_shared(points) for points in sweeps.values() if len(points) > 1]
+
+
+def _shared(points: Sequence[Point]) -> SharedCost:
+    first = min(points, key=lambda point: (point.record.started, point.number))
+    # No run is free; and a record that says so must not divide by zero.
+    own = max(seconds_without_evaluation(first), 1e-9)
+    return SharedCost(first, len(points), own, sum(seconds_without_evaluation(point) for point in points))
+
+
 def used_cache(point: Point) -> bool:
     """Whether earlier work was reused, so that the timings tell less than a fresh run would take."""
     return any(count for count in point.record.cache.get("hits", {}).values())
@@ -84,6 +120,9 @@ def cost_tables(section: Section, key: str) -> Iterator[Table]:
     for i, (setting, entries) in enumerate(speed_settings(section).items(), start=1):
         yield _speed(section, setting, entries, f"{key}-speed-{i}")
         yield _break_even(section, setting, entries, f"{key}-break-even-{i}")
+    shared = [(series, cost) for series in section.series for cost in shared_costs(series)]
+    if shared:
+        yield _sharing(section, shared, f"{key}-shared")
     if any(point.record.timings for point in section.points):
         yield _timings(section, f"{key}-timings")
 
@@ -219,6 +258,27 @@ def stages(points: Sequence[Point]) -> list[str]:
         for stage in dict.fromkeys(stage for point in points for stage in own_timings(point))
         if any(own_timings(point).get(stage, 0.0) >= _SHORT for point in points)
     ]
+
+
+def _sharing(section: Section, shared: Sequence[tuple[Series, SharedCost]], key: str) -> Table:
+    columns = [*series_columns(section), Column("ratios"), Column("first point"), Column("all points")]
+    columns += [Column("times the first"), Column("the first reused", numeric=False)]
+    rows = []
+    for series, cost in shared:
+        cells = [*series_cells(series), Cell(str(cost.points), value=cost.points)]
+        cells += [Cell(formats.seconds(cost.first_seconds), value=cost.first_seconds, link=cost.first.number)]
+        cells += [Cell(formats.seconds(cost.all_seconds), value=cost.all_seconds)]
+        cells += [Cell(f"{cost.times:.2f}", value=cost.times), text(_reused(cost.first), style="muted")]
+        rows.append(Row(tuple(cells)))
+    return Table(
+        key,
+        "What all ratios of a sweep cost beside the first",
+        tuple(columns),
+        tuple(rows),
+        note="Seconds of runs, evaluation aside. The first point loads the model, and makes the Grams and "
+        "decompositions that the others cut at their own ranks; where it reused some, the number says less.",
+        sortable=True,
+    )
 
 
 def _timings(section: Section, key: str) -> Table:

@@ -7,74 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Any
 
-import yaml
-
-from bs_exp.reporting import dials, formats, metrics
+from bs_exp.reporting import cost, dials, formats, metrics
+from bs_exp.reporting.literature import DENSE, Literature, Method, Reported, literature
 from bs_exp.reporting.results import removed_title
-from bs_exp.reporting.study import Point, Section, Series, Study
+from bs_exp.reporting.study import Point, Section, Series, Study, model_name
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
-DENSE = "Original"
 _SEVEN = ("openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa")
 _MEANS = {"mean7": _SEVEN, "mean6": tuple(task for task in _SEVEN if task != "arc_challenge")}
-_ROW_FIELDS = frozenset({"model", "method", "removed", "group_size", "calibration", "note"})
+_PREFILL, _GENERATE, _SECONDS = "speedup/prefill", "speedup/generate", "seconds/compress"
+_SPEED = {
+    "device": "device",
+    "batch_size": "batch",
+    "prompt_length": "prompt tokens",
+    "generated_length": "generated tokens",
+}
 # Shares that differ by less are the same: ranks are whole numbers.
 _SAME_SHARE = 0.005
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of the papers and how we call it."""
-
-    method: str
-    presets: tuple[str, ...]
-    options: Mapping[str, Sequence[str]]
-    shares: bool = False
-    only_in: tuple[str, ...] = ()
-    not_in: tuple[str, ...] = ()
-
-    def covers(self, reported: Reported) -> bool:
-        return (
-            self.method == reported.method
-            and (not self.only_in or reported.protocol in self.only_in)
-            and reported.protocol not in self.not_in
-        )
-
-
-@dataclass(frozen=True)
-class Reported:
-    """One number of a paper, with the ids of its model on the hub."""
-
-    models: tuple[str, ...]
-    method: str
-    removed: float
-    metric: str
-    value: float
-    protocol: str
-    place: str
-    group_size: int | None
-    calibration: str | None
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Literature:
-    """All reported numbers, their protocols, and the names of methods."""
-
-    rows: tuple[Reported, ...]
-    protocols: Mapping[str, Mapping[str, Any]]
-    methods: tuple[Method, ...]
-
-    def about(self, model: str) -> list[Reported]:
-        return [row for row in self.rows if model in row.models]
-
-    def source(self, reported: Reported) -> str:
-        protocol = self.protocols[reported.protocol]
-        return f"{protocol['title']}, {reported.place} ({protocol['source']})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,43 +40,6 @@ class Comparison:
     differences: tuple[str, ...]
 
 
-@cache
-def literature() -> Literature:
-    """The numbers that the package holds."""
-    text = (resources.files("bs_exp.reporting") / "paper_results.yaml").read_text(encoding="utf-8")
-    data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    rows = tuple(
-        Reported(
-            models=tuple(data["models"][row["model"]]),
-            method=row["method"],
-            removed=float(row["removed"]),
-            metric=name,
-            value=float(value),
-            protocol=table["protocol"],
-            place=table["place"],
-            group_size=row.get("group_size"),
-            calibration=row.get("calibration"),
-            notes=(*table.get("notes", ()), *([row["note"]] if "note" in row else [])),
-        )
-        for table in data["tables"]
-        for row in table["rows"]
-        for name, value in row.items()
-        if name not in _ROW_FIELDS
-    )
-    methods = tuple(
-        Method(
-            method=entry["method"],
-            presets=tuple(entry["presets"]),
-            options=entry["options"],
-            shares=entry.get("shares", False),
-            only_in=tuple(entry.get("only_in", ())),
-            not_in=tuple(entry.get("not_in", ())),
-        )
-        for entry in data["methods"]
-    )
-    return Literature(rows, data["protocols"], methods)
-
-
 def measured_value(found: Mapping[str, Any], metric: str) -> float | None:
     """A metric of a record; the papers' means are taken over exactly their tasks."""
     if metric in _MEANS:
@@ -135,6 +49,31 @@ def measured_value(found: Mapping[str, Any], metric: str) -> float | None:
         return sum(float(value) for value in values if value is not None) / len(values)
     value = found.get(metric)
     return float(value) if value is not None and formats.is_number(value) else None
+
+
+def measured_by(point: Point, metric: str) -> float | None:
+    """A metric of a point as papers report it. Times are compared on accelerators only: none is of a CPU."""
+    if metric == _PREFILL:
+        return _speedup(point, 0)
+    if metric == _GENERATE:
+        return _speedup(point, point.compressed.get("throughput/generated_length"))
+    if metric == _SECONDS:
+        device = str(point.record.provenance.get("model", {}).get("device", "cpu"))
+        return None if device == "cpu" or not point.record.timings else cost.compression_seconds(point)
+    return measured_value(point.compressed, metric)
+
+
+def _speedup(point: Point, generated: Any) -> float | None:
+    """The dense model's time for a prompt and so many generated tokens, over the compressed one's."""
+    if str(point.compressed.get("throughput/device", "cpu")).startswith("cpu"):
+        return None
+    prompt, times = point.compressed.get("throughput/prompt_length"), []
+    for found in (point.dense, point.compressed):
+        prefill, decode = found.get(metrics.PREFILL, 0), found.get(metrics.DECODE, 0)
+        if not (formats.is_number(prompt) and formats.is_number(generated) and prefill > 0 and decode > 0):
+            return None
+        times.append(prompt / prefill + generated / decode)
+    return float(times[0] / times[1])
 
 
 def compare(study: Study) -> list[Comparison]:
@@ -159,7 +98,7 @@ def _compare_section(section: Section, known: Literature) -> Iterator[Comparison
         for point in series.completed:
             for row in reported:
                 method = _method(series, point, row, known)
-                value = measured_value(point.compressed, row.metric)
+                value = measured_by(point, row.metric)
                 if method is not None and value is not None:
                     found = tuple(_differences(point, row, known, method))
                     yield Comparison(section, series, point, value, row, found)
@@ -167,6 +106,8 @@ def _compare_section(section: Section, known: Literature) -> Iterator[Comparison
 
 def _method(series: Series, point: Point, row: Reported, known: Literature) -> Method | None:
     if point.removed is None or abs(point.removed - row.removed) > 1e-6:
+        return None
+    if any(point.dials.get(key) != value for key, value in row.where.items()):
         return None
     for method in known.methods:
         if method.covers(row) and series.method in method.presets:
@@ -219,6 +160,14 @@ def _differences(point: Point, row: Reported, known: Literature, method: Method 
             yield from _differ(name, evaluation.get(key), protocol.get("perplexity", {}).get(key))
         if (windows := evaluation.get("max_windows")) is not None:
             yield f"perplexity of {windows} windows only"
+    elif row.metric in (_PREFILL, _GENERATE):
+        for key, name in _SPEED.items():
+            yield from _differ(name, point.compressed.get(f"throughput/{key}"), row.speed.get(key))
+    elif row.metric == _SECONDS:
+        gpus = ", ".join(str(gpu.get("name")) for gpu in point.record.hardware.get("gpus") or ())
+        yield from _differ("hardware", gpus or None, row.hardware)
+        if cost.used_cache(point):
+            yield "some Grams or decompositions came from a cache here"
     else:
         yield from _differ("lm-eval", point.dense.get("lm_eval/version"), protocol.get("lm_eval"))
         if (limit := evaluation.get("limit")) is not None:
@@ -262,6 +211,9 @@ def _corpus(point: Point) -> str | None:
 
 
 def _differ(name: str, here: Any, there: Any) -> Iterator[str]:
+    # Papers name a device in short: NVIDIA A100 is any of its kinds.
+    if name in ("device", "hardware") and str(here).startswith(str(there)):
+        return
     if here is not None and there is not None and str(here) != str(there):
         yield f"{name}: {formats.setting(here)} here, {formats.setting(there)} there"
 
@@ -273,6 +225,7 @@ def paper_tables(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Ta
     for i, section in enumerate(study.sections, start=1):
         if _on_hub(section):
             yield from _others(section, f"m{i}-reported")
+    yield from _pairs(study)
 
 
 def _beside(comparisons: Sequence[Comparison]) -> Table:
@@ -327,17 +280,13 @@ def _others(section: Section, key: str) -> Iterator[Table]:
     rows_by_metric: dict[str, list[Reported]] = {}
     for row in known.about(section.model):
         asked = row.removed in section.ratios or row.method == DENSE
-        if asked and (metrics.is_perplexity(row.metric) or row.metric in _MEANS):
+        if asked and metrics.family(row.metric) != "acc":  # single tasks would be ten tables more
             rows_by_metric.setdefault(row.metric, []).append(row)
     for metric, reported in rows_by_metric.items():
         measured = [
             (
                 series,
-                {
-                    p.removed: value
-                    for p in series.completed
-                    if (value := measured_value(p.compressed, metric)) is not None
-                },
+                {p.removed: value for p in series.completed if (value := measured_by(p, metric)) is not None},
             )
             for series in section.series
         ]
@@ -353,8 +302,7 @@ def _others(section: Section, key: str) -> Iterator[Table]:
         lines: dict[tuple[str, str], dict[float, float]] = {}
         for row in reported:
             if row.method != DENSE:
-                group = f", group {row.group_size}" if row.group_size else ""
-                lines.setdefault((row.method + group, known.source(row)), {})[row.removed] = row.value
+                lines.setdefault((row.name, known.source(row)), {})[row.removed] = row.value
         for (method, source), found in lines.items():
             cells = [_value(metric, found.get(removed)) for removed in section.ratios]
             rows.append(Row((text(method), text(source), *cells), kind="reported"))
@@ -363,13 +311,55 @@ def _others(section: Section, key: str) -> Iterator[Table]:
         yield Table(f"{key}-{metric.replace('/', '-')}", title, tuple(columns), tuple(rows), note=note)
 
 
+def _pairs(study: Study) -> Iterator[Table]:
+    """Loss of one basis for two layers as a share of one basis each, measured beside reported."""
+    points = {point.folder: point for point in study.points}
+    rows, sources = [], []
+    for measured in study.pairs:
+        point = points.get(measured.folder)
+        if point is None or point.removed is None:
+            continue
+        model = model_name(point.record)
+        for there in literature().pairs:
+            here = measured.ratios.get(there.layers) if there.matrix == measured.matrix else None
+            if here is None or model not in there.models or abs(point.removed - there.removed) > 1e-6:
+                continue
+            relative = here / there.ratio - 1
+            cells = [text(model), Cell(removed_title(there.removed), value=there.removed, link=point.number)]
+            cells += [text(there.matrix), text(" and ".join(map(str, there.layers)))]
+            cells += [Cell(f"{value:.3f}", value=value) for value in (here, there.ratio)]
+            rows.append(Row((*cells, Cell(f"{100 * relative:+.1f} %", value=relative))))
+            sources.append(f"{there.place}: {there.note}")
+    if rows:
+        columns = [Column("model", numeric=False), Column("removed"), Column("matrix", numeric=False)]
+        columns += [Column("layers", hint="counted from 0"), Column("measured"), Column("reported")]
+        yield Table(
+            "papers-pairs",
+            "Does sharing pay? Loss of one basis for two layers over one each",
+            (*columns, Column("difference")),
+            tuple(rows),
+            note=f"Below 1, sharing pays. Reported: {'; '.join(dict.fromkeys(sources))}.",
+        )
+
+
 def _value(metric: str, value: float | None) -> Cell:
     return Cell(formats.ABSENT, style="muted") if value is None else Cell(_show(metric, value), value=value)
 
 
 def _show(metric: str, value: float) -> str:
+    if metric == _SECONDS:
+        return formats.seconds(value)
+    if metric in (_PREFILL, _GENERATE):
+        return f"{value:.2f} x"
     return f"{value:.3f}" if metric in _MEANS else metrics.show(metric, value)
 
 
 def _metric_name(metric: str) -> str:
-    return f"mean accuracy of {len(_MEANS[metric])} tasks" if metric in _MEANS else metrics.title(metric)
+    names = {
+        _PREFILL: "speed on prompts against dense",
+        _GENERATE: "speed of generating against dense",
+        _SECONDS: "time of compressing",
+    }
+    if metric in _MEANS:
+        return f"mean accuracy of {len(_MEANS[metric])} tasks"
+    return names.get(metric) or metrics.title(metric)

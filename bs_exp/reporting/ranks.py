@@ -9,6 +9,7 @@ from statistics import correlation
 from typing import Any
 
 from bs_exp.reporting import formats
+from bs_exp.reporting.literature import LayerShares, literature
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
 from bs_exp.reporting.study import Point, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table
@@ -68,34 +69,89 @@ def layer_shares(point: Point) -> list[float]:
 
 
 def correlation_tables(section: Section, key: str) -> Iterator[Table]:
-    """How alike two methods spread the parameters over the layers: Pearson's r of the layers' shares, at each ratio."""
-    rows = []
+    """How alike two methods spread the parameters over the layers: Pearson's r of the layers' shares, at each ratio.
+
+    Shares and correlations that papers report for the model stand beside them.
+    """
+    known = literature()
+    agreements = [found for found in known.agreements if section.model in found.models]
+    rows, sources, told = [], [], False
     for removed in section.ratios:
         shares = [
-            (series.label, layer_shares(point))
+            (series.label, frozenset({series.method}), layer_shares(point))
             for series in section.series
             if (point := series.by_removed.get(removed)) is not None and point.completed
         ]
+        reported = reported_shares(section, removed)
+        shares += [(f"{found.method}, reported", frozenset[str](), list(found.shares)) for found in reported]
         # Uniform shares correlate with nothing; rounding to whole ranks must not make them seem to.
-        spread = [(label, found) for label, found in shares if len(found) > 2 and max(found) - min(found) > _SPREAD]
-        for (first, ours), (second, theirs) in combinations(spread, 2):
-            if len(ours) == len(theirs):
+        spread = [entry for entry in shares if len(entry[2]) > 2 and max(entry[2]) - min(entry[2]) > _SPREAD]
+        for (first, one, ours), (second, other, theirs) in combinations(spread, 2):
+            if len(ours) == len(theirs) and (one or other):
                 r = correlation(ours, theirs)
+                there = [a for a in agreements if a.presets == one | other and abs(a.removed - removed) < 1e-6]
+                told |= bool(there)
+                sources += [f"{found.place}: {found.note}" for found in there]
+                sources += [found.place for found in reported if not (one and other)]
                 cells = (
                     Cell(removed_title(removed), value=removed),
                     Cell(first),
                     Cell(second),
                     Cell(f"{r:+.2f}", value=r),
+                    Cell(", ".join(f"{a.r:+.2f}" for a in there), value=there[0].r if there else None),
                 )
                 rows.append(Row(cells))
+    columns = [Column("removed"), Column("one", numeric=False), Column("other", numeric=False), Column("Pearson r")]
     if rows and len(rows) <= _MOST_PAIRS:
+        note = "Correlation of the shares that the layers keep. Methods that treat all layers alike are left out."
+        note += f" Reported: {'; '.join(dict.fromkeys(sources))}." if sources else ""
         yield Table(
             f"{key}-correlation",
             "Do methods agree on which layers matter?",
-            (Column("removed"), Column("one", numeric=False), Column("other", numeric=False), Column("Pearson r")),
-            tuple(rows),
-            note="Correlation of the shares that the layers keep. Methods that treat all layers alike are left out.",
+            (*columns, *([Column("reported")] if told else [])),
+            tuple(rows if told else [Row(row.cells[:-1]) for row in rows]),
+            note=note,
         )
+    yield from _share_table(section, key)
+
+
+def reported_shares(section: Section, removed: float) -> list[LayerShares]:
+    """What papers report on the layers of the section's model at a ratio."""
+    found = literature().layer_shares
+    return [entry for entry in found if section.model in entry.models and abs(entry.removed - removed) < 1e-6]
+
+
+def _share_table(section: Section, key: str) -> Iterator[Table]:
+    """The share that every layer keeps, measured beside reported; nothing where nothing is reported."""
+    rows, places, count = [], [], 0
+    for removed in section.ratios:
+        points = [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed]
+        measured = [(series.label, point.number, layer_shares(point)) for series, point in points[:_MOST_POINTS]]
+        for there in reported_shares(section, removed) if any(shares for _, _, shares in measured) else ():
+            rows += [
+                _shares(removed, label, shares, link=number, kind="dense")
+                for label, number, shares in measured
+                if shares
+            ]
+            rows.append(_shares(removed, f"{there.method}, reported", there.shares, kind="reported"))
+            places.append(there.place)
+            count = max(count, len(there.shares), *(len(shares) for _, _, shares in measured))
+    if not rows:
+        return
+    columns = [Column("removed"), Column("method", numeric=False), *(Column(f"layer {i}") for i in range(count))]
+    filled = [Row((*row.cells, *(Cell("") for _ in range(len(columns) - len(row.cells)))), row.kind) for row in rows]
+    yield Table(
+        f"{key}-shares",
+        "Share of parameters kept per layer, measured beside reported",
+        tuple(columns),
+        tuple(filled),
+        note=f"Per cent. Reported: {'; '.join(dict.fromkeys(places))}.",
+    )
+
+
+def _shares(removed: float, label: str, shares: Sequence[float], *, kind: str, link: int | None = None) -> Row:
+    cells = (Cell(f"{100 * share:.1f}", value=share) for share in shares)
+    return Row((Cell(removed_title(removed), value=removed, link=link), Cell(label), *cells), kind=kind)
 
 
 def rank_table(section: Section, key: str) -> Table | None:

@@ -92,11 +92,13 @@ def test_points_that_a_sweep_has_not_started_are_known(tmp_path: Path) -> None:
 
 def test_tables_of_pairs_are_read(tmp_path: Path) -> None:
     synthetic.write([synthetic.record()], tmp_path)
-    tables = [{"matrix": "q", "layers": [0, 3], "values": [[None, -1.5], [-1.5, None]]}]
+    pairs = [{"layers": [0, 3], "ratio": 0.75}, {"layers": [1, 3], "ratio": None}]
+    tables = [{"matrix": "q", "layers": [0, 3], "values": [[None, -1.5], [-1.5, None]], "pairs": pairs}]
     (tmp_path / PAIRS_FILE).write_text(json.dumps({"unit": "nats", "tables": tables}))
     (table,) = collect([tmp_path]).pairs
     assert (table.matrix, table.layers, table.unit) == ("q", (0, 3), "nats")
     assert table.values == ((None, -1.5), (-1.5, None))
+    assert table.ratios == {(0, 3): 0.75}
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"tables": [{"matrix": "q", "layers": [0, 1], "values": [[1]]}]}'])

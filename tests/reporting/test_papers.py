@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from bs_exp.records import RunRecord
-from bs_exp.reporting.collect import Collection, Found
-from bs_exp.reporting.papers import Comparison, compare, literature, measured_value, paper_tables
+from bs_exp.reporting.collect import Collection, Found, PairTable
+from bs_exp.reporting.literature import literature
+from bs_exp.reporting.papers import Comparison, compare, measured_value, paper_tables
 from bs_exp.reporting.study import Study, arrange
 from tests.reporting import synthetic
 
@@ -28,12 +30,33 @@ def _compared(metric: str, *records: RunRecord, place: str | None = None) -> lis
 
 def test_the_stored_numbers_are_sound() -> None:
     known = literature()
-    assert len(known.rows) > 1000
+    assert len(known.rows) > 1500
     for row in known.rows:
         assert row.models and row.protocol in known.protocols
         assert 0 <= row.removed < 1
-        assert row.value > 1 if row.metric.startswith("ppl/") else 0 <= row.value <= 1
+        low, high = {
+            "ppl": (1, 1e6),
+            "word_perplexity": (1, 1e6),
+            "speedup": (1, 10),
+            "seconds": (1, 1e5),
+        }.get(row.metric.partition("/")[0], (0, 1))
+        assert low <= row.value <= high, row
+        # Where and how a time was taken; a table that does not say so may not stand beside ours.
+        assert bool(row.speed) == row.metric.startswith("speedup/")
+        assert set(row.speed) <= {"device", "batch_size", "prompt_length", "generated_length"}
+        assert set(row.where) <= {"allocation.beta"}
     assert {method.method for method in known.methods} <= {row.method for row in known.rows}
+
+
+def test_stored_layer_shares_keep_what_they_say() -> None:
+    """The layers of a model are equal, so that their shares have the ratio as their mean."""
+    for entry in literature().layer_shares:
+        assert sum(entry.shares) / len(entry.shares) == pytest.approx(1 - entry.removed, abs=1e-5)
+        assert all(0 < share < 1 for share in entry.shares)
+
+
+def test_stored_pairs_say_where_sharing_pays() -> None:
+    assert {pair.matrix: pair.ratio < 1 for pair in literature().pairs} == {"k": True, "o": False}
 
 
 def test_basis_sharing_on_llama_7b_meets_table_1() -> None:
@@ -132,3 +155,88 @@ def test_all_that_is_reported_stands_beside_what_was_measured() -> None:
     rows = {(row.cells[0].text, row.cells[1].text): row for row in table.rows}
     dobi = rows["Dobi-SVD", "SAES-SVD, Table 1 (arXiv 2602.03051)"]
     assert [cell.text for cell in dobi.cells[2:]] == ["8.54", "13.54"]
+
+
+def test_rows_that_stand_for_a_dial_meet_runs_with_that_dial() -> None:
+    def found(**changes: Any) -> dict[float, Comparison]:
+        dials = {f"allocation.{key}": value for key, value in changes.items()}
+        record = synthetic.record("drank", 0.2, hub=LLAMA, group_size=3, changes=dials)
+        return {c.reported.value: c for c in _compared("ppl/wikitext2", record, place="Table 5")}
+
+    assert list(found(beta=0.4)) == [7.39]
+    assert list(found(beta=0.2)) == [7.53]
+    assert list(found(beta=0.1)) == list(found()) == []
+
+
+GPU = {"throughput/device": "NVIDIA A100-SXM4-80GB"}
+
+
+def _timed(method: str, removed: float, *, device: str = "cuda:0", **more: Any) -> RunRecord:
+    """A run whose compressed model is twice as fast on prompts and four times as fast from then on."""
+    record = synthetic.record(method, removed, hub=LLAMA)
+    speeds = {"throughput/prefill_tok_s": 1000.0, "throughput/decode_tok_s": 10.0}
+    faster = {"throughput/prefill_tok_s": 2000.0, "throughput/decode_tok_s": 40.0}
+    named = GPU if device != "cpu" else {}
+    metrics: Mapping[str, Any] = {
+        "dense": {**record.metrics["dense"], **speeds, **named},
+        "compressed": {**record.metrics["compressed"], **faster, **named},
+    }
+    model = {**record.provenance["model"], "device": device}
+    hardware = {**record.hardware, "gpus": [{"name": named["throughput/device"]}] if named else []}
+    return replace(record, metrics=metrics, provenance={**record.provenance, "model": model}, hardware=hardware, **more)
+
+
+def test_speedups_are_compared_on_accelerators_with_their_settings() -> None:
+    (found,) = _compared("speedup/prefill", _timed("basis_sharing", 0.5))
+    assert (found.measured, found.reported.value) == (pytest.approx(2.0), 1.57)
+    assert {"batch: 8 here, 512 there", "prompt tokens: 256 here, 32 there"} <= set(found.differences)
+    assert not [words for words in found.differences if words.startswith("device")]
+    (found,) = _compared("speedup/generate", _timed("svd_llm_v2", 0.4))
+    # 256 prompt and 64 generated tokens: 0.256 s + 6.4 s against 0.128 s + 1.6 s.
+    assert (found.measured, found.reported.value) == (pytest.approx(6.656 / 1.728), 1.63)
+    assert not _compared("speedup/prefill", _timed("basis_sharing", 0.5, device="cpu"))
+
+
+def test_seconds_of_compression_are_compared_on_accelerators() -> None:
+    found = _compared("seconds/compress", _timed("svd_llm", 0.2))
+    assert {c.reported.value: c.reported.hardware for c in found} == {
+        900: "NVIDIA A100",
+        757: "NVIDIA GeForce RTX 5090",
+    }
+    words = {c.reported.value: c.differences for c in found}
+    assert all(c.measured == 5.0 for c in found)
+    assert not [w for w in words[900] if w.startswith(("hardware", "some Grams"))]
+    assert {
+        "hardware: NVIDIA A100-SXM4-80GB here, NVIDIA GeForce RTX 5090 there",
+        "calibration text: wikitext2 here, c4 there",
+    } <= set(words[757])
+    (reused, _) = _compared("seconds/compress", _timed("svd_llm", 0.2, cache={"hits": {"gram": 3}}))
+    assert "some Grams or decompositions came from a cache here" in reused.differences
+    assert not _compared("seconds/compress", _timed("svd_llm", 0.2, device="cpu"))
+
+
+def test_rows_of_one_method_and_table_do_not_cover_each_other() -> None:
+    study = _study(synthetic.record("svd_llm", 0.2, hub=LLAMA))
+    tables = {table.key: table for table in paper_tables(study, compare(study))}
+    rows = {row.cells[0].text: row.cells[2].text for row in tables["m1-reported-ppl-wikitext2"].rows}
+    assert (rows["SVD-LLM, calibrated on wikitext2"], rows["SVD-LLM, calibrated on c4"]) == ("7.73", "7.79")
+    assert (rows["D-Rank, group 4, beta 0.35"], rows["D-Rank, group 4, beta 0.3"]) == ("7.35", "7.37")
+
+
+def test_pairs_of_layers_stand_beside_those_of_the_paper() -> None:
+    for removed, count in ((0.2, 2), (0.4, 0)):
+        record = synthetic.record("svd_llm", removed, hub="meta-llama/Llama-2-7b-hf")
+        pairs = tuple(
+            PairTable(matrix, (8, 9), ((None, 0.0), (0.0, None)), Path("runs/0"), "norm", {(8, 9): ratio})
+            for matrix, ratio in (("q", 0.5), ("k", 0.95), ("o", 1.1))
+        )
+        study = replace(_study(record), pairs=pairs)
+        tables = [table for table in paper_tables(study, compare(study)) if table.key == "papers-pairs"]
+        rows = [[cell.text for cell in row.cells[1:]] for table in tables for row in table.rows]
+        assert (
+            rows
+            == [
+                ["20 %", "k", "8 and 9", "0.950", "0.927", "+2.5 %"],
+                ["20 %", "o", "8 and 9", "1.100", "1.148", "-4.2 %"],
+            ][:count]
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,47 @@ def test_methods_that_agree_on_layers_correlate() -> None:
     (table,) = ranks.correlation_tables(_section(*records), "m1")
     assert [_texts(row)[1:3] for row in table.rows] == [["best", "drank"]]  # svd treats all layers alike
     assert table.rows[0].cells[-1].value == pytest.approx(1.0, abs=0.05)
+
+
+def test_layer_shares_of_a_paper_stand_beside_the_measured_ones() -> None:
+    llama, vicuna = "huggyllama/llama-7b", "lmsys/vicuna-7b-v1.3"
+    records = [synthetic.record(m, 0.5, hub=llama, layers=32, group_size=1) for m in ("best", "svd")]
+    agreement, shares = ranks.correlation_tables(_section(*records), "m1")
+    assert [_texts(row)[1:3] for row in agreement.rows] == [["best", "DipSVD, reported"]]
+    # best gives more to later layers, the paper's search less.
+    assert agreement.rows[0].cells[-1].value < 0
+    assert "official code of DipSVD" in agreement.note
+    assert [_texts(row)[:3] for row in shares.rows][-1] == ["50 %", "DipSVD, reported", "39.5"]
+    assert [row.cells[1].text for row in shares.rows] == ["best", "svd", "DipSVD, reported"]
+    assert len(shares.columns) == 2 + 32
+
+    presets = {"dipsvd_heuristic": "best", "dipsvd_bayesopt": "drank"}
+    named = [
+        replace(synthetic.record(like, 0.2, hub=vicuna, layers=32, group_size=1), name=name)
+        for name, like in presets.items()
+    ]
+    (agreement,) = ranks.correlation_tables(_section(*named), "m1")
+    assert [column.title for column in agreement.columns][-2:] == ["Pearson r", "reported"]
+    assert agreement.rows[0].cells[-1].value == 0.687
+
+
+def test_what_a_sweep_shares_is_what_its_first_point_paid_for_all() -> None:
+    def point(removed: float, minute: int, **timings: float) -> RunRecord:
+        started = f"2026-01-02T03:{minute:02d}:00+00:00"
+        return replace(synthetic.record(removed=removed), timings=timings, started=started, finished=started)
+
+    evaluation = {"perplexity (dense)": 99.0, "perplexity (compressed)": 99.0, "accuracy (compressed)": 99.0}
+    first = point(0.4, 0, load=1.0, compress=5.0, calibrate=3.0, decompose=1.5, tokenise=0.5, **evaluation)
+    later = [point(removed, i, compress=0.5, **evaluation) for i, removed in enumerate((0.2, 0.3), start=1)]
+    section = _section(*later, first)
+    (cost_of_series,) = cost.shared_costs(section.series[0])
+    assert (cost_of_series.first_seconds, cost_of_series.all_seconds) == (pytest.approx(6.5), pytest.approx(7.5))
+    (table,) = (t for t in cost.cost_tables(section, "m1") if t.key == "m1-shared")
+    assert _texts(table.rows[0]) == ["svd_llm", "3", "6.5 s", "7.5 s", "1.15", "nothing"]
+    # Points of different sweeps, and single ones, share nothing that the records show.
+    other = replace(later[0], sweep={"id": "other", "job": 0, "settings": []})
+    assert not cost.shared_costs(_section(first, other).series[0])
+    assert not [t for t in cost.cost_tables(_section(first), "m1") if t.key == "m1-shared"]
 
 
 def test_every_row_has_its_commit_configuration_and_environment() -> None:
