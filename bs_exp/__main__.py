@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 # where it was used in this process before.
 sys.path.append(str(Path(__file__).resolve().parent / "plugins"))
 Plugins.instance().register(import_module("hydra_plugins.bs_exp_optuna").OptunaSweeper)
+if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:  # comes with the extra `cluster`
+    for launcher in ("SlurmLauncher", "LocalLauncher"):
+        Plugins.instance().register(getattr(import_module("hydra_plugins._bs_exp_submitit"), launcher))
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 

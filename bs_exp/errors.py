@@ -43,5 +43,9 @@ class SearchError(BsExpError):
     """A search that cannot begin or go on: its study is elsewhere, another one's, or too many trials failed."""
 
 
+class LaunchError(BsExpError):
+    """A point of a sweep whose job ended without a result: cancelled, killed, or out of time."""
+
+
 class TrackingError(BsExpError):
     """The tracking service refuses; the run goes on without it."""

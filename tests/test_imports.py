@@ -25,6 +25,7 @@ STRATEGIES = (
 KNOW_HYDRA = {
     "bs_exp.config",
     "bs_exp.multirun",
+    "bs_exp.plugins.hydra_plugins._bs_exp_submitit",
     "bs_exp.plugins.hydra_plugins.bs_exp_optuna",
     "bs_exp.searching.space",
     "bs_exp.__main__",
@@ -128,6 +129,7 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
         "bs_exp.importance.weighting",
         "bs_exp.update.course",
         "bs_exp.update.distillation",
+        "bs_exp.update.generation",
         "bs_exp.update.least_squares",
         "bs_exp.update.soap",
         "bs_exp.update.training",

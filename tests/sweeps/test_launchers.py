@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
 from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 
@@ -28,7 +31,9 @@ OPTIONS = {"joblib": JobLibLauncherConf, "submitit_slurm": SlurmQueueConf, "subm
 def test_option_is_one_of_the_launchers(option: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         launcher = compose("config", [f"hydra/launcher={option}"], return_hydra_config=True).hydra.launcher
-    assert launcher._target_ == OPTIONS[option]._target_
+    # By the name of its class: those for submitit are ours, with the same settings.
+    assert launcher._target_.rpartition(".")[2] == OPTIONS[option]._target_.rpartition(".")[2]
+    assert Plugins.instance().is_in_toplevel_plugins_module(launcher._target_)
     assert set(launcher) <= set(OPTIONS[option].__dataclass_fields__)
 
 
@@ -59,3 +64,37 @@ def test_points_run_beside_each_other_and_are_found_again(tiny: Tiny, tmp_path: 
     assert len({record.process for record in records}) >= 2
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "points   3: 2 kept, 1 failed" in again.stdout, again.stderr
+
+
+@pytest.mark.slow
+def test_a_job_without_a_result_is_a_failed_point_and_the_others_are_waited_for(tiny: Tiny, tmp_path: Path) -> None:
+    settings = [*tiny, "retain_ratio=0.8,0.6", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]
+    command = [sys.executable, "-m", "bs_exp", "-m", *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as sweep:
+        end = time.monotonic() + 100
+        while not (jobs := _jobs(sweep.pid)):
+            assert time.monotonic() < end and sweep.poll() is None
+            time.sleep(0.02)
+        job = jobs[0].ppid()
+        jobs[0].kill()
+        out, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 1
+    assert f"error: Job {job} left no result" in err, err
+    assert "_log.err. Where memory or time was too short" in err and "Traceback" not in err
+    assert "1 completed, 1 " in out, out
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "points   2: 1 completed, 1 kept" in again.stdout, again.stderr
+
+
+def _jobs(sweep: int) -> list[psutil.Process]:
+    """The processes that a sweep's points run in: each is the child of a controller, by which submitit names it."""
+    children = psutil.Process(sweep).children(recursive=True)
+    return [child for child in children if "submitit.core._submit" in child.cmdline()]
