@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.engine import make_url
@@ -38,6 +39,13 @@ def shown(place: str | None) -> str:
     if place is None:
         return "memory"
     return make_url(place).render_as_string(hide_password=True) if "://" in place else place.removeprefix(_JOURNAL)
+
+
+def reason(error: BaseException) -> str:
+    """What a database says is wrong, in one line; Optuna's own errors only say that something is."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0].rstrip(".")
 
 
 def _journal(path: Path, setting: str) -> BaseStorage:
@@ -109,7 +117,6 @@ def _database(url: str, setting: str) -> BaseStorage:
         except (SQLAlchemyError, RuntimeError) as error:
             # Processes that start together make the tables together, and all but one of them fail.
             if attempt == _ATTEMPTS:
-                cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-                raise SearchError(f"{setting}={shown(url)} cannot be opened: {cause}.") from error
+                raise SearchError(f"{setting}={shown(url)} cannot be opened: {reason(error)}.") from error
             time.sleep(0.2 * attempt)
     raise AssertionError("unreachable")

@@ -85,16 +85,13 @@ class Results:
 
 
 def collect(study: optuna.Study, counted: Sequence[FrozenTrial], objectives: Sequence[str]) -> Results:
-    """The results of a study so far; an objective that no setting names is called as the runs' records call it."""
+    """The results of a study, as far as the given trials of it; other processes may have ended more meanwhile.
+
+    An objective that no setting names is called as the runs' records call it.
+    """
     named = next((t.user_attrs[METRICS] for t in counted if t.user_attrs.get(METRICS)), objectives)
     points = {trial.number: _point(trial) for trial in counted}
-    if not any(point.values for point in points.values()):
-        best: list[int] = []
-    elif len(objectives) == 1:
-        best = [study.best_trial.number]
-    else:
-        front = {tuple(trial.values): trial.number for trial in reversed(study.best_trials)}  # of equals the first
-        best = sorted(front.values(), key=lambda number: points[number].values)
+    best = sorted(_best_of(study.directions, counted), key=lambda number: points[number].values)
     return Results(
         study=study.study_name,
         objectives=tuple(named if len(named) == len(objectives) else objectives),
@@ -102,6 +99,20 @@ def collect(study: optuna.Study, counted: Sequence[FrozenTrial], objectives: Seq
         points=tuple(points.values()),
         best=tuple(points[number] for number in best),
     )
+
+
+def _best_of(directions: Sequence[StudyDirection], trials: Sequence[FrozenTrial]) -> list[int]:
+    """The number of the best trial, or those of the front; of equal ones the first. Nothing if none is completed."""
+    completed = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    if not completed:
+        return []
+    # Of these trials alone: the study itself may know of a better one by now.
+    known = optuna.create_study(directions=directions)
+    known.add_trials(completed)
+    if len(directions) == 1:
+        return [completed[known.best_trial.number].number]
+    front = {tuple(trial.values): completed[trial.number].number for trial in reversed(known.best_trials)}
+    return list(front.values())
 
 
 def save(results: Results, folder: Path) -> list[Path]:

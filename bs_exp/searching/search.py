@@ -13,19 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, SearchError
 from bs_exp.searching.drawing import draw
+from bs_exp.searching.folder import locked, signed
 from bs_exp.searching.results import Results, collect, save
 from bs_exp.searching.space import SearchSpace, Value
 from bs_exp.searching.study import FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, as_optuna, open_study
 from bs_exp.searching.table import print_results
 from bs_exp.searching.workers import Heartbeat
-from bs_exp.study_storage import open_storage, shown
+from bs_exp.study_storage import open_storage, reason, shown
 from bs_exp.sweep import duration
 
 _DIRECTIONS = ("minimize", "maximize")
@@ -98,19 +100,33 @@ class Search:
     def run(self, run: Run) -> Ended:
         """Runs trials until the study has `n_trials`, and saves what the study knows after every batch.
 
-        Raises SearchError if the study belongs to another search, ConfigError if the sampler cannot search the space.
+        Raises SearchError if the study or the folder belongs to another search, or the storage is lost on the way;
+        ConfigError if the sampler cannot search the space.
         """
         settings = self.settings
         try_out(self.sampler, self.space, settings.directions)
-        storage, place = open_storage(settings.storage, setting="hydra.sweeper.storage"), shown(settings.storage)
-        raw, was_there = open_study(settings.study_name, storage, place, self.identity, self.sampler)
+        place = shown(settings.storage)
+        with signed(self.folder, study=settings.study_name, storage=settings.storage, identity=self.identity):
+            storage = open_storage(settings.storage, setting="hydra.sweeper.storage")
+            raw, was_there = open_study(settings.study_name, storage, place, self.identity, self.sampler)
         study = SharedStudy(raw, storage, self.space.distributions, settings.n_trials)
-        with ignoring_experimental(), Heartbeat(study.beat):
-            self._report_start(study, was_there, place)
-            failures = self._work(study, run)
-        if study.exhausted:
-            say(f"Every combination was tried, before n_trials={settings.n_trials}.")
-        return Ended(self._save(study), tuple(failures))
+        try:
+            with ignoring_experimental(), Heartbeat(study.beat):
+                self._report_start(study, was_there, place)
+                failures = self._work(study, run)
+            if study.exhausted:
+                say(f"Every combination was tried, before n_trials={settings.n_trials}.")
+            if elsewhere := sum(trial.state is TrialState.RUNNING for trial in study.counted()):
+                say(
+                    f"note: {elsewhere} more of the {settings.n_trials} trials are under way elsewhere. The same "
+                    "command runs those again whose process has ended."
+                )
+            return Ended(self._save(study), tuple(failures))
+        except (StorageInternalError, SQLAlchemyError) as error:
+            raise SearchError(
+                f"The study in {place} does not answer any more: {reason(error)}. Its trials are kept, and points that "
+                "ended have their records: the same command goes on."
+            ) from error
 
     def conclude(self, ended: Ended) -> None:
         """Draws and prints what was found; SearchError if too many trials failed here, or none is completed."""
@@ -172,8 +188,10 @@ class Search:
             say(f"trial {trial.number} was given up by another process; its result stays in its record alone.")
 
     def _save(self, study: SharedStudy) -> Results:
-        results = collect(study.study, study.counted(), self.identity.objectives)
-        save(results, self.folder)
+        # Read and written in one: another process must not write over tables that know more.
+        with locked(self.folder):
+            results = collect(study.study, study.counted(), self.identity.objectives)
+            save(results, self.folder)
         return results
 
     def _report_start(self, study: SharedStudy, was_there: bool, place: str) -> None:

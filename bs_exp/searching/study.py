@@ -178,6 +178,12 @@ class SharedStudy:
         return True
 
 
+def listed(differences: Sequence[str]) -> str:
+    """Differences below each other, as many as can be read."""
+    more = [f"... and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
+    return "\n  ".join([*differences[:_SHOWN], *more])
+
+
 def as_optuna(directions: Iterable[str]) -> list[StudyDirection]:
     """Directions by Optuna's own names."""
     return [StudyDirection[direction.upper()] for direction in directions]
@@ -230,11 +236,9 @@ def open_study(
     if stored is None:
         study.set_user_attr(_IDENTITY, asdict(identity))
     elif different := identity.differences(stored):
-        lines = [*different[:_SHOWN], *([f"... and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else [])]
         raise SearchError(
             f"Study {name!r} in {place} belongs to another search; its trials do not compare. What differs:\n  "
-            + "\n  ".join(lines)
-            + "\nSet these as they were to go on with it, or begin a study of its own: "
+            f"{listed(different)}\nSet these as they were to go on with it, or begin a study of its own: "
             "hydra.sweeper.study_name=NEW."
         )
     # Its points would be those that the first process has drawn from the same seed.

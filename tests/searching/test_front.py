@@ -44,6 +44,20 @@ def test_front_is_what_nothing_dominates(directions: tuple[StudyDirection, ...],
     assert len(front) == len(set(front))
 
 
+@pytest.mark.parametrize("directions", [BOTH[:1], list(BOTH)], ids=str)
+def test_trials_that_another_process_ends_meanwhile_are_not_among_the_best_yet(
+    directions: list[StudyDirection],
+) -> None:
+    study, names = optuna.create_study(directions=directions), ["f0", "f1"][: len(directions)]
+    trials = [study.ask() for _ in range(3)]
+    study.tell(trials[1], [5.0] * len(directions))
+    seen = study.trials
+    for trial, value in ((trials[0], 0.0), (trials[2], 1.0)):
+        study.tell(trial, [value, 9.0][: len(directions)])
+    assert [point.number for point in collect(study, seen, names).best] == [1]
+    assert [point.number for point in collect(study, study.trials, names).best] == [0]
+
+
 def test_three_objectives_are_drawn_pair_by_pair(tmp_path: Path) -> None:
     found = results([(1.0, 2.0, 3.0), (2.0, 1.0, 3.0), (3.0, 3.0, 3.0)], [StudyDirection.MINIMIZE] * 3)
     png, svg = draw(found, tmp_path)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import multiprocessing
+import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,11 @@ def conclude(one: Search, runner: Runner) -> Results:
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "trials.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name, without locks."""
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*") if path.is_file()}
 
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -206,13 +212,56 @@ def test_a_sampler_that_cannot_search_the_space_is_refused_before_there_is_a_stu
         ),
     ],
 )
-def test_a_study_of_another_search_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("place", ["same folder", "same folder, another name", "same storage"])
+def test_a_study_of_another_search_is_refused(
+    tmp_path: Path, place: str, changes: dict[str, Any], message: str
+) -> None:
+    storage = str(tmp_path / "study.journal")
     search(tmp_path, n_trials=1).run(Runner())
-    before, runner = (tmp_path / "study.journal").read_bytes(), Runner()
+    before, runner = contents(tmp_path), Runner()
+    folder = tmp_path / "new" if place == "same storage" else tmp_path
+    # A name is made of the settings where none is given: then the storage has no study of that name.
+    name = "other" if "name" in place else "study"
     with pytest.raises(SearchError, match=rf"(?s)belongs to another search.*{message}.*study_name=NEW"):
-        search(tmp_path, **changes).run(runner)
+        search(folder, storage=storage, study_name=name, **changes).run(runner)
     assert runner.points == []
-    assert (tmp_path / "study.journal").read_bytes() == before
+    assert contents(tmp_path) == before
+    assert contents(tmp_path / "new") == {}
+    # There is room for it elsewhere, and the first one goes on.
+    elsewhere = search(tmp_path / "new", storage=storage, study_name="other", n_trials=1, **changes)
+    assert len(elsewhere.run(Runner(lambda point: (point["x"],))).results.completed) == 1
+    assert len(search(tmp_path, n_trials=2).run(Runner()).results.points) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study_name": "other"}, r"study_name: study in the folder, other now"),
+        ({"storage": "sqlite:///{}/study.db"}, r"storage: study.journal in the folder, sqlite:///.*study.db now"),
+        ({"storage": None}, r"storage: study.journal in the folder, memory now"),
+    ],
+)
+def test_a_folder_holds_one_study(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """The same search under another name, or in another storage, would begin anew and write over the tables."""
+    search(tmp_path, n_trials=1).run(Runner())
+    before = contents(tmp_path)
+    changes = {key: value and value.format(tmp_path) for key, value in changes.items()}
+    with pytest.raises(SearchError, match=rf"(?s){tmp_path} belongs to another search.*{message}.*sweep\.dir=NEW"):
+        search(tmp_path, **changes).run(Runner())
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_may_be_moved(tmp_path: Path) -> None:
+    search(tmp_path / "a", n_trials=1).run(Runner())
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len(search(tmp_path / "b", n_trials=2).run(Runner()).results.completed) == 2
+
+
+def test_a_folder_that_does_not_say_whose_it_is(tmp_path: Path) -> None:
+    search(tmp_path, n_trials=1).run(Runner())
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(SearchError, match=r"study\.json does not say whose results lie there"):
+        search(tmp_path, n_trials=2).run(Runner())
 
 
 def test_a_study_that_nobody_signed_is_refused(tmp_path: Path) -> None:
@@ -261,6 +310,7 @@ def test_what_a_killed_process_ran_is_run_again(tmp_path: Path, capsys: pytest.C
     beside = Runner()
     search(tmp_path, n_trials=4).run(beside)
     assert len(beside.points) == 3
+    assert "note: 1 more of the 4 trials are under way elsewhere" in capsys.readouterr().err
     process.kill()
     process.join(10)
     runner = Runner()
@@ -296,7 +346,7 @@ def test_progress_is_one_line_per_batch(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_memory_leaves_nothing_but_tables(tmp_path: Path) -> None:
     conclude(search(tmp_path, storage=None, n_trials=2), Runner())
-    assert {path.name for path in tmp_path.iterdir()} == {"trials.csv", "best.yaml", "history.png", "history.svg"}
+    assert contents(tmp_path).keys() == {"trials.csv", "best.yaml", "history.png", "history.svg", "study.json"}
 
 
 def test_a_line_that_a_process_died_in_is_cut_off(tmp_path: Path) -> None:
@@ -326,6 +376,20 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
 def test_a_storage_that_is_none(tmp_path: Path, storage: str, message: str) -> None:
     with pytest.raises((ConfigError, SearchError), match=message):
         search(tmp_path, storage=storage).run(Runner())
+
+
+def test_a_storage_that_is_lost_on_the_way_is_an_error_that_says_so(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+
+    def lose(point: Mapping[str, Any]) -> tuple[float, ...]:
+        with sqlite3.connect(tmp_path / "study.db") as database:
+            database.execute("DROP TABLE trial_values")
+        return parabola(point)
+
+    with pytest.raises(
+        SearchError, match=r"does not answer any more: no such table: trial_values\. Its trials are kept"
+    ):
+        search(tmp_path, storage=storage).run(Runner(lose))
 
 
 def test_passwords_are_not_shown() -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pwd
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +76,9 @@ def test_search_and_its_best_point_again(cli: Cli, searching: Tiny) -> None:
 
     kept = cli(*searching)
     assert kept.status == 0 and "goes on, 3 of 3 trials done" in kept.err
+    more = cli(*searching, "hydra.sweeper.n_trials=4")
+    assert more.status == 0 and "goes on, 3 of 4 trials done" in more.err
+    assert [row["state"] for row in rows()] == ["completed"] * 4
     refused = cli(*searching, "sharing=paper")
     assert refused.status == 1
     assert "belongs to another search" in refused.err
@@ -122,6 +130,21 @@ def test_parameters_belong_to_their_options_and_failures_to_the_search(cli: Cli,
     ]  # fmt: skip
     assert "group_size must be between 1 and 3" in done.out
     assert "Every combination was tried" in done.err
+
+
+def test_another_search_does_not_write_over_the_first(cli: Cli, searching: Tiny) -> None:
+    """Without a name of its own, a study is named by its settings: other settings, another study in the folder."""
+    first = [setting for setting in searching if not setting.startswith("hydra.sweeper.study_name")]
+    assert cli(*first, "hydra.sweeper.n_trials=1").status == 0
+    before = {path.name: path.read_bytes() for path in FOLDER.glob("[!.]*") if path.is_file() and path.stem != "sweep"}
+    assert before.keys() >= {"best.yaml", "trials.csv", "study.journal"}
+    refused = cli(*first, "allocation.by_depth.1=interval(0.5,2)", "hydra.sweeper.n_trials=1")
+    assert refused.status == 1
+    assert f"{FOLDER} belongs to another search" in refused.err
+    assert "allocation.by_depth.1: absent in the study, 0.5 to 2.0 now" in refused.err
+    assert "hydra.sweep.dir=NEW" in refused.err and "Traceback" not in refused.err
+    for name, content in before.items():
+        assert (FOLDER / name).read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -182,6 +205,70 @@ def test_two_commands_at_once_share_a_study(searching: Tiny, tmp_path: Path) -> 
     assert [row["state"] for row in trials] == ["completed"] * 8
     ran = {read_record(tmp_path / FOLDER / row["folder"]).process for row in trials}
     assert ran <= {command.pid for command in commands}
+
+
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """The URL of an empty database in a cluster of its own; skipped where PostgreSQL or its driver is not installed."""
+    pytest.importorskip("psycopg")
+    places = [Path(found).parent] if (found := shutil.which("initdb")) else Path("/usr/lib/postgresql").glob("*/bin")
+    programs = max(places, default=None)
+    # It does not run as root; its package brings a user.
+    user = "postgres" if os.geteuid() == 0 else None
+    if programs is None or (user and user not in {entry.pw_name for entry in pwd.getpwall()}):
+        pytest.skip("PostgreSQL is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="bs_exp-postgresql-"))  # short: the name of its socket is limited
+    if user:
+        shutil.chown(folder, user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(program: str, *arguments: str) -> None:
+        command = [str(programs / program), "-D", str(folder / "data"), *arguments]
+        done = subprocess.run(command, cwd=folder, user=user, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    run("initdb", "-A", "trust", "-U", "bs_exp")
+    run(
+        "pg_ctl", "start", "-w", "-l", str(folder / "log"), "-o", f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    )
+    try:
+        yield f"postgresql://bs_exp@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "stop", "-m", "immediate")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_two_commands_share_a_study_in_postgresql_and_one_is_killed(
+    searching: Tiny, postgresql: str, tmp_path: Path
+) -> None:
+    settings = (*searching, f"hydra.sweeper.storage={postgresql}", "hydra.sweeper.n_trials=8")
+    killed, other = (start(*settings, folder=tmp_path) for _ in range(2))
+    end = time.monotonic() + 100
+    while not any(f'"process": {killed.pid}' in text for text in _running(tmp_path / FOLDER)):
+        assert time.monotonic() < end and killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    _, err = other.communicate(timeout=200)
+    assert other.returncode == 0, err
+    # It takes over what was in flight, if it is not through before that.
+    again = start(*settings, folder=tmp_path)
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    trials = rows(tmp_path / FOLDER)
+    assert [row["state"] for row in trials] == ["completed"] * 8
+    assert len([row for row in trials if row["repeats"]]) == 1
+
+
+def _running(folder: Path) -> Iterator[str]:
+    """The records of points that are under way."""
+    for path in folder.glob("*/record.json"):
+        with suppress(OSError):  # written anew
+            if '"status": "running"' in (text := path.read_text()):
+                yield text
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ def search(
     settings: Mapping[str, Any] | None = None,
     sampler: BaseSampler | None = None,
     max_failure_rate: float = 0.5,
+    study_name: str = "study",
 ) -> Search:
     """A search whose study is `folder/study.journal` unless it is said to be elsewhere."""
     space = SearchSpace(distributions or SPACE.distributions, SPACE.fixed)
@@ -44,7 +45,7 @@ def search(
             n_jobs=n_jobs,
             directions=directions,
             storage=str(folder / "study.journal") if storage == "" else storage,
-            study_name="study",
+            study_name=study_name,
             max_failure_rate=max_failure_rate,
         ),
         space=space,
