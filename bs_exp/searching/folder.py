@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from sqlalchemy.engine import make_url
 
 from bs_exp.errors import SearchError
 from bs_exp.searching.study import Identity, listed
@@ -68,9 +69,15 @@ def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _beside(storage: str | None, folder: Path) -> str:
-    """The storage as seen from the folder, which can be moved; without a password."""
+    """The storage as seen from the folder, which can be moved together with its files; without a password."""
     place = shown(storage)
-    return place if storage is None or "://" in storage else os.path.relpath(place or ".", folder)
+    if storage is None:
+        return place
+    if "://" not in storage:
+        return os.path.relpath(place, folder)
+    url = make_url(storage)
+    is_file = url.get_backend_name() == "sqlite" and url.database
+    return f"sqlite:///{os.path.relpath(str(url.database), folder)}" if is_file else place
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -118,7 +118,7 @@ class Search:
                 say(f"Every combination was tried, before n_trials={settings.n_trials}.")
             if elsewhere := sum(trial.state is TrialState.RUNNING for trial in study.counted()):
                 say(
-                    f"note: {elsewhere} more of the {settings.n_trials} trials are under way elsewhere. The same "
+                    f"note: under way elsewhere, of {settings.n_trials} trials: {elsewhere}. The same "
                     "command runs those again whose process has ended."
                 )
             return Ended(self._save(study), tuple(failures))

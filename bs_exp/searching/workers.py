@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import psutil
 from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
 
 BEAT = 30.0
 """Seconds between two signs of life."""
@@ -88,6 +89,6 @@ class Heartbeat:
         while not self._over.wait(BEAT):
             try:
                 self._beat(time.time())
-            except (StorageInternalError, OSError) as error:
+            except (StorageInternalError, SQLAlchemyError, OSError) as error:
                 # The next beat may reach the storage again; one that stays away fails the trial's own writes.
                 logging.getLogger(__name__).warning("no sign of life in the study: %s", error)

@@ -251,10 +251,13 @@ def test_a_folder_holds_one_study(tmp_path: Path, changes: dict[str, Any], messa
     assert contents(tmp_path) == before
 
 
-def test_a_folder_may_be_moved(tmp_path: Path) -> None:
-    search(tmp_path / "a", n_trials=1).run(Runner())
+@pytest.mark.parametrize("scheme", ["", "sqlite:///"], ids=["journal", "sqlite"])
+def test_a_folder_may_be_moved(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "a").mkdir()
+    search(tmp_path / "a", n_trials=1, storage=f"{scheme}{tmp_path}/a/study").run(Runner())
     (tmp_path / "a").rename(tmp_path / "b")
-    assert len(search(tmp_path / "b", n_trials=2).run(Runner()).results.completed) == 2
+    again = search(tmp_path / "b", n_trials=2, storage=f"{scheme}{tmp_path}/b/study").run(Runner())
+    assert len(again.results.completed) == 2
 
 
 def test_a_folder_that_does_not_say_whose_it_is(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_what_a_killed_process_ran_is_run_again(tmp_path: Path, capsys: pytest.C
     beside = Runner()
     search(tmp_path, n_trials=4).run(beside)
     assert len(beside.points) == 3
-    assert "note: 1 more of the 4 trials are under way elsewhere" in capsys.readouterr().err
+    assert "note: under way elsewhere, of 4 trials: 1." in capsys.readouterr().err
     process.kill()
     process.join(10)
     runner = Runner()
