@@ -60,12 +60,14 @@ class Generation:
         if not self.generated:
             return text[:0]
         # The batch belongs to the key: random numbers are drawn batch by batch.
+        own: Any = dense.module.generation_config
         key = content_key(
             dense=dense.fingerprint,
             device=dense.device.type,
             prompts=self._prompts(text).tolist(),
             length=text.shape[1],
             batch=self.generation_batch,
+            end=own.eos_token_id,
             seed=self.seed,
         )
         stored = cache.find(KIND, key)
@@ -84,7 +86,8 @@ class Generation:
     @torch.no_grad()
     def _draw(self, dense: LoadedModel, batches: tuple[Tensor, ...], length: int) -> Iterator[Tensor]:
         # A window is a piece of running text: no end, no filter, nothing of the model's own generation settings.
-        new = length - self.prompt_length
+        new, module = length - self.prompt_length, dense.module
+        own: Any = module.generation_config
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -94,10 +97,17 @@ class Generation:
             max_new_tokens=new,
             min_new_tokens=new,
             pad_token_id=0,
+            eos_token_id=own.eos_token_id,
         )
-        generate: Any = dense.module.generate
+        generate: Any = module.generate
         with torch.random.fork_rng(devices=[dense.device] if dense.device.type == "cuda" else []):
             for number, prompts in enumerate(batches):
                 torch.manual_seed(self.seed * 1_000_003 + number)
                 ids = prompts.to(dense.device)
-                yield generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings).cpu()
+                # Whatever `settings` leave open would be taken from here: beams, banned tokens and the like.
+                module.generation_config = GenerationConfig()
+                try:
+                    drawn = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                finally:
+                    module.generation_config = own
+                yield drawn.cpu()

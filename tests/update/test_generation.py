@@ -57,9 +57,11 @@ def test_same_in_same_out_whatever_the_model_would_generate_with() -> None:
     dense = tiny_random()
     first = written(dense)
     state = torch.random.get_rng_state()
-    dense.module.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0, max_length=7)
+    own = dense.module.generation_config
+    own.update(top_k=1, temperature=0.1, repetition_penalty=5.0, max_length=7, num_beams=3, no_repeat_ngram_size=1)
     assert torch.equal(written(dense), first)
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert dense.module.generation_config is own and own.num_beams == 3
     assert not torch.equal(written(dense, replace(GENERATION, seed=4)), first)
 
 
