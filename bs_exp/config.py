@@ -284,7 +284,10 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return str(error)
         case MissingConfigException(missing_cfg_file=str(file), options=[*options]):
             group, _, option = file.rpartition("/")
-            return f"{group}={option} does not exist. {_options(f'Options of {group}', option, options)}"
+            # Of an option in a folder (experiment=best_without/steps) Hydra tells those of the group around it.
+            inside = sorted(path.stem for path in (root_folder() / "conf" / group).glob("[!_]*.yaml"))
+            known = options if set(inside) & set(options) else inside or options
+            return f"{group}={option} does not exist. {_options(f'Options of {group}', option, known)}"
         case ConfigCompositionException() if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             keys = [str(key) for key in cause.parent_node if key not in _INTERNAL_KEYS]
             where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)

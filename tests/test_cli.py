@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
         ),
         ("experiment=svd sharing.size=3", "error: sharing.size does not exist in sharing=none. Keys there: none."),
         ("model=dmo", "error: model=dmo does not exist. Did you mean demo?"),
+        ("experiment=best_without/step", "error: experiment/best_without=step does not exist. Did you mean steps?"),
         ("seed=abc", "error: seed: Value 'abc'"),
     ],
 )
