@@ -83,7 +83,7 @@ def cost_of(choices: Sequence[Choices], chosen: Sequence[int]) -> int:
 def spend(choices: Sequence[Choices], chosen: Sequence[int], budget: int) -> list[int]:
     """Spends what is left, each time on the best saving of loss per parameter among the steps that fit.
 
-    What is left in the end is less than any group's next component.
+    What is left in the end is less than any group's next choice.
     """
     chosen = list(chosen)
     left = budget - cost_of(choices, chosen)

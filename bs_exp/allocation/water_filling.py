@@ -29,8 +29,7 @@ class WaterFilling:
     give way to nothing: where all groups are at their upper bounds, the plan keeps less than the budget. A group of
     several layers keeps to the bounds of all of them.
 
-    Ranks are multiples of `multiple`, as matrix units like them; a group whose budget is below that keeps the fewest
-    components that its bounds allow.
+    Ranks are multiples of `multiple`, as matrix units like them, or the fewest components that a group's bounds allow.
     """
 
     min_ratio: float

@@ -29,7 +29,8 @@ class PythonDocs:
         if self.packages is None:
             return
         known = (PYTHON, *PACKAGES)
-        if isinstance(self.packages, str) or not self.packages or set(self.packages) - set(known):
+        listed = isinstance(self.packages, list | tuple) and self.packages
+        if not listed or any(package not in known for package in self.packages):
             raise ConfigError(f"packages must be a list of some of {', '.join(known)}, or null, got {self.packages!r}.")
         object.__setattr__(self, "packages", tuple(self.packages))
 

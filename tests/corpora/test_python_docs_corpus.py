@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bs_exp.corpora import python_docs
@@ -32,8 +34,8 @@ def test_packages_are_parts_of_it_that_have_nothing_in_common() -> None:
     assert "packages" not in provenance and of_both["fingerprint"] != provenance["fingerprint"]
 
 
-@pytest.mark.parametrize("packages", [("jax",), ("torch", "Numpy"), (), "torch"])
-def test_unknown_packages_list_those_there_are(packages: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("packages", [("jax",), ("torch", "Numpy"), (), "torch", 3, [["torch"]]])
+def test_unknown_packages_list_those_there_are(packages: Any) -> None:
     with pytest.raises(ConfigError, match=r"packages must be a list of some of python, torch, .*, or null, got"):
         PythonDocs(packages=packages)
 
