@@ -74,7 +74,7 @@ def _beside(storage: str | None, folder: Path) -> str:
     if storage is None:
         return place
     if "://" not in storage:
-        return os.path.relpath(place, folder)
+        return os.path.relpath(place or ".", folder)
     url = make_url(storage)
     is_file = url.get_backend_name() == "sqlite" and url.database
     return f"sqlite:///{os.path.relpath(str(url.database), folder)}" if is_file else place
