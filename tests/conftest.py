@@ -22,6 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Shells start background jobs deaf to Ctrl-C, and these would pass it on to the runs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _TEXT = "the model reads a text and learns which word may follow another in it so that no two lines are alike"
 
 
