@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +16,7 @@ from bs_exp import environment
 from bs_exp.errors import RecordError, TrackingError
 from bs_exp.journal import Journal
 from bs_exp.protocols import TrackedRun, Tracker
-from bs_exp.records import FILE_NAME, RunRecord, Status, write_record
+from bs_exp.records import FILE_NAME, RunRecord, Status, utc_now, write_record
 from bs_exp.tracking.none import NullTrackedRun
 
 
@@ -37,7 +36,7 @@ def new_record(
         name=name,
         run_id=f"{config_hash[:8]}-{place[:8]}",
         status=Status.RUNNING,
-        started=_utc_now(),
+        started=utc_now(),
         command=tuple(sys.orig_argv),
         config=config,
         config_hash=config_hash,
@@ -91,7 +90,7 @@ class Recorder:
     ) -> None:
         try:
             if error is None:
-                self.update(status=Status.COMPLETED, finished=_utc_now())
+                self.update(status=Status.COMPLETED, finished=utc_now())
             else:
                 self._record_failure(error)
         finally:
@@ -101,7 +100,7 @@ class Recorder:
         # Exceptions outside Exception (KeyboardInterrupt, SystemExit) are orders to stop, not failures.
         status = Status.FAILED if isinstance(error, Exception) else Status.INTERRUPTED
         try:
-            self.update(status=status, finished=_utc_now(), error=self._describe(error))
+            self.update(status=status, finished=utc_now(), error=self._describe(error))
             error.add_note(f"Recorded in {self.folder / FILE_NAME}")
         except RecordError as unwritten:  # what ended the run matters more than the record of it
             error.add_note(str(unwritten))
@@ -125,7 +124,3 @@ class Recorder:
     def _untrack(self, error: TrackingError) -> None:
         self._tracked = NullTrackedRun()
         self.journal.note(f"{error} The run goes on without tracking; its record holds everything.")
-
-
-def _utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

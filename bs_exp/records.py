@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,11 @@ FILE_NAME = "record.json"
 FORMAT_VERSION = 1
 
 _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def utc_now() -> str:
+    """The time as records write it: in milliseconds, for what ends and what begins anew may share a second."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class Status(StrEnum):

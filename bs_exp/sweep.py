@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,6 @@ class SweepPlan:
             raise RecordError(
                 f"{path} is no plan of a sweep ({error}); remove it and start the sweep again."
             ) from error
-
-
-def utc_now() -> str:
-    """The time as records write it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def finished_record(folder: Path, config_hash: str, *, with_model: bool) -> RunRecord | None:
