@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bs_exp.hf_plugin import PivotedLinear, SharedLinear
+from bs_exp.hf_plugin import PivotedLinear, SharedLinear, place_columns
 from bs_exp.replacement import twin
 
 ADAPTER = "default"
@@ -212,15 +212,18 @@ class _Plain(nn.Module):
 
 
 class _Pivoted(nn.Module):
+    own_columns: Tensor
+    other_columns: Tensor
+
     def __init__(self, layer: PivotedLinear) -> None:
         super().__init__()
         self.bias = layer.output_bias
-        self.register_buffer("order", layer.order, persistent=False)
+        self.register_buffer("own_columns", layer.own_columns, persistent=False)
+        self.register_buffer("other_columns", layer.other_columns, persistent=False)
         self._own = slice(layer.start, layer.start + layer.count)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        order: Any = self.order
-        outputs = torch.cat((z[..., self._own], y), dim=-1).index_select(-1, order)
+        outputs = place_columns(z[..., self._own], self.own_columns, y, self.other_columns)
         return outputs if self.bias is None else outputs + self.bias
 
 

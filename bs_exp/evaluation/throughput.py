@@ -58,11 +58,11 @@ class Throughput:
         prompt = torch.randint(vocabulary_size(model), (self.batch_size, self.prompt_length), generator=generator)
         prompt = prompt.to(module.device)
         for _ in range(self.warmup):
-            self._run(module, prompt)
+            read_and_write(module, prompt, self.generated_length)
         on_accelerator = module.device.type != "cpu"
         if on_accelerator:
             torch.accelerator.reset_peak_memory_stats(module.device)
-        runs = [self._run(module, prompt) for _ in range(self.repeats)]
+        runs = [read_and_write(module, prompt, self.generated_length) for _ in range(self.repeats)]
         prefill = [prompt.numel() / seconds for seconds, _ in runs]
         decode = [self.batch_size * self.generated_length / seconds for _, seconds in runs]
         return {
@@ -88,19 +88,22 @@ class Throughput:
                 f"tokens, but the model has {limit} positions; make them shorter."
             )
 
-    def _run(self, module: PreTrainedModel, prompt: Int[Tensor, "batch length"]) -> tuple[float, float]:
-        """Seconds of the prefill, and of `generated_length` decoding steps."""
-        # As in generate(): of the prompt only the last logits are needed, and most models can leave the others out.
-        last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
-        with torch.inference_mode():
-            start = _now(module.device)
-            output = module(input_ids=prompt, use_cache=True, **last_only)
+
+def read_and_write(
+    module: PreTrainedModel, prompt: Int[Tensor, "batch length"], generated_length: int
+) -> tuple[float, float]:
+    """Seconds of the prefill, and of `generated_length` greedy decoding steps with a key-value cache."""
+    # As in generate(): of the prompt only the last logits are needed, and most models can leave the others out.
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
+    with torch.inference_mode():
+        start = _now(module.device)
+        output = module(input_ids=prompt, use_cache=True, **last_only)
+        token = output.logits[:, -1:].argmax(-1)
+        prefilled = _now(module.device)
+        for _ in range(generated_length):
+            output = module(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
             token = output.logits[:, -1:].argmax(-1)
-            prefilled = _now(module.device)
-            for _ in range(self.generated_length):
-                output = module(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-                token = output.logits[:, -1:].argmax(-1)
-            return prefilled - start, _now(module.device) - prefilled
+        return prefilled - start, _now(module.device) - prefilled
 
 
 def _now(device: torch.device) -> float:

@@ -1,0 +1,115 @@
+"""How fast a Llama reads and writes, dense and factorised: `python -m bs_exp.benchmarks.decoder --help`.
+
+Random weights in the shapes of LLaMA-7B, a few of its blocks, and a head as small in proportion. Every matrix of the
+blocks keeps the same share of its parameters. All variants are timed in turn, several times over.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from bs_exp.benchmarks.comparison import (
+    LAYOUTS,
+    Measurement,
+    Variant,
+    add_arguments,
+    check_arguments,
+    compared,
+    factorised,
+    move,
+    report,
+)
+from bs_exp.evaluation.throughput import read_and_write
+from bs_exp.replacement import twin
+
+
+def variants(
+    config: LlamaConfig, ratio: float, *, dtype: torch.dtype, device: torch.device, multiple: int = 1
+) -> tuple[Variant, ...]:
+    """The dense model; all matrices of its blocks plain, pivoted at the same stored parameters, and at the same rank.
+
+    They share what is not in a block. Raises ValueError if the ratio leaves no room for a rank of `multiple`.
+    """
+    with device:
+        dense = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    matrices = {name: m for name, m in dense.model.layers.named_modules() if isinstance(m, nn.Linear)}
+    head = dense.lm_head.weight.numel()
+    rest = sum(p.numel() for p in dense.parameters()) - sum(m.weight.numel() for m in matrices.values())
+    total = sum(m.weight.numel() for m in matrices.values())
+    found = [Variant(name="dense", module=dense, rank=None, parameters=rest + total, multiply_adds=head + total)]
+    for name in LAYOUTS:
+        model, parameters, operations = twin(dense), rest, head
+        for module, matrix in matrices.items():
+            layer = factorised(matrix, name, ratio, multiple=multiple)
+            model.model.layers.set_submodule(module, layer.module)
+            parameters, operations = parameters + layer.parameters, operations + layer.multiply_adds
+        found.append(Variant(name=name, module=model, rank=None, parameters=parameters, multiply_adds=operations))
+    return tuple(found)
+
+
+def measure(
+    found: Sequence[Variant], batch: int, *, prompt_length: int, generated_length: int, rounds: int
+) -> Sequence[Measurement]:
+    """Times prefill and decoding (per step) of all variants on `batch` prompts, round by round."""
+    reading: list[list[float]] = [[] for _ in found]
+    writing: list[list[float]] = [[] for _ in found]
+    for number in range(rounds + 1):
+        for variant, read, written in zip(found, reading, writing, strict=True):
+            model = variant.module
+            assert isinstance(model, PreTrainedModel)
+            prompt = torch.randint(model.config.vocab_size, (batch, prompt_length), device=model.device)
+            move(model)
+            prefill, decode = read_and_write(model, prompt, generated_length)
+            if number:  # the first round fills caches
+                read.append(prefill)
+                written.append(decode / generated_length)
+    return (
+        *compared(f"read {batch} x {prompt_length}", found, reading),
+        *compared(f"write {batch} x 1", found, writing),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a table; `--json` also writes it with versions and hardware."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=2, help="LLaMA-7B has 32")
+    parser.add_argument("--vocabulary", type=int, help="1000 per block if left out, as in LLaMA-7B")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="prompts at a time")
+    parser.add_argument("--prompt-length", type=int, default=32)
+    parser.add_argument("--generated-length", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    names = ("hidden", "intermediate", "heads", "blocks", "prompt_length", "generated_length", "rounds")
+    at_least_one = {name: getattr(options, name) for name in names}
+    vocabulary = 1000 * options.blocks if options.vocabulary is None else options.vocabulary
+    check_arguments(parser, options, **at_least_one, batch=min(options.batch), vocabulary=vocabulary)
+    if options.hidden % options.heads:
+        parser.error(f"--hidden {options.hidden} is no multiple of --heads {options.heads}")
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_attention_heads=options.heads,
+        num_hidden_layers=options.blocks,
+        vocab_size=vocabulary,
+    )
+    where = {"dtype": getattr(torch, options.dtype), "device": torch.device(options.device)}
+    try:
+        found = variants(config, options.ratio, multiple=options.multiple, **where)
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    lengths = {"prompt_length": options.prompt_length, "generated_length": options.generated_length}
+    measurements = [m for batch in options.batch for m in measure(found, batch, rounds=options.rounds, **lengths)]
+    report(measurements, options, f"{options.blocks} blocks, {options.hidden} and {options.intermediate} wide, eager")
+
+
+if __name__ == "__main__":
+    main()

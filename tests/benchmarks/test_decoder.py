@@ -1,0 +1,55 @@
+"""The whole-model benchmark compares models that read and write the same, with the parameters that it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from bs_exp.benchmarks.decoder import main, variants
+from bs_exp.hf_plugin import PivotedLinear, SharedLinear
+
+_SMALL = "--hidden 32 --intermediate 48 --heads 4 --blocks 2 --device cpu"
+
+
+def test_every_matrix_of_the_blocks_is_factorised() -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=40
+    )
+    dense, *others = variants(config, 0.7, dtype=torch.float32, device=torch.device("cpu"))
+    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert dense.multiply_adds == matrices + 40 * 32
+    rest = dense.parameters - matrices
+    for variant, kind in zip(others, (SharedLinear, PivotedLinear, PivotedLinear), strict=True):
+        layers = [m for m in variant.module.modules() if isinstance(m, (SharedLinear, PivotedLinear))]
+        assert len(layers) == 14 and all(type(layer) is kind for layer in layers)
+        assert sum(isinstance(m, nn.Linear) for m in variant.module.modules()) == 1  # the head
+        held = sum(p.numel() for p in variant.module.parameters())
+        # The rest of what counts as stored are the pivots.
+        assert held <= variant.parameters <= rest + matrices
+        assert variant.multiply_adds == held - rest + 40 * 32
+    plain, same_budget, same_rank = others
+    assert plain.parameters <= rest + 0.7 * matrices >= same_budget.parameters
+    assert same_rank.parameters < same_budget.parameters
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "decoder.json"
+    lengths = "--prompt-length 4 --generated-length 2 --rounds 2 --batch 3"
+    main([*_SMALL.split(), *lengths.split(), "--json", str(file)])
+    record = json.loads(file.read_text())
+    assert [m["case"] for m in record["measurements"]] == ["read 3 x 4"] * 4 + ["write 3 x 1"] * 4
+    assert all(0 < m["fastest"] <= m["median"] <= m["slowest"] for m in record["measurements"])
+    assert record["settings"]["prompt_length"] == 4
+    assert "pivoted, same rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", ["--ratio 0", "--blocks 0", "--vocabulary 0", "--multiple 64", "--heads 5"])
+def test_bad_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*_SMALL.split(), *arguments.split()])
+    assert "error:" in capsys.readouterr().err
