@@ -45,7 +45,8 @@ def reason(error: BaseException) -> str:
     """What a database says is wrong, in one line; Optuna's own errors only say that something is."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
-    return str(getattr(error, "orig", None) or error).strip().splitlines()[0].rstrip(".")
+    said = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
+    return said.splitlines()[0].rstrip(".")
 
 
 def _journal(path: Path, setting: str) -> BaseStorage:
