@@ -88,6 +88,18 @@ class Cache:
     _memory: dict[tuple[str, str], MemoryEntry] = field(default_factory=dict)
     _verified: set[Path] = field(default_factory=set)
 
+    def check(self) -> None:
+        """CacheError if the folder cannot be made: better known before any work than after.
+
+        One that is there and cannot be written may hold all that is needed.
+        """
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
     def find(self, kind: str, key: str) -> Entry | None:
         """The entry under a key, or None. A damaged file counts as absent, and is overwritten by the next `store`."""
         entry = self._memory.get((kind, key)) if self.folder is None else self._open(kind, key)
@@ -114,10 +126,7 @@ class Cache:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            raise CacheError(
-                f"Cannot write the cache file {path}: {error}. "
-                "Free some space, point cache.dir elsewhere, or set cache.dir=null to keep everything in memory."
-            ) from error
+            raise _unwritable(path, error) from error
         finally:
             if temporary.exists():
                 temporary.unlink()
@@ -149,3 +158,10 @@ class Cache:
 def _checksum(tensor: Tensor) -> str:
     """CRC-32 of the bytes: against bad disks and power cuts, not against malice."""
     return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
+
+
+def _unwritable(path: Path, error: Exception) -> CacheError:
+    return CacheError(
+        f"Cannot write into the cache, {path}: {error}. Free some space, point cache.dir elsewhere, or set "
+        "cache.dir=null to keep everything in memory."
+    )

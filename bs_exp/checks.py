@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bs_exp.errors import ConfigError
 
@@ -23,14 +23,45 @@ def check_at_least(minimum: int, **settings: int | None) -> None:
 def check_number(minimum: float, **settings: float | None) -> None:
     """ConfigError unless every setting that is not None is a finite number of at least `minimum`."""
     for setting, value in settings.items():
-        if value is not None and not minimum <= value < float("inf"):
+        if value is not None and not (is_number(value) and minimum <= value < float("inf")):
             raise ConfigError(f"{setting} must be a finite number of at least {minimum:g}, got {value!r}.")
+
+
+def check_positive(**settings: float | None) -> None:
+    """ConfigError unless every setting that is not None is a finite number above 0."""
+    for setting, value in settings.items():
+        if value is not None and not (is_number(value) and 0.0 < value < float("inf")):
+            raise ConfigError(f"{setting} must be a finite number above 0, got {value!r}.")
 
 
 def check_share(*, above: float | None = None, **settings: float) -> None:
     """ConfigError unless every setting lies in [0, 1), or in (`above`, 1] where `above` is given."""
     for setting, value in settings.items():
-        if above is None and not 0.0 <= value < 1.0:
-            raise ConfigError(f"{setting} must be at least 0 and below 1, got {value}.")
-        if above is not None and not above < value <= 1.0:
-            raise ConfigError(f"{setting} must be above {above:g} and at most 1, got {value}.")
+        if above is None and not (is_number(value) and 0.0 <= value < 1.0):
+            raise ConfigError(f"{setting} must be at least 0 and below 1, got {value!r}.")
+        if above is not None and not (is_number(value) and above < value <= 1.0):
+            raise ConfigError(f"{setting} must be above {above:g} and at most 1, got {value!r}.")
+
+
+def check_unit(meaning: str = "", **settings: float | None) -> None:
+    """ConfigError unless every setting that is not None lies in [0, 1]; `meaning` is told with the bounds."""
+    for setting, value in settings.items():
+        if value is not None and not (is_number(value) and 0.0 <= value <= 1.0):
+            raise ConfigError(f"{setting} must be between 0 and 1{meaning}, got {value!r}.")
+
+
+def check_names(setting: str, value: Iterable[str]) -> tuple[str, ...]:
+    """The names; ConfigError if they are no list of texts (the letters of a text are not meant)."""
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{setting} must be a list of names, as in [q,k,v], got {value!r}.")
+    return tuple(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_plain(value: object) -> bool:
+    """Whether something that was given for a strategy is a mere value: a strategy has a `_target_` and is an object."""
+    return value is None or isinstance(value, str | int | float | list | tuple | dict)

@@ -189,7 +189,20 @@ def _make(cfg: DictConfig, key: str) -> Any:
             group, dial = key.split(".")[0], str(cause).split(" ")[0]
             if dial.startswith(f"{group}."):
                 raise cause from error
-            raise ConfigError(f"{group}.{cause}" if dial in cfg[group] else f"{group}: {cause}") from error
+            # Of a strategy within another (update.updates.recover), Hydra tells the whole key.
+            inner = str(error).splitlines()[-1].removeprefix("full_key: ")
+            for place in (group, inner):
+                if dial in (OmegaConf.select(cfg, place) or {}):
+                    raise ConfigError(f"{place}.{cause}") from error
+            raise ConfigError(f"{group}: {cause}") from error
+        if isinstance(cause, TypeError | AttributeError | ValueError) and "unexpected keyword" not in str(cause):
+            dials = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)
+            assert isinstance(dials, dict)
+            given = ", ".join(f"{dial!s}={value!r}" for dial, value in dials.items() if not str(dial).startswith("_"))
+            raise ConfigError(
+                f"{key}: one of its settings has a value of the wrong kind ({cause}). They are: {given}. The option "
+                f"files in conf/{group} say what each may be."
+            ) from error
         raise
 
 

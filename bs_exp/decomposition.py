@@ -31,20 +31,25 @@ from bs_exp.types import (
 _CORRECTION_POINTS = 65
 
 
-def cholesky_whitener(gram: Float[Tensor, "d d"], *, ridge: float = 0.0) -> tuple[Float[Tensor, "d d"], float]:
+def cholesky_whitener(
+    gram: Float[Tensor, "d d"], *, ridge: float = 0.0, of: str = "inputs"
+) -> tuple[Float[Tensor, "d d"], float]:
     """`S` upper triangular with `S^T S = gram + added * I`, and what was added to the diagonal, in units of the Gram.
 
     `ridge` is asked for in units of the mean diagonal. A Gram that is still not positive definite gets twice the size
     of its lowest eigenvalue on top.
-    Raises DecompositionError if the Gram is not finite, or zero.
+    Raises DecompositionError, which tells what the Gram is `of`, if it is not finite, or zero.
     """
     gram = gram.double()
     if not bool(gram.isfinite().all()):
-        raise DecompositionError("the Gram holds NaN or infinite entries, so the calibration activations did too.")
+        raise DecompositionError(
+            f"the Gram of the {of} holds NaN or infinite entries, so the calibration {of} did too. Load the model with "
+            "model.dtype=float32 if it is not."
+        )
     mean = float(gram.diagonal().mean())
     if mean <= 0.0:
         raise DecompositionError(
-            f"the Gram's mean diagonal is {mean:.1e}: all inputs of these matrices are zero on the calibration text. "
+            f"the Gram's mean diagonal is {mean:.1e}: all {of} of these matrices are zero on the calibration text. "
             "If weights before them are huge, their outputs overflow in a norm, which then gives zeros: check the "
             "checkpoint, or load it with model.dtype=float32. If not, calibrate on other text, or use "
             "whitening=identity."
@@ -235,7 +240,10 @@ def pivoted_form(factors: SharedFactors) -> PivotedFactors:
     triangle, order = scipy.linalg.qr(coefficients.cpu().numpy(), mode="r", pivoting=True)
     # In the order of the columns a bit per column is all that has to be kept of the choice.
     columns = torch.from_numpy(order[:rank].copy()).long().sort()
-    others = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
+    # Rows of zeros (a product of lower rank, such as zero) need no part of the columns behind them.
+    true_rank = int(np.count_nonzero(np.diagonal(triangle)[:rank]))
+    others = np.zeros((rank, triangle.shape[1] - rank))
+    others[:true_rank] = scipy.linalg.solve_triangular(triangle[:true_rank, :true_rank], triangle[:true_rank, rank:])
     # C_J^-1 C for the columns that are not pivots; its rows follow the sorted pivots.
     stored = torch.zeros(rank, group.columns, dtype=torch.float64)
     stored[:, torch.from_numpy(order[rank:].copy()).long()] = torch.from_numpy(others)[columns.indices]

@@ -80,6 +80,7 @@ class Experiment:
     def _compare(self, recorder: Recorder) -> Objective:
         if self.save_model:
             check_replaceable(recorder.folder / MODEL_FOLDER)
+        self.cache.check()
         dense = self._load(recorder)
         self._check_evaluators(dense, recorder)
         recipe = replace(self.recipe, calibration=self.dense.calibration(self.recipe.calibration))

@@ -37,6 +37,15 @@ def test_another_cache_object_finds_the_file(tmp_path: Path) -> None:
     assert Cache(tmp_path).find("gram", "k") is not None
 
 
+def test_a_folder_that_cannot_be_made_is_known_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match=r"file/cache.*cache\.dir"):
+        Cache(tmp_path / "file" / "cache").check()
+    Cache(None).check()
+    Cache(tmp_path / "new").check()
+    assert (tmp_path / "new").is_dir()
+
+
 def test_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

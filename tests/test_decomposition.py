@@ -148,7 +148,7 @@ def test_non_finite_input_raises(bad: float) -> None:
         decompose(group, broken, gram_metric(inputs.T @ inputs))
     gram = inputs.T @ inputs
     gram[0, 0] = bad
-    with pytest.raises(DecompositionError, match="Gram holds NaN"):
+    with pytest.raises(DecompositionError, match="Gram of the inputs holds NaN"):
         gram_metric(gram)
     with pytest.raises(DecompositionError, match="all inputs of these matrices are zero"):
         gram_metric(torch.zeros(4, 4))

@@ -68,14 +68,16 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @dataclass
 class Interrupting(Journal):
-    """Ctrl-C in front of a step."""
+    """Ctrl-C in front of a step of training, or of what has the `label`."""
 
     quiet: bool = True
     steps: int = 0
+    label: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def track(self, iterable: Any, *, label: str | Callable[[], str], total: int | None = None) -> Iterator[Any]:
         for done, item in enumerate(iterable):
-            if callable(label) and done == self.steps:
+            meant = callable(label) if self.label is None else label == self.label
+            if meant and done == self.steps:
                 raise KeyboardInterrupt
             yield item

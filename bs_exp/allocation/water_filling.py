@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bs_exp.allocation.budget import check_affordable, check_retain_ratio, least_parameters, make_plan
-from bs_exp.checks import check_at_least, check_share
+from bs_exp.checks import check_at_least, check_share, is_number
 from bs_exp.choices import at_price, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
@@ -47,6 +47,8 @@ class WaterFilling:
 
     def check(self, groups: tuple[WeightGroup, ...], retain_ratio: float, layout: Layout) -> None:
         check_affordable(groups, retain_ratio, layout, lowest=self.min_ratio)
+        if groups and self.multiple > (largest := max(group.full_rank for group in groups)):
+            raise ConfigError(f"allocation.multiple must be at most the largest rank, {largest}, got {self.multiple}.")
         if not self.layer_bounds:
             return
         present = sorted({layer for group in groups for layer in group.layers})
@@ -96,13 +98,15 @@ class WaterFilling:
 def _as_bounds(given: Mapping[int, tuple[float, float]] | None) -> dict[int, tuple[float, float]] | None:
     if given is None:
         return None
-    bounds = {layer: tuple(pair) for layer, pair in given.items()}
-    for layer, pair in bounds.items():
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"layer_bounds must name layers, as in {{0:[0.9,1.0]}}, or be null, got {given!r}.")
+    for layer, pair in given.items():
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ConfigError(f"layer_bounds must name layers by their numbers, from 0, got {layer!r}.")
-        if len(pair) != 2 or not 0.0 <= pair[0] <= pair[1] <= 1.0:
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_number, pair))
+        if not (is_pair and 0.0 <= pair[0] <= pair[1] <= 1.0):
             raise ConfigError(
                 "layer_bounds must give [least, most] with 0 <= least <= most <= 1, got "
-                f"{list(pair)} for layer {layer}."
+                f"{list(pair) if isinstance(pair, tuple) else pair} for layer {layer}."
             )
-    return {layer: (float(low), float(high)) for layer, (low, high) in bounds.items()}
+    return {layer: (float(low), float(high)) for layer, (low, high) in given.items()}

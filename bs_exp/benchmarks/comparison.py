@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -114,12 +115,24 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def check_arguments(parser: ArgumentParser, options: Namespace, **at_least_one: int) -> None:
-    """Ends the command with its usage and a message if a setting cannot be."""
+    """Ends the command with its usage and a message if a setting cannot be, or the file not be written."""
     if not 0.0 < options.ratio < 1.0:
         parser.error(f"--ratio must be between 0 and 1, got {options.ratio}")
     for name, value in {**at_least_one, "multiple": options.multiple}.items():
         if value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.json and (options.json.is_dir() or not os.access(options.json.absolute().parent, os.W_OK)):
+        parser.error(f"--json {options.json} cannot be written: name a file in a folder that exists")
+
+
+def device(parser: ArgumentParser, options: Namespace) -> torch.device:
+    """The device, if something can be computed there; else the command ends with a message."""
+    try:
+        found = torch.device(options.device)
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        parser.error(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}")
+    return found
 
 
 def report(measurements: Sequence[Measurement], options: Namespace, title: str) -> None:

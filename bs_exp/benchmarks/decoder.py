@@ -20,6 +20,7 @@ from bs_exp.benchmarks.comparison import (
     add_arguments,
     check_arguments,
     compared,
+    device,
     factorised,
     move,
     report,
@@ -92,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at_least_one = {name: getattr(options, name) for name in names}
     vocabulary = 1000 * options.blocks if options.vocabulary is None else options.vocabulary
     check_arguments(parser, options, **at_least_one, batch=min(options.batch), vocabulary=vocabulary)
-    if options.hidden % options.heads:
-        parser.error(f"--hidden {options.hidden} is no multiple of --heads {options.heads}")
+    if options.hidden % (2 * options.heads):  # rotary embeddings turn pairs
+        parser.error(f"--hidden must be a multiple of twice --heads, got {options.hidden} and {options.heads}")
     config = LlamaConfig(
         hidden_size=options.hidden,
         intermediate_size=options.intermediate,
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_hidden_layers=options.blocks,
         vocab_size=vocabulary,
     )
-    where = {"dtype": getattr(torch, options.dtype), "device": torch.device(options.device)}
+    where = {"dtype": getattr(torch, options.dtype), "device": device(parser, options)}
     try:
         found = variants(config, options.ratio, multiple=options.multiple, **where)
     except (ValueError, RuntimeError) as error:

@@ -20,6 +20,7 @@ from bs_exp.benchmarks.comparison import (
     add_arguments,
     check_arguments,
     compared,
+    device,
     factorised,
     move,
     report,
@@ -80,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     at_least_one = {"d_in": options.d_in, "d_out": options.d_out, "rounds": options.rounds, "batch": min(options.batch)}
     check_arguments(parser, options, **at_least_one)
-    where = {"dtype": getattr(torch, options.dtype), "device": torch.device(options.device)}
+    if not 0.0 < options.seconds < 3600.0:
+        parser.error(f"--seconds must be above 0 and below 3600, got {options.seconds}")
+    where = {"dtype": getattr(torch, options.dtype), "device": device(parser, options)}
     try:
         found = variants(options.d_in, options.d_out, options.ratio, multiple=options.multiple, **where)
     except (ValueError, RuntimeError) as error:

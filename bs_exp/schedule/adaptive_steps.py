@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bs_exp.checks import check_positive, check_share
 from bs_exp.errors import ConfigError
+from bs_exp.schedule.steps import check_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +23,11 @@ class AdaptiveSteps:
     max_size: float
 
     def __post_init__(self) -> None:
-        if self.max_loss <= 0.0:
-            raise ConfigError(f"schedule.max_loss must be above 0 (nats per token), got {self.max_loss}.")
-        if not 0.0 < self.min_size <= self.max_size <= 1.0:
-            raise ConfigError(
-                "schedule.min_size and schedule.max_size must satisfy 0 < min_size <= max_size <= 1, got "
-                f"{self.min_size} and {self.max_size}."
-            )
+        check_positive(max_loss=self.max_loss)
+        check_share(above=0.0, min_size=self.min_size, max_size=self.max_size)
+        check_step(min_size=self.min_size)
+        if self.min_size > self.max_size:
+            raise ConfigError(f"min_size must be at most max_size={self.max_size}, got {self.min_size}.")
 
     def next_ratio(self, current: float, target: float, loss_at: Callable[[float], float]) -> float:
         smallest = round(current - self.min_size, 6)

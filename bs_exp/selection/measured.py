@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bs_exp.checks import check_at_least, check_choice, check_share
+from bs_exp.checks import check_at_least, check_choice, check_share, is_plain
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.protocols import Contest, PlanObjective
@@ -37,6 +37,12 @@ class MeasuredSelection:
     seed: int
 
     def __post_init__(self) -> None:
+        for name, parts in self.candidates.items():
+            if not isinstance(parts, Mapping | None):
+                raise ConfigError(
+                    f"candidates.{name} must say which parts it replaces, as in +sharing@selection.candidates.{name}"
+                    f".sharing=all, got {parts!r}."
+                )
         object.__setattr__(
             self, "candidates", {str(name): dict(parts or {}) for name, parts in self.candidates.items()}
         )
@@ -48,6 +54,13 @@ class MeasuredSelection:
                     f"candidates.{name} replaces {unknown[0]}, which is no part that candidates may differ in. Parts: "
                     f"{', '.join(PARTS)}."
                 )
+            if plain := [part for part, value in parts.items() if is_plain(value)]:
+                raise ConfigError(
+                    f"candidates.{name}.{plain[0]} must be a strategy, as in +{plain[0]}@selection.candidates.{name}"
+                    f".{plain[0]}=OPTION, got {parts[plain[0]]!r}."
+                )
+        if not isinstance(self.recalibrate, bool):
+            raise ConfigError(f"recalibrate must be true or false, got {self.recalibrate!r}.")
         check_choice("rounds", self.rounds, _ROUNDS)
         check_at_least(0, seed=self.seed)
         check_share(holdout=self.holdout)

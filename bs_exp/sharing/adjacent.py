@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least
+from bs_exp.checks import check_at_least, check_names
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
@@ -30,7 +30,7 @@ class AdjacentSharing:
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", tuple(self.matrices))
+        object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         if not isinstance(self.group_size, Mapping):
             check_at_least(1, group_size=self.group_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least, check_choice
+from bs_exp.checks import check_at_least, check_choice, check_names
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import Measures, SharingProblem
 from bs_exp.sharing.agglomeration import LINKAGES, Bounds, agglomerate
@@ -43,7 +43,7 @@ class ClusteredSharing:
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", tuple(self.matrices))
+        object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         check_choice("space", self.space, SPACES)
         check_choice("linkage", self.linkage, tuple(LINKAGES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least, check_choice
+from bs_exp.checks import check_at_least, check_choice, check_names
 from bs_exp.choices import rank_at
 from bs_exp.decomposition import decompose, spectrum_of, truncate
 from bs_exp.errors import ConfigError
@@ -37,7 +37,7 @@ class CriterionSharing:
     in_nats: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", tuple(self.matrices))
+        object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         check_choice("norm", self.norm, NORMS)
         check_at_least(1, max_size=self.max_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least
+from bs_exp.checks import check_at_least, check_names
 from bs_exp.errors import ConfigError
 from bs_exp.models.attention_blocks import ALL, KV, check_separate, cut_heads
 from bs_exp.protocols import SharingProblem
@@ -32,7 +32,7 @@ class HeadSharing:
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", tuple(self.matrices))
+        object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         check_at_least(1, group_size=self.group_size)
         if self.heads_per_block not in (KV, ALL):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least
+from bs_exp.checks import check_at_least, check_names
 from bs_exp.choices import Choices, at_price, cost_of, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
@@ -34,7 +34,7 @@ class OptimalSharing:
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", tuple(self.matrices))
+        object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         check_at_least(1, g_max=self.g_max)
 

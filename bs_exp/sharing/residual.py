@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least
+from bs_exp.checks import check_at_least, check_names
 from bs_exp.choices import parameter_budget
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
@@ -31,7 +31,7 @@ class ResidualSharing:
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrices", tuple(self.matrices))
+        object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         check_at_least(1, group_size=self.group_size)
         check_at_least(0, residual_rank=self.residual_rank)

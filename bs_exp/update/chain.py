@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache
+from bs_exp.checks import is_plain
 from bs_exp.errors import ConfigError
 from bs_exp.journal import Journal
 from bs_exp.protocols import Calibration, Update
@@ -17,11 +18,15 @@ from bs_exp.types import LoadedModel, RankPlan
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateChain:
-    """Each update starts from the factors that the one before left; in the order of `updates`."""
+    """Each update starts from the factors that the one before left; in the order of `updates`, null ones left out."""
 
     updates: Mapping[str, Update]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "updates", {name: u for name, u in self.updates.items() if u is not None})
+        for name, update in self.updates.items():
+            if is_plain(update):
+                raise ConfigError(f"updates.{name} must be an update with its _target_, or null, got {update!r}.")
         if not self.updates:
             raise ConfigError("updates is empty: name some, or use update=none.")
 

@@ -13,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bs_exp.cache import Cache, Entry
-from bs_exp.checks import check_at_least, check_choice, check_number, check_share
-from bs_exp.errors import ConfigError, DataError
+from bs_exp.checks import check_at_least, check_choice, check_number, check_positive, check_share
+from bs_exp.errors import DataError
 from bs_exp.journal import Journal
 from bs_exp.update.training import Training
 
@@ -93,13 +93,6 @@ class Course:
                 return 1.0 - done
             case _:
                 return 1.0
-
-
-def check_positive(**settings: float | None) -> None:
-    """ConfigError unless every setting that is not None is a finite number above 0."""
-    for setting, value in settings.items():
-        if value is not None and not 0.0 < value < math.inf:
-            raise ConfigError(f"{setting} must be above 0, got {value}.")
 
 
 @dataclass(eq=False)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -59,23 +58,25 @@ class Generation:
         """The windows, as long as those of `text`; from the cache if they were drawn before."""
         if not self.generated:
             return text[:0]
-        # The batch belongs to the key: random numbers are drawn batch by batch.
-        own: Any = dense.module.generation_config
-        key = content_key(
-            dense=dense.fingerprint,
-            device=dense.device.type,
-            prompts=self._prompts(text).tolist(),
-            length=text.shape[1],
-            batch=self.generation_batch,
-            end=own.eos_token_id,
-            seed=self.seed,
-        )
-        stored = cache.find(KIND, key)
-        if stored is None:
-            batches = self._prompts(text).split(self.generation_batch)
-            drawn = [*journal.track(self._draw(dense, batches, text.shape[1]), label="generating", total=len(batches))]
-            stored = cache.store(KIND, key, {"ids": torch.cat(drawn)})
-        return stored.tensor("ids")
+        length, end = text.shape[1], cast("Any", dense.module.generation_config).eos_token_id
+        batches = self._prompts(text).split(self.generation_batch)
+        drawn = []
+        for number, prompts in enumerate(journal.track(batches, label="generating", total=len(batches))):
+            key = content_key(
+                dense=dense.fingerprint,
+                device=dense.device.type,
+                prompts=prompts.tolist(),
+                length=length,
+                end=end,
+                seed=self.seed,
+                number=number,
+            )
+            # Batch by batch: what was drawn before an interruption is kept.
+            stored = cache.find(KIND, key)
+            if stored is None:
+                stored = cache.store(KIND, key, {"ids": self._draw(dense, prompts, length, number)})
+            drawn.append(stored.tensor("ids"))
+        return torch.cat(drawn)
 
     def _prompts(self, text: Int[Tensor, "windows length"]) -> Int[Tensor, "generated prompt"]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -84,7 +85,9 @@ class Generation:
         return places[rows, torch.randint(places.shape[1], (self.generated,), generator=generator)]
 
     @torch.no_grad()
-    def _draw(self, dense: LoadedModel, batches: tuple[Tensor, ...], length: int) -> Iterator[Tensor]:
+    def _draw(
+        self, dense: LoadedModel, prompts: Int[Tensor, "batch prompt"], length: int, number: int
+    ) -> Int[Tensor, "batch length"]:
         # A window is a piece of running text: no end, no filter, nothing of the model's own generation settings.
         new, module = length - self.prompt_length, dense.module
         own: Any = module.generation_config
@@ -100,14 +103,13 @@ class Generation:
             eos_token_id=own.eos_token_id,
         )
         generate: Any = module.generate
+        ids = prompts.to(dense.device)
         with torch.random.fork_rng(devices=[dense.device] if dense.device.type == "cuda" else []):
-            for number, prompts in enumerate(batches):
-                torch.manual_seed(self.seed * 1_000_003 + number)
-                ids = prompts.to(dense.device)
-                # Whatever `settings` leave open would be taken from here: beams, banned tokens and the like.
-                module.generation_config = GenerationConfig()
-                try:
-                    drawn = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                finally:
-                    module.generation_config = own
-                yield drawn.cpu()
+            torch.manual_seed(self.seed * 1_000_003 + number)
+            # Whatever `settings` leave open would be taken from here: beams, banned tokens and the like.
+            module.generation_config = GenerationConfig()
+            try:
+                drawn: Tensor = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            finally:
+                module.generation_config = own
+        return drawn.cpu()

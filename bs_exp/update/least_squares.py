@@ -127,6 +127,8 @@ def _stationary(above: list[float], below: list[float]) -> list[float]:
 
 def _solve(orthonormal: Tensor, inputs: InputPairs, right: Tensor, ridge: float) -> Tensor:
     """`(Q^T X^T X Q + ridge)^+ right`, with nothing in directions that the inputs do not reach."""
+    if not orthonormal.shape[1]:  # of a basis of zeros
+        return right
     normal = orthonormal.mT @ inputs.gram @ orthonormal
     values, vectors = torch.linalg.eigh((normal + normal.mT) / 2.0)
     largest = values[-1].clamp_min(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache, content_key
-from bs_exp.checks import check_at_least, check_choice
+from bs_exp.checks import check_at_least, check_choice, check_positive
 from bs_exp.errors import ConfigError
 from bs_exp.journal import Journal
 from bs_exp.models.blocks import block_paths
@@ -20,7 +21,7 @@ from bs_exp.models.feeding import feeder
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
-from bs_exp.update.course import Course, Run, check_positive
+from bs_exp.update.course import Course, Run
 from bs_exp.update.distillation import BlockOutputs, LogitDivergence, find_factors
 from bs_exp.update.generation import Generation
 from bs_exp.update.training import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
@@ -100,7 +101,9 @@ class Recovery:
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
         windows = calibration.windows(dense.tokenizer)
         text, held_out = Course.of(self).split(windows.ids)
+        start = time.perf_counter()
         training = torch.cat([text, self._generation().windows(dense, text, cache, journal)])
+        generation_seconds = time.perf_counter() - start
         feed = feeder(dense, windows.feeding)
         predictions = LogitDivergence(
             compressed=compressed,
@@ -145,6 +148,7 @@ class Recovery:
             "tokens": (run.step + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * training.shape[1],
             "training_windows": len(training),
             "generated_windows": len(training) - len(text),
+            "generation_seconds": round(generation_seconds, 3),
             "held_out_kl_before": before,
             "held_out_kl_after": min(run.best_loss, before),
             "held_out_kl": [[step, value] for step, value in run.history],

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache
 from bs_exp.calibration.statistics import calibrate
-from bs_exp.checks import check_choice, check_number
+from bs_exp.checks import check_choice, check_number, check_unit, is_number
 from bs_exp.decomposition import pivoted_form, plain_form
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.journal import Journal
@@ -72,10 +72,9 @@ class Refit:
         check_choice("target", self.target, TARGETS)
         check_choice("gram", self.gram, GRAMS)
         check_number(0.0, ridge=self.ridge)
-        if self.below is not None and not 0.0 < self.below <= 1.0:
-            raise ConfigError(f"below must be above 0 and at most 1, or null for always, got {self.below}.")
-        if self.beta is not None and not 0.0 <= self.beta <= 1.0:
-            raise ConfigError(f"beta must be between 0 and 1, or null for the closed form, got {self.beta}.")
+        if self.below is not None and not (is_number(self.below) and 0.0 < self.below <= 1.0):
+            raise ConfigError(f"below must be above 0 and at most 1, or null for always, got {self.below!r}.")
+        check_unit(", or null for the closed form", beta=self.beta)
         if self.beta is not None and self.target != "mixed":
             raise ConfigError(f"beta is only read with target=mixed, got beta={self.beta} and target={self.target}.")
         if self.mode == "sequential" and self.inputs == "original":

@@ -97,9 +97,19 @@ class Training:
     def step(self, ids: Int[Tensor, "windows length"], rate: float) -> float:
         """One step at a share of the learning rate; returns the loss, averaged over the windows.
 
-        Raises CalibrationError if loss or gradients are not finite; fp16 steps whose gradients overflow are left out,
-        and the next ones are scaled down.
+        Raises CalibrationError if loss or gradients are not finite; an fp16 step whose gradients overflow is taken
+        again with them scaled down, until they fit.
         """
+        scale = self._scaler.get_scale()
+        total = self._attempt(ids, rate)
+        while self._scaler.get_scale() < scale:  # it overflowed, and nothing was changed
+            scale = self._scaler.get_scale()
+            total = self._attempt(ids, rate)
+        self._publish()
+        self.done += 1
+        return total
+
+    def _attempt(self, ids: Int[Tensor, "windows length"], rate: float) -> float:
         total = 0.0
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed((self.seed * 1_000_003 + self.done) % 2**63)
@@ -118,8 +128,6 @@ class Training:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
-        self._publish()
-        self.done += 1
         return total
 
     @torch.no_grad()
@@ -138,7 +146,10 @@ class Training:
             state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
         for name, master in self.masters.items():
             state[f"master/{name}"] = master.detach()
-            state |= {f"{key}/{name}": value for key, value in self._optimizer.state[master].items()}
+            # Without a gradient the optimiser keeps nothing of a parameter.
+            kept = self._optimizer.state.get(master, {})
+            state[f"stepped/{name}"] = torch.tensor(len(kept) > 0)
+            state |= {f"{key}/{name}": value for key, value in kept.items()}
         return state
 
     @torch.no_grad()
@@ -150,6 +161,8 @@ class Training:
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
         for name, master in self.masters.items():
             master.copy_(entry.tensor(f"master/{name}"))
+            if int(entry.tensor(f"stepped/{name}")) == 0:
+                continue
             kept = {key: entry.tensor(f"{key}/{name}") for key in self.optimizer.state}
             # Step counts stay where the optimisers keep them: on the CPU.
             self._optimizer.state[master] = {

@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.checks import check_share
+from bs_exp.checks import check_share, check_unit
 from bs_exp.decomposition import cholesky_whitener
-from bs_exp.errors import ConfigError
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
+
+# Root of the curvature that stands for none, in nats: small beside any other, and yet nothing is divided by zero.
+_NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class TwoSidedWhitening:
     `H` is the group's input Gram per token, averaged over its layers; `G_i = E[g g^T]` with g the gradient of the token
     loss at the output of layer i's matrix. So losses of different groups, types and depths have one unit and may
     be compared. `ridge` and `damping` are added to H's and G's diagonals, in units of their means; `temper` is the
-    exponent gamma of `G^gamma` (trace kept): below 1 the curvature is trusted less, for large steps.
+    exponent gamma of `G^gamma` (trace kept): below 1 the curvature is trusted less, for large steps. A layer whose
+    outputs have no influence on the loss is given a negligible G.
     Kronecker factors: Martens and Grosse (1503.05671), section 3; for SVD: GFWSVD (2505.17974), LEMS/KFAC-SVD.
     """
 
@@ -34,10 +37,7 @@ class TwoSidedWhitening:
 
     def __post_init__(self) -> None:
         check_share(ridge=self.ridge, damping=self.damping)
-        if not 0.0 <= self.temper <= 1.0:
-            raise ConfigError(
-                f"temper must be between 0 (outputs weighted alike) and 1 (full curvature), got {self.temper}."
-            )
+        check_unit(" (outputs weighted alike, full curvature)", temper=self.temper)
 
     def metric(self, statistics: GroupStatistics) -> Metric:
         if statistics.gram is None or statistics.output_grams is None:
@@ -48,10 +48,17 @@ class TwoSidedWhitening:
         # Not every token that is read is predicted (masked tokens, a decoder's target).
         predictions = statistics.predictions or statistics.tokens
         for layer, total in statistics.output_grams.items():
-            upper, damping = cholesky_whitener(tempered(total / predictions, self.temper), ridge=self.damping)
+            if not bool(total.any()):
+                # No output of this matrix reaches the loss (what follows is all zero): any error is free.
+                right[layer] = _NEGLIGIBLE * torch.eye(len(total), dtype=torch.float64, device=total.device)
+                continue
+            upper, damping = cholesky_whitener(
+                tempered(total / predictions, self.temper), ridge=self.damping, of="output gradients"
+            )
             right[layer] = upper.mT.contiguous()
             dampings.append(damping)
-        return Metric(whitener=whitener, ridge=ridge, right=right, damping=max(dampings), unit=LossUnit.NATS)
+        damping = max(dampings, default=0.0)
+        return Metric(whitener=whitener, ridge=ridge, right=right, damping=damping, unit=LossUnit.NATS)
 
 
 def tempered(gram: Float[Tensor, "d d"], exponent: float) -> Float[Tensor, "d d"]:

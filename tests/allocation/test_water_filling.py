@@ -124,6 +124,7 @@ def test_max_ratio_gives_way_to_a_larger_budget() -> None:
         ({"layer_bounds": {5: (0.1, 0.5)}}, r"names layer 5, but the model's layers are 0 to 1"),
         ({"layer_bounds": {0: (0.9, 1.0), 1: (0.9, 1.0)}}, r"retain_ratio 0\.6 is below the .* lower bounds"),
         ({"layer_bounds": {0: (0.1, 0.3), 1: (0.4, 0.9)}}, r"k\[0,1\] has one share .* at least 0\.4 .* most 0\.3"),
+        ({"multiple": 1000}, r"allocation\.multiple must be at most the largest rank, \d+, got 1000"),
     ],
 )
 def test_bounds_that_do_not_fit_the_model(dials: dict[str, Any], message: str) -> None:
@@ -137,6 +138,9 @@ def test_bounds_that_do_not_fit_the_model(dials: dict[str, Any], message: str) -
         ({"multiple": 0}, r"^multiple must be .*1.*got 0"),
         ({"max_ratio": 0.0}, r"max_ratio must be above 0 .* got 0\.0"),
         ({"min_ratio": 0.5, "max_ratio": 0.4}, r"max_ratio must be above 0\.5"),
+        ({"layer_bounds": [0.5, 1.0]}, r"layer_bounds must name layers, .* got \[0\.5, 1\.0\]"),
+        ({"layer_bounds": {0: 0.5}}, r"layer_bounds must give .* got 0\.5 for layer 0"),
+        ({"layer_bounds": {0: ("a", "b")}}, r"layer_bounds must give .* got \['a', 'b'\]"),
         ({"layer_bounds": {0: (0.5,)}}, r"layer_bounds must give \[least, most\] .* got \[0\.5\] for layer 0"),
         ({"layer_bounds": {0: (0.5, 0.4)}}, r"layer_bounds must give .* got \[0\.5, 0\.4\]"),
         ({"layer_bounds": {0: (0.5, 1.2)}}, r"layer_bounds must give"),

@@ -48,7 +48,10 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert "pivoted, same rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", ["--ratio 0", "--blocks 0", "--vocabulary 0", "--multiple 64", "--heads 5"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--ratio 0", "--blocks 0", "--vocabulary 0", "--multiple 64", "--heads 5", "--heads 32", "--device nowhere"],
+)
 def test_bad_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*_SMALL.split(), *arguments.split()])

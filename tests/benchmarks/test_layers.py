@@ -48,7 +48,17 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--ratio 1.5", "--batch 0", "--multiple 0", "--ratio 0.001 --d-in 8 --d-out 8", "--multiple 64 --d-in 64"],
+    [
+        "--ratio 1.5",
+        "--batch 0",
+        "--multiple 0",
+        "--ratio 0.001 --d-in 8 --d-out 8",
+        "--multiple 64 --d-in 64",
+        "--seconds nan",
+        "--device meta",
+        "--json /",
+        "--json /nowhere/a.json",
+    ],
 )
 def test_bad_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

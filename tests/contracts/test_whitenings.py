@@ -240,3 +240,28 @@ def test_settings_that_make_no_sense(strategy: type, settings: dict[str, Any], m
     }
     with pytest.raises(ConfigError, match=message):
         strategy(**{**usual[strategy], **settings})
+
+
+def test_outputs_without_influence_cost_nothing() -> None:
+    """What follows a matrix may be all zero: then its error is free, and that of its neighbours is not."""
+    whitening, group = TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=0.5), GROUPS[1]
+    given = statistics(group)
+    grams = dict(given.output_grams or {})
+    grams[0] = torch.zeros_like(grams[0])
+    metric = whitening.metric(dataclasses.replace(given, output_grams=grams))
+    weight = normal(group.d_in, group.columns)
+    kept = truncate(decompose(group, weight, metric), 8)
+    alone = WeightGroup("q", (1,), 20, 16)
+    metric_alone = whitening.metric(dataclasses.replace(given, group=alone, output_grams={1: grams[1]}))
+    expected = truncate(decompose(alone, weight[:, 16:], metric_alone), 8)
+    torch.testing.assert_close(kept.basis @ kept.coefficients[1], expected.basis @ expected.coefficients[1])
+    nothing = whitening.metric(dataclasses.replace(given, output_grams=dict.fromkeys(grams, grams[0])))
+    lost = [decompose(group, weight, m).spectrum.energies.sum() for m in (nothing, metric)]
+    assert lost[0] < 1e-9 * lost[1]
+
+
+def test_output_gradients_that_are_no_numbers_are_named() -> None:
+    given = statistics(GROUPS[0])
+    broken = {layer: gram * float("inf") for layer, gram in (given.output_grams or {}).items()}
+    with pytest.raises(DecompositionError, match=r"Gram of the output gradients holds NaN.*model\.dtype=float32"):
+        TwoSidedWhitening(ridge=0.0, damping=0.0, temper=1.0).metric(dataclasses.replace(given, output_grams=broken))

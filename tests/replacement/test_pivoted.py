@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from bs_exp import PivotedLinear, hf_plugin, save_model, to_dense
+from bs_exp.decomposition import plain_form
 from bs_exp.hf_plugin import pack_bits, unpack_bits
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.models.tiny import FAMILIES
@@ -57,6 +59,17 @@ def test_the_product_is_the_same_and_the_identity_is_gone(
         product[:, ~pivots] = pivoted.basis @ pivoted.coefficients[layer]
         torch.testing.assert_close(product, plain.basis @ plain.coefficients[layer], rtol=1e-8, atol=1e-8)
         start += count
+
+
+@pytest.mark.parametrize("independent", [0, 1, 3])
+def test_products_of_lower_rank(independent: int) -> None:
+    """Such as a matrix of zeros, with which blocks are added to a trained model."""
+    plain = factors(6, 5, 2, 4)
+    whole = {layer: c * (torch.arange(4) < independent)[:, None] for layer, c in plain.coefficients.items()}
+    pivoted = PivotedLayout().arrange(replace(plain, coefficients=whole))
+    again = plain_form(pivoted)
+    for layer, coefficients in whole.items():
+        torch.testing.assert_close(again.basis @ again.coefficients[layer], plain.basis @ coefficients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -49,5 +49,13 @@ def test_of_nothing_new_is_nothing() -> None:
 
 
 def test_an_empty_chain_is_refused() -> None:
-    with pytest.raises(ConfigError, match="updates is empty"):
-        UpdateChain(updates={})
+    for nothing in ({}, {"first": None}):
+        with pytest.raises(ConfigError, match="updates is empty"):
+            UpdateChain(updates=nothing)  # type: ignore[arg-type]
+
+
+def test_null_leaves_an_update_out_and_a_value_is_none() -> None:
+    update = NoUpdate()
+    assert UpdateChain(updates={"first": None, "second": update}).updates == {"second": update}  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"updates\.first must be an update.*got 'lora'"):
+        UpdateChain(updates={"first": "lora"})  # type: ignore[dict-item]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_recover import RECOVERY
 from torch import Tensor
-from updates import QUIET, Tokens, same, updated, values
+from updates import QUIET, Interrupting, Tokens, same, updated, values
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
@@ -70,11 +70,20 @@ def test_what_was_written_is_found_again(tmp_path: Path) -> None:
     first = GENERATION.windows(dense, TEXT, Cache(tmp_path), QUIET)
     again = Cache(tmp_path)
     assert torch.equal(GENERATION.windows(dense, TEXT, again, QUIET), first)
-    assert (again.hits[KIND], again.misses[KIND]) == (1, 0)
+    assert (again.hits[KIND], again.misses[KIND]) == (3, 0)  # batches of 5 of 12
     for other in (replace(GENERATION, seed=4), replace(GENERATION, prompt_length=5)):
         other.windows(dense, TEXT, again, QUIET)
     GENERATION.windows(dense, TEXT[:, :20], again, QUIET)
-    assert (again.hits[KIND], again.misses[KIND]) == (1, 3)
+    assert (again.hits[KIND], again.misses[KIND]) == (3, 9)
+
+
+def test_an_interrupted_writing_goes_on(tmp_path: Path) -> None:
+    dense = tiny_random()
+    with pytest.raises(KeyboardInterrupt):
+        GENERATION.windows(dense, TEXT, Cache(tmp_path), Interrupting(steps=2, label="generating"))
+    cache = Cache(tmp_path)
+    assert torch.equal(GENERATION.windows(dense, TEXT, cache, QUIET), written(dense))
+    assert (cache.hits[KIND], cache.misses[KIND]) == (2, 1)
 
 
 def test_recovery_trains_on_them_and_is_judged_on_text_alone() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
-from bs_exp.cache import Cache
+from bs_exp.cache import Cache, MemoryEntry
 from bs_exp.errors import CalibrationError, ConfigError, DataError
 from bs_exp.journal import Journal
 from bs_exp.models.tiny import TinyRandom, tiny_random
@@ -27,6 +27,7 @@ from bs_exp.update.course import Course
 from bs_exp.update.distillation import find_factors, kl_divergence
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.recover import KIND, Recovery
+from bs_exp.update.training import Training
 
 RECOVERY = Recovery(
     blockwise_steps=0,
@@ -200,6 +201,49 @@ def test_an_interrupted_recovery_goes_on_to_the_same_bits(optimizer: str, dtype:
     [file] = (tmp_path / KIND).iterdir()
     stored = sum(f.numel() * f.element_size() for f in find_factors(whole.module).values())
     assert stored < file.stat().st_size < 1.5 * stored
+
+
+def test_fp16_steps_that_overflow_are_taken_again(tmp_path: Path) -> None:
+    """Large gradients: the first attempts overflow, no step is lost by it, and a checkpoint in between is no trap."""
+    dense = TinyRandom(dtype="float16").load()
+    with torch.no_grad():
+        dense.module.get_output_embeddings().weight.mul_(400.0)
+    update = replace(RECOVERY, checkpoint_minutes=0.0, learning_rate=1e-3)
+    whole = recovered(dense, update)
+    assert whole.update["held_out_kl_after"] < whole.update["held_out_kl_before"]
+    with pytest.raises(KeyboardInterrupt):
+        compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=1))
+    resumed = compress(dense, recipe(update), Cache(tmp_path), QUIET)
+    assert same(values(whole.module), values(resumed.module))
+
+
+def test_a_parameter_without_gradients_does_not_keep_a_training_from_going_on() -> None:
+    used, unused = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
+
+    def training() -> Training:
+        return Training(
+            name="Test",
+            parameters={"used": used, "unused": unused},
+            scales={"used": 1.0, "unused": 1.0},
+            objective=lambda ids, training: used.square().sum(),
+            device=torch.device("cpu"),
+            half=False,
+            learning_rate=0.1,
+            weight_decay=0.0,
+            clip_norm=None,
+            windows_per_pass=1,
+            seed=0,
+        )
+
+    first = training()
+    first.step(torch.zeros(1, 1), 1.0)
+    state = {name: value.clone() for name, value in first.state().items()}
+    first.step(torch.zeros(1, 1), 1.0)
+    expected = used.detach().clone()
+    second = training()
+    second.resume(MemoryEntry(state))
+    second.step(torch.zeros(1, 1), 1.0)
+    assert second.done == 2 and torch.equal(used, expected)
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 0.01}, {"seed": 1}, {"steps": 7}, {"temperature": 2.0}])
