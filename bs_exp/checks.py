@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from bs_exp.errors import ConfigError
 
+_SMALLEST_STEP = 0.001
+
 
 def check_choice(setting: str, value: str, allowed: Sequence[str]) -> None:
     """ConfigError with the options if a setting is none of them."""
@@ -41,6 +43,16 @@ def check_share(*, above: float | None = None, **settings: float) -> None:
             raise ConfigError(f"{setting} must be at least 0 and below 1, got {value!r}.")
         if above is not None and not (is_number(value) and above < value <= 1.0):
             raise ConfigError(f"{setting} must be above {above:g} and at most 1, got {value!r}.")
+
+
+def check_step(**settings: float) -> None:
+    """ConfigError for steps so small that rounds, each a pass over the calibration windows, would hardly end."""
+    for setting, value in settings.items():
+        if value < _SMALLEST_STEP:
+            raise ConfigError(
+                f"{setting} must be at least {_SMALLEST_STEP} (a thousand rounds from dense to nothing), got {value}. "
+                "One round is schedule=single."
+            )
 
 
 def check_unit(meaning: str = "", **settings: float | None) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bs_exp.checks import check_share
-from bs_exp.errors import ConfigError
-
-SMALLEST = 0.001
-"""Smallest step that is accepted; every round costs a pass over the calibration windows."""
+from bs_exp.checks import check_share, check_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +26,3 @@ class EqualSteps:
         # Rounded: ratios are decimals in records and keys, and 1 - 3 * 0.05 is not 0.85 in binary.
         proposal = round(current - self.size, 6)
         return target if proposal - target < 0.5 * self.size else proposal
-
-
-def check_step(**sizes: float) -> None:
-    """ConfigError for steps so small that the rounds would not end in any useful time."""
-    for setting, size in sizes.items():
-        if size < SMALLEST:
-            raise ConfigError(
-                f"{setting} must be at least {SMALLEST} (a thousand rounds from dense to nothing), got {size}. One "
-                "round is schedule=single."
-            )
