@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bs_exp.errors import CacheError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 def content_key(**parts: Any) -> str:

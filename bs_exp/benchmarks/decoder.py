@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bs_exp.benchmarks.comparison import (
     LAYOUTS,
@@ -37,7 +37,7 @@ def variants(
     They share what is not in a block. Raises ValueError if the ratio leaves no room for a rank of `multiple`.
     """
     with device:
-        dense = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     matrices = {name: m for name, m in dense.model.layers.named_modules() if isinstance(m, nn.Linear)}
     head = dense.lm_head.weight.numel()
     rest = sum(p.numel() for p in dense.parameters()) - sum(m.weight.numel() for m in matrices.values())
