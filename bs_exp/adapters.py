@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bs_exp.hf_plugin import PivotedLinear, SharedLinear, place_columns
+from bs_exp.hf_plugin import FactorisedLinear
 from bs_exp.replacement import twin
 
 ADAPTER = "default"
@@ -86,7 +86,7 @@ def adapted_twin(
     module = twin(model)
     linears: dict[int, nn.Linear] = {}
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, SharedLinear | PivotedLinear):
+        if isinstance(layer, FactorisedLinear):
             module.set_submodule(name, _FactorPair(layer, linears))
     # An adapter replaces the first place of a shared basis alone; the others follow.
     ranks = {
@@ -124,7 +124,7 @@ def attach(model: PreTrainedModel, adapted: AdaptedTwin, *, rank: int, alpha: fl
     ranks = {
         f"{name}.{kind}": by_factor[id(getattr(layer, kind))].rank
         for name, layer in model.named_modules()
-        if isinstance(layer, SharedLinear | PivotedLinear)
+        if isinstance(layer, FactorisedLinear)
         for kind in KINDS
         if id(getattr(layer, kind)) in by_factor
     }
@@ -189,42 +189,15 @@ class _FactorPair(nn.Module):
 
     basis: nn.Module
 
-    def __init__(self, layer: SharedLinear | PivotedLinear, linears: dict[int, nn.Linear]) -> None:
+    def __init__(self, layer: FactorisedLinear, linears: dict[int, nn.Linear]) -> None:
         super().__init__()
         self.basis = linears.setdefault(id(layer.basis), _linear(layer.basis))
         self.weight = _linear(layer.weight)
-        self._finish = _Pivoted(layer) if isinstance(layer, PivotedLinear) else _Plain(layer)
+        self._through = layer.through  # a method, not a module: its factors are those above
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.basis(x)
-        y: Tensor = self._finish(z, self.weight(z))
-        return y
-
-
-class _Plain(nn.Module):
-    def __init__(self, layer: SharedLinear) -> None:
-        super().__init__()
-        self.bias = layer.bias
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias
-
-
-class _Pivoted(nn.Module):
-    own_columns: Tensor
-    other_columns: Tensor
-
-    def __init__(self, layer: PivotedLinear) -> None:
-        super().__init__()
-        self.bias = layer.output_bias
-        self.register_buffer("own_columns", layer.own_columns, persistent=False)
-        self.register_buffer("other_columns", layer.other_columns, persistent=False)
-        self._own = slice(layer.start, layer.start + layer.count)
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        outputs = place_columns(z[..., self._own], self.own_columns, y, self.other_columns)
-        return outputs if self.bias is None else outputs + self.bias
+        return self._through(x, self.basis, self.weight)
 
 
 def _linear(factor: nn.Parameter) -> nn.Linear:

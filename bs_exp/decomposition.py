@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bs_exp.errors import DecompositionError
@@ -230,54 +230,66 @@ def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tenso
 
 
 def pivoted_form(factors: SharedFactors) -> PivotedFactors:
-    """The same product with k of its columns as the basis; the block of the coefficients that is the identity is left
-    out.
+    """The same product without the identity that one of the factors can be made to hold, in fp64.
 
-    Pivots by QR with column pivoting of the coefficients: what is stored stays small and well conditioned.
+    `B C = (B C_J)(C_J^-1 C)` for k independent columns J of C: outputs; and `B C = (B B_J^-1)(B_J C)` for k independent
+    rows J of B: inputs, taken where the basis is shared, since every layer computes with it. QR with column pivoting
+    chooses J, so what is stored stays small and well conditioned.
     """
-    group, rank = factors.group, factors.rank
-    coefficients = torch.cat([factors.coefficients[layer] for layer in group.layers], dim=1).double()
-    triangle, order = scipy.linalg.qr(coefficients.cpu().numpy(), mode="r", pivoting=True)
-    # In the order of the columns a bit per column is all that has to be kept of the choice.
-    columns = torch.from_numpy(order[:rank].copy()).long().sort()
-    # Rows of zeros (a product of lower rank, such as zero) need no part of the columns behind them.
-    true_rank = int(np.count_nonzero(np.diagonal(triangle)[:rank]))
-    others = np.zeros((rank, triangle.shape[1] - rank))
-    others[:true_rank] = scipy.linalg.solve_triangular(triangle[:true_rank, :true_rank], triangle[:true_rank, rank:])
-    # C_J^-1 C for the columns that are not pivots; its rows follow the sorted pivots.
-    stored = torch.zeros(rank, group.columns, dtype=torch.float64)
-    stored[:, torch.from_numpy(order[rank:].copy()).long()] = torch.from_numpy(others)[columns.indices]
-    is_pivot = torch.zeros(group.columns, dtype=torch.bool)
-    is_pivot[columns.values] = True
-    blocks = zip(group.layers, stored.split(group.d_out, dim=1), is_pivot.split(group.d_out), strict=True)
-    kept = {layer: (block[:, ~mask], mask) for layer, block, mask in blocks}
-    return PivotedFactors(
-        group=group,
-        basis=factors.basis.double() @ coefficients[:, columns.values.to(coefficients.device)],
-        coefficients={layer: block for layer, (block, _) in kept.items()},
-        pivots={layer: mask for layer, (_, mask) in kept.items()},
-        corrections=factors.corrections,
-    )
+    group, basis = factors.group, factors.basis.double()
+    coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
+    if group.size == 1:
+        (layer,) = group.layers
+        own, others = _interpolation(coefficients[layer])
+        basis, coefficients = basis @ coefficients[layer][:, own], {layer: others}
+    else:
+        whole = torch.cat([coefficients[layer] for layer in group.layers], dim=1)
+        # As long as the rows of the product, and at the same angles: so inputs count by what they do to the outputs.
+        rows = basis @ torch.linalg.qr(whole.mT, mode="r").R.mT
+        own, others = _interpolation(rows.mT)
+        basis, coefficients = others.mT, {layer: basis[own] @ c for layer, c in coefficients.items()}
+    return PivotedFactors(group, basis, coefficients, own, factors.corrections)
 
 
 def plain_form(factors: StoredFactors) -> SharedFactors:
-    """The same factors in fp64 with the coefficients of all columns, those of basis columns included."""
-    group, rank, basis = factors.group, factors.rank, factors.basis.double()
+    """The same factors in fp64, with the identity if they are pivoted."""
+    group, basis = factors.group, factors.basis.double()
+    coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
     corrections = {layer: (down.double(), own.double()) for layer, (down, own) in factors.corrections.items()}
-    if isinstance(factors, SharedFactors):
-        whole = {layer: c.double() for layer, c in factors.coefficients.items()}
-        return SharedFactors(group, basis, whole, corrections)
-    coefficients: dict[int, Tensor] = {}
-    first = 0
-    for layer in group.layers:
-        mask = factors.pivots[layer].to(basis.device)
-        count = int(mask.sum())
-        block = basis.new_zeros(rank, group.d_out)
-        block[:, mask] = torch.eye(rank, dtype=basis.dtype, device=basis.device)[:, first : first + count]
-        block[:, ~mask] = factors.coefficients[layer].double()
-        coefficients[layer] = block
-        first += count
+    if isinstance(factors, PivotedFactors):
+        pivots = factors.pivots.to(basis.device)
+        if group.size == 1:
+            coefficients = {layer: _with_identity(c, pivots) for layer, c in coefficients.items()}
+        else:
+            basis = _with_identity(basis.mT, pivots).mT
     return SharedFactors(group, basis, coefficients, corrections)
+
+
+def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, "k others"]]:
+    """k columns J of a matrix, and the combinations `M_J^-1 M` of them that give its other columns.
+
+    By QR with column pivoting. In the order of the columns a bit per column is all that has to be kept of the choice.
+    """
+    rank, width = matrix.shape
+    triangle, order = scipy.linalg.qr(matrix.cpu().numpy(), mode="r", pivoting=True)
+    columns = torch.from_numpy(order[:rank].copy()).long().sort()
+    # Rows of zeros (a matrix of lower rank, such as zero) need no part of the columns behind them.
+    true_rank = int(np.count_nonzero(np.diagonal(triangle)[:rank]))
+    found = np.zeros((rank, width - rank))
+    found[:true_rank] = scipy.linalg.solve_triangular(triangle[:true_rank, :true_rank], triangle[:true_rank, rank:])
+    others = torch.zeros(rank, width, dtype=torch.float64)
+    others[:, torch.from_numpy(order[rank:].copy()).long()] = torch.from_numpy(found)[columns.indices]
+    own = torch.zeros(width, dtype=torch.bool)
+    own[columns.values] = True
+    return own.to(matrix.device), others[:, ~own].to(matrix.device)
+
+
+def _with_identity(others: Float[Tensor, "k others"], own: Bool[Tensor, " n"]) -> Float[Tensor, "k n"]:
+    """The columns in their places among those of the identity."""
+    whole = others.new_zeros(others.shape[0], len(own))
+    whole[:, own] = torch.eye(others.shape[0], dtype=others.dtype, device=others.device)
+    whole[:, ~own] = others
+    return whole
 
 
 def _shifted(gram: Tensor, damping: float) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, cast
@@ -33,17 +32,75 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "basis_sharing"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMOTE_MODULE = "modeling_basis_sharing"
 
 
-class SharedLinear(nn.Module):
+LinearMap = Callable[[Tensor], Tensor]
+
+
+class FactorisedLinear(nn.Module):
+    """A linear layer whose matrix is stored as two factors: one class for each way to store them.
+
+    `basis` is one Parameter object for all layers of a group, `weight` the layer's own. Both have the orientation of
+    `nn.Linear`, `[out, in]`. The coefficients are called `weight` so that a process without the plug-in meets a tensor
+    of the wrong shape (any rank that saves parameters is below d_in) and fails, instead of initialising the layer at
+    random.
+    """
+
+    basis: nn.Parameter
+    weight: nn.Parameter
+    is_conv1d: bool
+
+    @property
+    def in_features(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[0]
+
+    @property
+    def any_bias(self) -> nn.Parameter | None:
+        """The bias, whatever it is called."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        return self.through(x, lambda part: linear(part, self.basis), lambda z: linear(z, self.weight))
+
+    def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
+        """The outputs, with other maps in the place of both factors: such as the factors with adapters."""
+        raise NotImplementedError
+
+    def product(self) -> Tensor:
+        """The matrix `[d_out, d_in]`, in at least fp32, so that half-precision factors are rounded once."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
+        product = self.product().to(self.weight.dtype).contiguous()
+        return _dense_layer(self, product, self.any_bias, requires_grad=self.weight.requires_grad)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.any_bias is not None}"
+        )
+
+    def _precise(self) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.basis.detach().to(dtype), self.weight.detach().to(dtype)
+
+
+class SharedLinear(FactorisedLinear):
     """`y = (x @ basis^T) @ weight^T + bias`: a linear layer whose basis other layers may hold too.
 
-    `basis` is `[rank, d_in]`, one Parameter object for all layers of a group; `weight` is `[d_out, rank]`, the layer's
-    own coefficients. Both have the orientation of `nn.Linear`. The coefficients are called `weight` so that a process
-    without the plug-in meets a tensor of the wrong shape (any rank that saves parameters is below d_in) and fails,
-    instead of initialising the layer at random.
+    `basis` is `[rank, d_in]`, `weight` is `[d_out, rank]`.
     """
 
     bias: nn.Parameter | None
@@ -70,81 +127,90 @@ class SharedLinear(nn.Module):
         return self.weight.shape[0]
 
     @property
-    def rank(self) -> int:
-        return self.basis.shape[0]
+    def any_bias(self) -> nn.Parameter | None:
+        return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         linear = nn.functional.linear
-        return linear(linear(x, self.basis), self.weight, self.bias)
+        return linear(linear(x, self.basis), self.weight, self.bias)  # the bias at no cost
 
-    def to_dense(self) -> nn.Linear | Conv1D:
-        """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
-        # At least fp32 for the product, so that half-precision factors are rounded once.
-        precise = torch.promote_types(self.weight.dtype, torch.float32)
-        product = self.weight.detach().to(precise) @ self.basis.detach().to(precise)
-        product = product.to(self.weight.dtype)
-        return _dense_layer(self, product, self.bias, requires_grad=self.weight.requires_grad)
+    def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
+        y = weight(basis(x))
+        return y if self.bias is None else y + self.bias
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
+    def product(self) -> Tensor:
+        basis, weight = self._precise()
+        return weight @ basis
 
 
-class PivotedLinear(nn.Module):
-    """`y = z[own] || z @ weight^T` in the order of the output columns, plus bias, with `z = x @ basis^T`.
+class PivotedLinear(FactorisedLinear):
+    """A layer one of whose factors holds an identity that is not stored: `rank` of its features are `pivots`.
 
-    The basis consists of columns of the product itself (one Parameter for all layers of a group): `count` of this
-    layer's output columns are `z[start : start + count]`, and `weight [d_out - count, rank]` makes the others. `pivots`
-    holds one bit per output column, packed into bytes: whether it is a basis column. The bias is called `output_bias`
-    because Transformers cuts a `bias` beside a tied parameter to the rows of `weight`.
+    `pivots` holds one bit per feature, packed into bytes. The bias is called `output_bias` because Transformers cuts a
+    `bias` beside a tied parameter to the rows of `weight`.
     """
 
     output_bias: nn.Parameter | None
     pivots: Tensor
-    own_columns: Tensor
-    other_columns: Tensor
+    own_features: Tensor
+    other_features: Tensor
 
     def __init__(
-        self,
-        basis: nn.Parameter,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        pivots: Tensor,
-        *,
-        start: int,
-        count: int,
-        is_conv1d: bool,
+        self, basis: nn.Parameter, weight: nn.Parameter, bias: nn.Parameter | None, pivots: Tensor, *, is_conv1d: bool
     ):
         super().__init__()
         self.basis = basis
         self.weight = weight
         self.register_parameter("output_bias", bias)
         self.register_buffer("pivots", pivots)
-        for name, length in (("own_columns", count), ("other_columns", weight.shape[0])):
-            columns = torch.empty(length, dtype=torch.int64, device=pivots.device)
-            self.register_buffer(name, columns, persistent=False)
-        self.start = start
-        self.count = count
+        for name, length in (("own_features", self.rank), ("other_features", self._others)):
+            features = torch.empty(length, dtype=torch.int64, device=pivots.device)
+            self.register_buffer(name, features, persistent=False)
         self.is_conv1d = is_conv1d
         self.refresh()
 
     @classmethod
     def replacing(
-        cls,
-        dense: nn.Linear | Conv1D,
-        basis: nn.Parameter,
-        weight: nn.Parameter,
-        pivots: Tensor,
-        *,
-        start: int,
-        count: int,
+        cls, dense: nn.Linear | Conv1D, basis: nn.Parameter, weight: nn.Parameter, pivots: Tensor
     ) -> PivotedLinear:
         """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
         bias, conv1d = cast("nn.Parameter | None", dense.bias), isinstance(dense, Conv1D)
-        layer = cls(basis, weight, bias, pivots, start=start, count=count, is_conv1d=conv1d)
-        return layer.train(dense.training)
+        return cls(basis, weight, bias, pivots, is_conv1d=conv1d).train(dense.training)
+
+    @property
+    def any_bias(self) -> nn.Parameter | None:
+        return self.output_bias
+
+    @property
+    def _others(self) -> int:
+        """Number of features that are no pivots."""
+        raise NotImplementedError
+
+    @property
+    def is_pivot(self) -> Tensor:
+        """Whether a feature is a pivot, for all of them."""
+        return unpack_bits(self.pivots, self.rank + self._others)
+
+    def refresh(self) -> None:
+        """Derive from `pivots` which features are pivots, and which are not."""
+        if self.pivots.is_meta:
+            return
+        is_pivot = self.is_pivot
+        if int(is_pivot.sum()) != self.rank:
+            raise ValueError(f"A layer of rank {self.rank} has {int(is_pivot.sum())} pivot bits.")
+        self.own_features, self.other_features = is_pivot.nonzero()[:, 0], (~is_pivot).nonzero()[:, 0]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+
+class PivotedOutputLinear(PivotedLinear):
+    """`y = z || z @ weight^T` in the order of the output features, plus bias, with `z = x @ basis^T`.
+
+    The basis `[rank, d_in]` consists of columns of the product itself, so `z` is a part of the outputs; `weight
+    [d_out - rank, rank]` makes the others. For a layer that shares its basis with no other.
+    """
 
     @property
     def in_features(self) -> int:
@@ -152,57 +218,55 @@ class PivotedLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        return self.count + self.weight.shape[0]
+        return self.rank + self._others
 
     @property
-    def rank(self) -> int:
-        return self.basis.shape[0]
+    def _others(self) -> int:
+        return self.weight.shape[0]
 
-    def refresh(self) -> None:
-        """Derive from `pivots` which output columns are basis columns, and which are not."""
-        if self.pivots.is_meta:
-            return
-        is_pivot = unpack_bits(self.pivots, self.out_features)
-        if int(is_pivot.sum()) != self.count:
-            raise ValueError(f"A layer with {self.count} basis columns has {int(is_pivot.sum())} pivot bits.")
-        self.own_columns, self.other_columns = is_pivot.nonzero()[:, 0], (~is_pivot).nonzero()[:, 0]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.refresh()
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = nn.functional.linear(x, self.basis)
-        others = nn.functional.linear(z, self.weight)
-        y = place_columns(self._own(z), self.own_columns, others, self.other_columns)
+    def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
+        z = basis(x)
+        y = self._ordered(z, weight(z))
         return y if self.output_bias is None else y + self.output_bias
 
-    def to_dense(self) -> nn.Linear | Conv1D:
-        """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
-        precise = torch.promote_types(self.weight.dtype, torch.float32)
-        basis = self.basis.detach().to(precise)
-        others = basis.T @ self.weight.detach().to(precise).T
-        product = place_columns(self._own(basis.T), self.own_columns, others, self.other_columns)
-        product = product.T.to(self.weight.dtype).contiguous()
-        return _dense_layer(self, product, self.output_bias, requires_grad=self.weight.requires_grad)
+    def product(self) -> Tensor:
+        basis, weight = self._precise()
+        return self._ordered(basis.T, basis.T @ weight.T).T
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"own={self.count}, bias={self.output_bias is not None}"
-        )
-
-    def _own(self, z: Tensor) -> Tensor:
-        return z[..., self.start : self.start + self.count]
+    def _ordered(self, own: Tensor, others: Tensor) -> Tensor:
+        # Both are copied into one new tensor: on a CPU, concatenating and gathering takes up to three times as long.
+        y = others.new_empty(*others.shape[:-1], self.out_features)
+        return y.index_copy_(-1, self.own_features, own).index_copy_(-1, self.other_features, others)
 
 
-def place_columns(own: Tensor, own_columns: Tensor, others: Tensor, other_columns: Tensor) -> Tensor:
-    """`own [.., a]` and `others [.., b]` as one tensor `[.., a + b]`, their columns where the two indices say.
+class PivotedInputLinear(PivotedLinear):
+    """`y = (x[own] + x[others] @ basis^T) @ weight^T` plus bias.
 
-    Both are copied into one new tensor: on a CPU, concatenating and gathering takes up to three times as long.
+    `weight [d_out, rank]` consists of rows of the product itself, for which the inputs are taken as they are; `basis
+    [rank, d_in - rank]` adds what the other inputs are worth in these. So every layer that holds the basis is spared
+    the multiply-adds of the identity: with pivots among the outputs, they would be spared but once in all the group.
     """
-    y = others.new_empty(*others.shape[:-1], own_columns.shape[0] + other_columns.shape[0])
-    return y.index_copy_(-1, own_columns, own).index_copy_(-1, other_columns, others)
+
+    @property
+    def in_features(self) -> int:
+        return self.rank + self._others
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def _others(self) -> int:
+        return self.basis.shape[1]
+
+    def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
+        y = weight(x.index_select(-1, self.own_features) + basis(x.index_select(-1, self.other_features)))
+        return y if self.output_bias is None else y + self.output_bias
+
+    def product(self) -> Tensor:
+        basis, weight = self._precise()
+        product = weight.new_empty(self.out_features, self.in_features)
+        return product.index_copy_(1, self.own_features, weight).index_copy_(1, self.other_features, weight @ basis)
 
 
 class CorrectedLinear(nn.Module):
@@ -212,7 +276,7 @@ class CorrectedLinear(nn.Module):
     `SharedLinear`. The bias belongs to `shared`.
     """
 
-    def __init__(self, shared: SharedLinear | PivotedLinear, down: nn.Parameter, weight: nn.Parameter):
+    def __init__(self, shared: FactorisedLinear, down: nn.Parameter, weight: nn.Parameter):
         super().__init__()
         self.shared = shared
         self.down = down
@@ -336,7 +400,7 @@ def unpack_bits(packed: Tensor, length: int) -> Tensor:
 
 
 def _dense_layer(
-    layer: SharedLinear | PivotedLinear | SplitLinear,
+    layer: FactorisedLinear | SplitLinear,
     product: Tensor,
     bias: nn.Parameter | None,
     *,
@@ -353,7 +417,6 @@ def _dense_layer(
     return dense.train(layer.training)
 
 
-FactorisedLinear = SharedLinear | PivotedLinear
 Layout = Callable[[Sequence[nn.Module], Mapping[str, Any]], Sequence[FactorisedLinear]]
 
 
@@ -368,22 +431,29 @@ def plain_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[S
     ]
 
 
+def pivoted_kind(members: int) -> type[PivotedLinear]:
+    """Where the layers of a group of so many have their pivots: among the inputs if they share a basis."""
+    return PivotedInputLinear if members > 1 else PivotedOutputLinear
+
+
 def pivoted_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[PivotedLinear]:
-    """As `plain_layers`, with the group's number of basis columns by member under `pivots`."""
-    rank, counts, (linear, shapes) = group["rank"], group.get("pivots", ()), _linear_layers(dense, group)
-    if len(counts) != len(linear) or sum(counts) != rank:
+    """As `plain_layers`, without the identity."""
+    rank, (linear, shapes) = group["rank"], _linear_layers(dense, group)
+    kind, d_in, narrowest = pivoted_kind(len(linear)), shapes[0][0], min(d_out for _, d_out in shapes)
+    of_inputs = kind is PivotedInputLinear
+    if rank > (d_in if of_inputs else narrowest):
         raise ValueError(
-            f"quantization_config: `pivots` of {group['members']} must hold one number per member, {rank} in all, got "
-            f"{counts}."
+            f"quantization_config: the rank {rank} of {group['members']} is above what layers of (d_in, d_out) = "
+            f"{shapes} have pivots for. It does not fit this model."
         )
     empty = linear[0].weight.new_empty
-    basis = nn.Parameter(empty(rank, shapes[0][0]))
+    basis = nn.Parameter(empty(rank, d_in - rank if of_inputs else d_in))
     layers = []
-    for layer, (_, d_out), count, end in zip(linear, shapes, counts, accumulate(counts), strict=True):
-        weight = nn.Parameter(empty(d_out - count, rank))
+    for layer, (_, d_out) in zip(linear, shapes, strict=True):
+        weight = nn.Parameter(empty(d_out if of_inputs else d_out - rank, rank))
         with torch.device("meta"):  # the bits come with the checkpoint
-            bits = torch.empty(-(-d_out // 8), dtype=torch.uint8)
-        layers.append(PivotedLinear.replacing(layer, basis, weight, bits, start=end - count, count=count))
+            bits = torch.empty(-(-(d_in if of_inputs else d_out) // 8), dtype=torch.uint8)
+        layers.append(kind.replacing(layer, basis, weight, bits))
     return layers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +17,12 @@ from bs_exp.hf_plugin import (
     BasisSharingConfig,
     BasisSharingQuantizer,
     CorrectedLinear,
+    FactorisedLinear,
     PivotedLinear,
     SharedLinear,
     SplitLinear,
     pack_bits,
-    unpack_bits,
+    pivoted_kind,
 )
 from bs_exp.models.architecture import module_of
 from bs_exp.types import Architecture, PivotedFactors, SharedFactors, StoredFactors, WeightGroup
@@ -61,7 +62,7 @@ def replace_matrices(
 def factors_of(model: PreTrainedModel, architecture: Architecture, group: WeightGroup) -> StoredFactors:
     """The factors of a group as the model holds them: views, in its dtype and on its device."""
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
-    pivots: dict[int, Tensor] = {}
+    pivots = None
     coefficients: dict[int, Tensor] = {}
     corrections: dict[int, tuple[Tensor, Tensor]] = {}
     basis = None
@@ -70,14 +71,14 @@ def factors_of(model: PreTrainedModel, architecture: Architecture, group: Weight
         if isinstance(module, CorrectedLinear):
             corrections[matrix.layer] = (module.down.detach().T, module.weight.detach().T)
             module = module.shared
-        if not isinstance(module, SharedLinear | PivotedLinear):
+        if not isinstance(module, FactorisedLinear):
             raise ModelError(f"{matrix.module} is a {type(module).__name__}, not stored as factors of {group.name}.")
         basis = module.basis.detach().T
         coefficients[matrix.layer] = module.weight.detach().T
         if isinstance(module, PivotedLinear):
-            pivots[matrix.layer] = unpack_bits(module.pivots, module.out_features)
+            pivots = module.is_pivot
     assert basis is not None
-    if pivots:
+    if pivots is not None:
         return PivotedFactors(group, basis, coefficients, pivots, corrections)
     return SharedFactors(group, basis, coefficients, corrections)
 
@@ -137,15 +138,13 @@ def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: S
         )
         for matrix, old in zip(matrices, dense, strict=True)
     ]
-    layers: list[Any] = []
+    members = list(zip(dense, coefficients, strict=True))
+    layers: list[Any]
     if isinstance(stored, PivotedFactors):
-        counts = [int(stored.pivots[layer].sum()) for layer in group.layers]
-        entry["pivots"] = counts
-        for matrix, old, own, count, end in zip(matrices, dense, coefficients, counts, accumulate(counts), strict=True):
-            bits = pack_bits(stored.pivots[matrix.layer].to(old.weight.device))
-            layers.append(PivotedLinear.replacing(old, basis, own, bits, start=end - count, count=count))
+        kind, bits = pivoted_kind(group.size), pack_bits(stored.pivots)
+        layers = [kind.replacing(old, basis, own, bits.to(old.weight.device, copy=True)) for old, own in members]
     else:
-        layers += [SharedLinear.replacing(old, basis, own) for old, own in zip(dense, coefficients, strict=True)]
+        layers = [SharedLinear.replacing(old, basis, own) for old, own in members]
     if group.correction:
         entry["correction"] = group.correction
         layers = [_corrected(new, stored, matrix.layer) for matrix, new in zip(matrices, layers, strict=True)]
@@ -164,7 +163,7 @@ def _own_splits(model: PreTrainedModel) -> list[Mapping[str, Any]]:
     return entries
 
 
-def _corrected(shared: SharedLinear | PivotedLinear, stored: StoredFactors, layer: int) -> CorrectedLinear:
+def _corrected(shared: FactorisedLinear, stored: StoredFactors, layer: int) -> CorrectedLinear:
     down, own = stored.corrections[layer]
     like, what = shared.weight, f"correction of layer {layer}"
     factors = (_parameter(factor, like=like, group=stored.group, what=what) for factor in (down, own))
@@ -173,9 +172,9 @@ def _corrected(shared: SharedLinear | PivotedLinear, stored: StoredFactors, laye
 
 def _check_shapes(stored: StoredFactors) -> None:
     group, rank = stored.group, stored.rank
-    widths = {layer: group.d_out for layer in group.layers}
+    rows, width = group.d_in, group.d_out
     if isinstance(stored, PivotedFactors):
-        widths = {layer: group.d_out - int(pivots.sum()) for layer, pivots in stored.pivots.items()}
+        rows, width = (rows, width - rank) if group.size == 1 else (rows - rank, width)
     corrections = {layer: (down.shape[1], own.shape[0]) for layer, (down, own) in stored.corrections.items()}
     if corrections != ({layer: (group.correction,) * 2 for layer in group.layers} if group.correction else {}):
         raise DecompositionError(
@@ -183,7 +182,7 @@ def _check_shapes(stored: StoredFactors) -> None:
             f"{group.correction} for each of {list(group.layers)}."
         )
     found = (stored.basis.shape[0], {layer: tuple(c.shape) for layer, c in stored.coefficients.items()})
-    needed = (group.d_in, {layer: (rank, width) for layer, width in widths.items()})
+    needed = (rows, {layer: (rank, width) for layer in group.layers})
     if found != needed:
         raise DecompositionError(
             f"The factors of group {group.name} do not fit it: rows of the basis, and shapes of the coefficients by "

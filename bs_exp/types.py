@@ -340,16 +340,17 @@ class SharedFactors:
 
 @dataclass(frozen=True, eq=False)
 class PivotedFactors:
-    """The same product with k of its columns as the basis: their coefficients are the identity, and are not stored.
+    """The same product, without the identity that one of its factors can be made to hold: k features are `pivots`.
 
-    `pivots` says by layer which output columns are basis columns; these are numbered over the layers in order.
-    `coefficients` belong to the other columns.
+    A single matrix has them among its outputs: the basis `[d_in, k]` consists of these columns of the product, and the
+    coefficients `[k, d_out - k]` make the others. A shared basis has them among the inputs: it is the identity there,
+    stored is the rest, `[d_in - k, k]`, and the coefficients `[k, d_out]` are rows of the product.
     """
 
     group: WeightGroup
-    basis: Float[Tensor, "d_in rank"]
-    coefficients: Mapping[int, Float[Tensor, "rank others"]]
-    pivots: Mapping[int, Bool[Tensor, " d_out"]]
+    basis: Float[Tensor, "inputs rank"]
+    coefficients: Mapping[int, Float[Tensor, "rank outputs"]]
+    pivots: Bool[Tensor, " features"]
     corrections: Corrections = field(default_factory=dict)
 
     @property

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from scipy.stats import quantile_test
+from torch import nn
 
 from bs_exp import environment
 from bs_exp.choices import largest_rank, parameter_budget
-from bs_exp.hf_plugin import PivotedLinear, SharedLinear, pack_bits
+from bs_exp.hf_plugin import LAYOUTS, FactorisedLinear, PivotedLinear, pack_bits
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.protocols import Layout
 from bs_exp.types import WeightGroup
 
 PLAIN, SAME_BUDGET, SAME_RANK = "plain", "pivoted, same budget", "pivoted, same rank"
-LAYOUTS = (PLAIN, SAME_BUDGET, SAME_RANK)
+FACTORISED = (PLAIN, SAME_BUDGET, SAME_RANK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One variant in one case: seconds (median, fastest and slowest round) and what they are worth.
 
-    `bound` is the speed-up that the multiply-adds alone would allow.
+    `speedup` is over the dense variant, `bound` what the multiply-adds alone would allow. `of_plain` is how many times
+    as fast as the plain layout in the median of all rounds, each against the plain layout of the same round;
+    `of_plain_interval` holds that median of more and more rounds with 95 % confidence (None with fewer than 6 rounds).
     """
 
     case: str
@@ -42,6 +47,8 @@ class Measurement:
     slowest: float
     speedup: float
     bound: float
+    of_plain: float
+    of_plain_interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +62,45 @@ class Variant:
     multiply_adds: int
 
 
-def factorised(dense: nn.Linear, name: str, ratio: float, *, multiple: int = 1) -> Variant:
-    """A random layer in the place of `dense`: `PLAIN` or `SAME_BUDGET` at `ratio`, or `SAME_RANK` as the plain one.
+@dataclass(frozen=True, kw_only=True)
+class RandomGroup:
+    """Factorised layers with random numbers that share a basis, and what all of them cost."""
+
+    layers: Sequence[FactorisedLinear]
+    rank: int
+    parameters: int
+    multiply_adds: int
+
+
+def factorised(dense: Sequence[nn.Linear], name: str, ratio: float, *, multiple: int = 1) -> RandomGroup:
+    """Layers in the place of those given, of one shape: `PLAIN` or `SAME_BUDGET` at `ratio`, `SAME_RANK` as the plain.
 
     The rank is the largest `multiple` within the budget. Raises ValueError if there is none.
     """
-    group = WeightGroup("matrix", (0,), dense.in_features, dense.out_features)
-    plain, pivoted = PlainLayout(), PivotedLayout()
+    group = WeightGroup("matrix", tuple(range(len(dense))), dense[0].in_features, dense[0].out_features)
+    layout: Layout = PlainLayout() if name == PLAIN else PivotedLayout()
     budget = parameter_budget(group.parameters, ratio)
-    rank = largest_rank(group, budget, pivoted if name == SAME_BUDGET else plain) // multiple * multiple
+    rank = largest_rank(group, budget, layout if name == SAME_BUDGET else PlainLayout()) // multiple * multiple
     if rank < 1:
-        raise ValueError(f"ratio {ratio} leaves no room for rank {multiple} in a {group.d_in} x {group.d_out} matrix.")
-    count = 0 if name == PLAIN else rank
-    basis, own = _random(dense, rank, group.d_in), _random(dense, group.d_out - count, rank)
-    if name == PLAIN:
-        module: nn.Module = SharedLinear.replacing(dense, basis, own)
-        parameters = plain.parameters(group, rank)
-    else:
-        chosen = torch.zeros(group.d_out, dtype=torch.bool, device=dense.weight.device)
-        chosen[torch.randperm(group.d_out, generator=torch.Generator().manual_seed(0))[:count]] = True
-        module = PivotedLinear.replacing(dense, basis, own, pack_bits(chosen), start=0, count=count)
-        parameters = pivoted.parameters(group, rank)
-    operations = rank * (group.d_in + group.d_out - count)
-    return Variant(name=name, module=module, rank=rank, parameters=parameters, multiply_adds=operations)
+        shape = f"{group.size} matrices of {group.d_in} x {group.d_out}" if group.size > 1 else "the matrix"
+        raise ValueError(f"ratio {ratio} leaves no room for rank {multiple} in {shape}.")
+    layers = LAYOUTS[layout.name](dense, {"members": [str(i) for i in group.layers], "rank": rank})
+    factors = {id(factor): factor for layer in layers for factor in (layer.basis, layer.weight)}.values()
+    for factor in factors:
+        nn.init.normal_(factor.requires_grad_(False), std=max(factor.shape[1], 1) ** -0.5)
+    for layer in layers:
+        if isinstance(layer, PivotedLinear):
+            features = len(layer.own_features) + len(layer.other_features)
+            chosen = torch.zeros(features, dtype=torch.bool)
+            chosen[torch.randperm(features, generator=torch.Generator().manual_seed(0))[:rank]] = True
+            layer.pivots = pack_bits(chosen).to(layer.weight.device)
+            layer.refresh()
+    return RandomGroup(
+        layers=layers,
+        rank=rank,
+        parameters=layout.parameters(group, rank),
+        multiply_adds=sum(layer.basis.numel() + layer.weight.numel() for layer in layers),
+    )
 
 
 def move(module: nn.Module) -> None:
@@ -86,28 +109,42 @@ def move(module: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
+def in_turn(count: int, rounds: int) -> Iterator[int]:
+    """Every variant once a round, and another one first in the next: what comes before makes a difference, too."""
+    for number in range(rounds):
+        yield from ((number + i) % count for i in range(count))
+
+
 def compared(case: str, variants: Sequence[Variant], times: Sequence[Sequence[float]]) -> list[Measurement]:
-    """The `times` of every variant, in seconds by round, against the first one's."""
+    """The `times` of every variant, in seconds by round, against the first one's and the plain layout's."""
     reference = statistics.median(times[0])
-    return [
-        Measurement(
-            case=case,
-            variant=variant.name,
-            rank=variant.rank,
-            parameters=variant.parameters,
-            median=statistics.median(seen),
-            fastest=min(seen),
-            slowest=max(seen),
-            speedup=reference / statistics.median(seen),
-            bound=variants[0].multiply_adds / variant.multiply_adds,
+    plain = times[[variant.name for variant in variants].index(PLAIN)]
+    found = []
+    for variant, seen in zip(variants, times, strict=True):
+        ratios = [theirs / own for theirs, own in zip(plain, seen, strict=True)]
+        low, high = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+        found.append(
+            Measurement(
+                case=case,
+                variant=variant.name,
+                rank=variant.rank,
+                parameters=variant.parameters,
+                median=statistics.median(seen),
+                fastest=min(seen),
+                slowest=max(seen),
+                speedup=reference / statistics.median(seen),
+                bound=variants[0].multiply_adds / variant.multiply_adds,
+                of_plain=statistics.median(ratios),
+                of_plain_interval=(low, high) if math.isfinite(low) and math.isfinite(high) else None,
+            )
         )
-        for variant, seen in zip(variants, times, strict=True)
-    ]
+    return found
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The settings of every benchmark."""
     parser.add_argument("--ratio", type=float, default=0.8, help="share of the parameters to keep")
+    parser.add_argument("--group", type=int, default=1, help="matrices of a type that share a basis")
     parser.add_argument("--multiple", type=int, default=1, help="ranks are multiples of this")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +155,7 @@ def check_arguments(parser: ArgumentParser, options: Namespace, **at_least_one: 
     """Ends the command with its usage and a message if a setting cannot be, or the file not be written."""
     if not 0.0 < options.ratio < 1.0:
         parser.error(f"--ratio must be between 0 and 1, got {options.ratio}")
-    for name, value in {**at_least_one, "multiple": options.multiple}.items():
+    for name, value in {**at_least_one, "group": options.group, "multiple": options.multiple}.items():
         if value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if options.json and (options.json.is_dir() or not os.access(options.json.absolute().parent, os.W_OK)):
@@ -138,7 +175,8 @@ def device(parser: ArgumentParser, options: Namespace) -> torch.device:
 def report(measurements: Sequence[Measurement], options: Namespace, title: str) -> None:
     """Prints the table, and writes the record if a file is asked for."""
     multiple = f", ranks in {options.multiple}s" if options.multiple > 1 else ""
-    title = f"{title}, {options.ratio:g} kept{multiple}, {options.dtype}, {options.device}"
+    shared = f", groups of {options.group}" if options.group > 1 else ""
+    title = f"{title}, {options.ratio:g} kept{shared}{multiple}, {options.dtype}, {options.device}"
     Console(width=110).print(_table(measurements, title))
     if options.json:
         record: Mapping[str, object] = {
@@ -153,7 +191,8 @@ def report(measurements: Sequence[Measurement], options: Namespace, title: str) 
 def _table(measurements: Sequence[Measurement], title: str) -> Table:
     with_ranks = any(m.rank is not None for m in measurements)  # a whole model has no single one
     ranks = ["rank"] if with_ranks else []
-    table = Table("", "variant", *ranks, "parameters", "ms", "ms, range", "speed-up", "bound", title=title)
+    columns = ["", "variant", *ranks, "parameters", "ms", "speed-up", "bound", "x plain", "95 %"]
+    table = Table(*columns, title=title)
     for column in table.columns:
         column.no_wrap = True
     previous = None
@@ -162,19 +201,18 @@ def _table(measurements: Sequence[Measurement], title: str) -> Table:
             table.add_section()
         previous = m.case
         rank = ["-" if m.rank is None else str(m.rank)] if with_ranks else []
+        interval = "{:.3f} - {:.3f}".format(*m.of_plain_interval) if m.of_plain_interval else "-"
+        if m.variant == PLAIN:
+            interval = ""
         table.add_row(
             m.case,
             m.variant,
             *rank,
             f"{m.parameters:,}",
             f"{m.median * 1e3:.3f}",
-            f"{m.fastest * 1e3:.3f} - {m.slowest * 1e3:.3f}",
             f"{m.speedup:.2f}",
             f"{m.bound:.2f}",
+            f"{m.of_plain:.3f}",
+            interval,
         )
     return table
-
-
-def _random(like: nn.Linear, rows: int, columns: int) -> nn.Parameter:
-    values: Tensor = torch.randn(rows, columns, device=like.weight.device) / columns**0.5
-    return nn.Parameter(values.to(like.weight.dtype), requires_grad=False)

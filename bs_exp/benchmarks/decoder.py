@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bs_exp.benchmarks.comparison import (
-    LAYOUTS,
+    FACTORISED,
     Measurement,
     Variant,
     add_arguments,
@@ -22,6 +23,7 @@ from bs_exp.benchmarks.comparison import (
     compared,
     device,
     factorised,
+    in_turn,
     move,
     report,
 )
@@ -30,25 +32,29 @@ from bs_exp.replacement import twin
 
 
 def variants(
-    config: LlamaConfig, ratio: float, *, dtype: torch.dtype, device: torch.device, multiple: int = 1
+    config: LlamaConfig, ratio: float, *, dtype: torch.dtype, device: torch.device, multiple: int = 1, group: int = 1
 ) -> tuple[Variant, ...]:
     """The dense model; all matrices of its blocks plain, pivoted at the same stored parameters, and at the same rank.
 
-    They share what is not in a block. Raises ValueError if the ratio leaves no room for a rank of `multiple`.
+    They share what is not in a block; `group` blocks in a row share their bases. Raises ValueError if the ratio leaves
+    no room for a rank of `multiple`.
     """
     with device:
         dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    matrices = {name: m for name, m in dense.model.layers.named_modules() if isinstance(m, nn.Linear)}
+    blocks = dense.model.layers
+    matrices = [name for name, m in blocks[0].named_modules() if isinstance(m, nn.Linear)]
     head = dense.lm_head.weight.numel()
-    rest = sum(p.numel() for p in dense.parameters()) - sum(m.weight.numel() for m in matrices.values())
-    total = sum(m.weight.numel() for m in matrices.values())
+    total = sum(blocks[0].get_submodule(name).weight.numel() for name in matrices) * len(blocks)
+    rest = sum(p.numel() for p in dense.parameters()) - total
     found = [Variant(name="dense", module=dense, rank=None, parameters=rest + total, multiply_adds=head + total)]
-    for name in LAYOUTS:
+    for name in FACTORISED:
         model, parameters, operations = twin(dense), rest, head
-        for module, matrix in matrices.items():
-            layer = factorised(matrix, name, ratio, multiple=multiple)
-            model.model.layers.set_submodule(module, layer.module)
-            parameters, operations = parameters + layer.parameters, operations + layer.multiply_adds
+        for matrix, first in product(matrices, range(0, len(blocks), group)):
+            members = model.model.layers[first : first + group]
+            made = factorised([b.get_submodule(matrix) for b in members], name, ratio, multiple=multiple)
+            for block, layer in zip(members, made.layers, strict=True):
+                block.set_submodule(matrix, layer)
+            parameters, operations = parameters + made.parameters, operations + made.multiply_adds
         found.append(Variant(name=name, module=model, rank=None, parameters=parameters, multiply_adds=operations))
     return tuple(found)
 
@@ -59,16 +65,15 @@ def measure(
     """Times prefill and decoding (per step) of all variants on `batch` prompts, round by round."""
     reading: list[list[float]] = [[] for _ in found]
     writing: list[list[float]] = [[] for _ in found]
-    for number in range(rounds + 1):
-        for variant, read, written in zip(found, reading, writing, strict=True):
-            model = variant.module
-            assert isinstance(model, PreTrainedModel)
-            prompt = torch.randint(model.config.vocab_size, (batch, prompt_length), device=model.device)
-            move(model)
-            prefill, decode = read_and_write(model, prompt, generated_length)
-            if number:  # the first round fills caches
-                read.append(prefill)
-                written.append(decode / generated_length)
+    for count, i in enumerate(in_turn(len(found), rounds + 1)):
+        model = found[i].module
+        assert isinstance(model, PreTrainedModel)
+        prompt = torch.randint(model.config.vocab_size, (batch, prompt_length), device=model.device)
+        move(model)
+        prefill, decode = read_and_write(model, prompt, generated_length)
+        if count >= len(found):  # the first round fills caches
+            reading[i].append(prefill)
+            writing[i].append(decode / generated_length)
     return (
         *compared(f"read {batch} x {prompt_length}", found, reading),
         *compared(f"write {batch} x 1", found, writing),
@@ -103,8 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vocab_size=vocabulary,
     )
     where = {"dtype": getattr(torch, options.dtype), "device": device(parser, options)}
+    sizes = {"multiple": options.multiple, "group": options.group}
     try:
-        found = variants(config, options.ratio, multiple=options.multiple, **where)
+        found = variants(config, options.ratio, **sizes, **where)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     lengths = {"prompt_length": options.prompt_length, "generated_length": options.generated_length}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from bs_exp.benchmarks.comparison import (
-    LAYOUTS,
+    FACTORISED,
     Measurement,
     Variant,
     add_arguments,
@@ -22,6 +22,7 @@ from bs_exp.benchmarks.comparison import (
     compared,
     device,
     factorised,
+    in_turn,
     move,
     report,
 )
@@ -30,17 +31,47 @@ from bs_exp.benchmarks.comparison import (
 _MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 
 
+class Each(nn.Module):
+    """Layers that all read the same inputs."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
 def variants(
-    d_in: int, d_out: int, ratio: float, *, dtype: torch.dtype, device: torch.device, multiple: int = 1
+    d_in: int,
+    d_out: int,
+    ratio: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    multiple: int = 1,
+    group: int = 1,
 ) -> tuple[Variant, ...]:
-    """Dense, plain and pivoted at the same stored parameters, and pivoted at the plain layout's rank.
+    """Dense, plain and pivoted at the same stored parameters, and pivoted at the plain layout's rank; each is a group
+    of layers.
 
     Raises ValueError if the ratio leaves no room for a rank of `multiple`.
     """
-    dense = nn.Linear(d_in, d_out, bias=False, dtype=dtype, device=device)
-    count = d_in * d_out
-    first = Variant(name="dense", module=dense, rank=None, parameters=count, multiply_adds=count)
-    return (first, *(factorised(dense, name, ratio, multiple=multiple) for name in LAYOUTS))
+    dense = [nn.Linear(d_in, d_out, bias=False, dtype=dtype, device=device) for _ in range(group)]
+    count = group * d_in * d_out
+    found = [Variant(name="dense", module=Each(dense), rank=None, parameters=count, multiply_adds=count)]
+    for name in FACTORISED:
+        made = factorised(dense, name, ratio, multiple=multiple)
+        found.append(
+            Variant(
+                name=name,
+                module=Each(made.layers),
+                rank=made.rank,
+                parameters=made.parameters,
+                multiply_adds=made.multiply_adds,
+            )
+        )
+    return tuple(found)
 
 
 def measure(
@@ -54,14 +85,13 @@ def measure(
     with torch.inference_mode():
         for call in calls:  # compiles, and fills caches
             call(x)
-        for _ in range(rounds):
-            for variant, call, seen in zip(found, calls, times, strict=True):
-                move(variant.module)
-                seen.append(_time(call, x, seconds))
+        for i in in_turn(len(found), rounds):
+            move(found[i].module)
+            times[i].append(_time(calls[i], x, seconds))
     return compared(str(batch), found, times)
 
 
-def _time(call: Callable[[Tensor], Tensor], x: Tensor, seconds: float) -> float:
+def _time(call: Callable[[Tensor], list[Tensor]], x: Tensor, seconds: float) -> float:
     """Median seconds per call. The timer synchronises accelerators, and takes the threads that torch has."""
     call(x)  # after `move` a CUDA graph is recorded anew
     timer = Timer("call(x)", globals={"call": call, "x": x}, num_threads=torch.get_num_threads())
@@ -84,8 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0.0 < options.seconds < 3600.0:
         parser.error(f"--seconds must be above 0 and below 3600, got {options.seconds}")
     where = {"dtype": getattr(torch, options.dtype), "device": device(parser, options)}
+    sizes = {"multiple": options.multiple, "group": options.group}
     try:
-        found = variants(options.d_in, options.d_out, options.ratio, multiple=options.multiple, **where)
+        found = variants(options.d_in, options.d_out, options.ratio, **sizes, **where)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     settings = {"rounds": options.rounds, "seconds": options.seconds, "mode": options.compile}

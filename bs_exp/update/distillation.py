@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from bs_exp.hf_plugin import CorrectedLinear, PivotedLinear, SharedLinear
+from bs_exp.hf_plugin import CorrectedLinear, FactorisedLinear
 from bs_exp.models.blocks import recorded
 from bs_exp.models.feeding import Feeder, hidden_states
 from bs_exp.update.training import precise
@@ -25,7 +25,7 @@ def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
     """Bases, coefficients and corrections by name, a shared basis once, under the name of its first layer."""
     names: dict[nn.Parameter, str] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, SharedLinear | PivotedLinear):
+        if isinstance(layer, FactorisedLinear):
             for kind, factor in (("basis", layer.basis), ("weight", layer.weight)):
                 if factor.numel():  # a layer may consist of basis columns alone
                     names.setdefault(factor, f"{name}.{kind}")

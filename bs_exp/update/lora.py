@@ -17,7 +17,7 @@ from bs_exp.cache import Cache, content_key
 from bs_exp.checks import check_at_least, check_choice, check_positive, check_share
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.hf_plugin import PivotedLinear, SharedLinear
+from bs_exp.hf_plugin import FactorisedLinear
 from bs_exp.journal import Journal
 from bs_exp.models.feeding import Feeder, feeder
 from bs_exp.models.fingerprint import fingerprint
@@ -180,7 +180,7 @@ class LoRA:
         found = []
         for name in find_factors(compressed):
             module, _, kind = name.rpartition(".")
-            is_factor = isinstance(compressed.get_submodule(module), SharedLinear | PivotedLinear)
+            is_factor = isinstance(compressed.get_submodule(module), FactorisedLinear)
             if is_factor and kind in FACTORS[self.factors] and module.removesuffix(".shared") in wanted:
                 found.append(name)
         return found

@@ -11,30 +11,40 @@ from torch import nn
 from transformers import LlamaConfig
 
 from bs_exp.benchmarks.decoder import main, variants
-from bs_exp.hf_plugin import PivotedLinear, SharedLinear
+from bs_exp.hf_plugin import FactorisedLinear, PivotedInputLinear, PivotedLinear, PivotedOutputLinear, SharedLinear
 
 _SMALL = "--hidden 32 --intermediate 48 --heads 4 --blocks 2 --device cpu"
 
 
-def test_every_matrix_of_the_blocks_is_factorised() -> None:
+@pytest.mark.parametrize(("group", "pivoted"), [(1, PivotedOutputLinear), (2, PivotedInputLinear)])
+def test_every_matrix_of_the_blocks_is_factorised(group: int, pivoted: type[PivotedLinear]) -> None:
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=40
     )
-    dense, *others = variants(config, 0.7, dtype=torch.float32, device=torch.device("cpu"))
+    dense, *others = variants(config, 0.7, dtype=torch.float32, device=torch.device("cpu"), group=group)
     matrices = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert dense.multiply_adds == matrices + 40 * 32
     rest = dense.parameters - matrices
-    for variant, kind in zip(others, (SharedLinear, PivotedLinear, PivotedLinear), strict=True):
-        layers = [m for m in variant.module.modules() if isinstance(m, (SharedLinear, PivotedLinear))]
+    for variant, kind in zip(others, (SharedLinear, pivoted, pivoted), strict=True):
+        layers = [m for m in variant.module.modules() if isinstance(m, FactorisedLinear)]
         assert len(layers) == 14 and all(type(layer) is kind for layer in layers)
+        assert len({id(layer.basis) for layer in layers}) == 14 // group
         assert sum(isinstance(m, nn.Linear) for m in variant.module.modules()) == 1  # the head
         held = sum(p.numel() for p in variant.module.parameters())
         # The rest of what counts as stored are the pivots.
         assert held <= variant.parameters <= rest + matrices
-        assert variant.multiply_adds == held - rest + 40 * 32
+        assert variant.multiply_adds == sum(layer.basis.numel() + layer.weight.numel() for layer in layers) + 40 * 32
     plain, same_budget, same_rank = others
     assert plain.parameters <= rest + 0.7 * matrices >= same_budget.parameters
     assert same_rank.parameters < same_budget.parameters
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_blocks_left_over_are_a_smaller_group(group: int) -> None:
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=4, vocab_size=9)
+    _, plain, *_ = variants(config, 0.7, dtype=torch.float32, device=torch.device("cpu"), group=group)
+    bases = [plain.module.get_submodule(f"model.layers.{i}.mlp.up_proj").basis for i in range(4)]
+    assert [id(basis) for basis in bases] == [id(bases[i // group * group]) for i in range(4)]
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +60,16 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--ratio 0", "--blocks 0", "--vocabulary 0", "--multiple 64", "--heads 5", "--heads 32", "--device nowhere"],
+    [
+        "--ratio 0",
+        "--blocks 0",
+        "--vocabulary 0",
+        "--multiple 64",
+        "--group 0",
+        "--heads 5",
+        "--heads 32",
+        "--device nowhere",
+    ],
 )
 def test_bad_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -158,7 +158,7 @@ def test_folder_says_how_it_was_made(saved: Path) -> None:
     declared = config["quantization_config"]
     assert {k: v for k, v in declared.items() if k != "groups"} == {
         "quant_method": "basis_sharing",
-        "format_version": 1,
+        "format_version": 2,
         "layout": "plain",
     }
     assert declared["groups"][0] == {
@@ -237,7 +237,7 @@ def test_lora_on_matrices_left_dense(dense: Dense, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2"),
+        ({"format_version": 1}, "format version 1"),
         ({"layout": "woven"}, "layout must be one of plain, pivoted, got 'woven'"),
         ({"group": []}, "unknown keys: group"),
         ({"groups": [{"members": [], "rank": 2}]}, "needs `members`"),

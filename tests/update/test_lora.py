@@ -250,7 +250,9 @@ def test_a_model_without_logits_has_nothing_to_train_on() -> None:
 @IN_LAYOUTS
 def test_a_rank_above_a_factors_smaller_side_is_that_side_at_the_same_scale(layout: Layout) -> None:
     dense, journal = tiny_random(), Journal(quiet=True)
-    made = compress(dense, recipe(replace(LORA, rank=12, alpha=30.0), layout=layout), Cache(None), journal)
+    made = compress(
+        dense, recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.005), layout=layout), Cache(None), journal
+    )
     plain = updated(dense, NoUpdate(), layout=layout).module
     adapted = adapted_twin(plain, find_factors(plain), rank=12, alpha=30.0, dropout=0.0, seed=0)
     sides = {name: min(factor.shape) for name, factor in find_factors(plain).items()}

@@ -27,7 +27,7 @@ from bs_exp.replacement import exchange_factors, factors_of, replace_matrices, t
 from bs_exp.saving import save_model
 from bs_exp.sharing.none import NoSharing
 from bs_exp.sharing.residual import ResidualSharing
-from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightMatrix
+from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightGroup, WeightMatrix
 from bs_exp.update.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
@@ -201,7 +201,8 @@ def test_corrections_of_single_layers_stay(layout: Layout) -> None:
     assert torch.equal(before.down, after.down) and torch.equal(before.weight, after.weight)
     fixed = (before.weight @ before.down).detach().T
     x, wanted = (inputs_of(module, [m.module])[m.module] for module in (plain, dense.module))
-    basis = before.shared.basis.detach().T
+    group = WeightGroup("q", (0, 1), m.d_in, m.d_out, correction=2)
+    basis = plain_form(factors_of(plain, dense.architecture, group)).basis
     found = basis @ torch.linalg.lstsq(x @ basis, wanted @ product(dense.module, m) - x @ fixed).solution + fixed
     torch.testing.assert_close(product(to_dense(made), m), found, rtol=1e-6, atol=1e-7)
 
