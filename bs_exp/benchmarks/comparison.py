@@ -177,7 +177,7 @@ def report(measurements: Sequence[Measurement], options: Namespace, title: str) 
     multiple = f", ranks in {options.multiple}s" if options.multiple > 1 else ""
     shared = f", groups of {options.group}" if options.group > 1 else ""
     title = f"{title}, {options.ratio:g} kept{shared}{multiple}, {options.dtype}, {options.device}"
-    Console(width=110).print(_table(measurements, title))
+    Console(width=118).print(_table(measurements, title))
     if options.json:
         record: Mapping[str, object] = {
             "settings": {key: str(value) if key == "json" else value for key, value in vars(options).items()},

@@ -80,6 +80,7 @@ def measure(
     """Times all variants on inputs of `batch` tokens, round by round; `mode` is of torch.compile, None is eager."""
     weight = next(found[0].module.parameters())
     x = torch.randn(batch, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    torch.compiler.reset()  # else all cases together would soon have more graphs than one function may
     calls = [v.module if mode is None else torch.compile(v.module, mode=mode) for v in found]
     times: list[list[float]] = [[] for _ in found]
     with torch.inference_mode():
