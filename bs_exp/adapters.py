@@ -193,6 +193,7 @@ class _FactorPair(nn.Module):
         super().__init__()
         self.basis = linears.setdefault(id(layer.basis), _linear(layer.basis))
         self.weight = _linear(layer.weight)
+        self.register_parameter("bias", layer.any_bias)
         self._through = layer.through  # a method, not a module: its factors are those above
         self.train(layer.training)
 

@@ -526,9 +526,8 @@ class BasisSharingQuantizer(HfQuantizer):
         self.declare_ties(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, PivotedLinear):
-                module.refresh()
+        for group in self.quantization_config.groups:
+            _settle_pivots([model.get_submodule(name) for name in _local_names(model, group)], group["members"])
         if _is_own_auto_map(getattr(model.config, "auto_map", None)):
             del model.config.auto_map  # there while saving only: what is made of this config may have no such file
         # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
@@ -737,6 +736,17 @@ def _local_names(model: Any, group: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def _settle_pivots(layers: Sequence[nn.Module], names: Sequence[str]) -> None:
+    """Reads the bits of a group's layers, now that they are there; all have the same, as they share a basis."""
+    shared = [layer.shared if isinstance(layer, CorrectedLinear) else layer for layer in layers]
+    pivoted = [layer for layer in shared if isinstance(layer, PivotedLinear)]
+    for layer in pivoted:
+        layer.refresh()
+        bits = layer.pivots, pivoted[0].pivots
+        if not (any(b.is_meta for b in bits) or torch.equal(*(b.cpu() for b in bits))):
+            raise ValueError(f"The layers {list(names)} share a basis, but their `pivots` differ: the file is damaged.")
+
+
 def _has_module(model: nn.Module, name: str) -> bool:
     try:
         model.get_submodule(name)
@@ -749,10 +759,11 @@ def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     seen: set[str] = set()
     for group in groups:
         members, rank = group.get("members"), group.get("rank")
-        if not members or isinstance(members, str) or not isinstance(rank, int) or rank < 1:
+        unknown = group.keys() - {"members", "rank", "correction"}
+        if not members or isinstance(members, str) or type(rank) is not int or rank < 1 or unknown:
             raise ValueError(
-                "Each of quantization_config.groups needs `members` (a list of module names) and `rank` "
-                f"(a whole number of at least 1), got {dict(group)}."
+                "Each of quantization_config.groups needs `members` (a list of module names) and `rank` (a whole "
+                f"number of at least 1), and may have a `correction` (likewise), got {dict(group)}."
             )
         twice = [name for name in members if name in seen or list(members).count(name) > 1]
         if twice:

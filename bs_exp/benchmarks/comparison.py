@@ -82,8 +82,8 @@ def factorised(dense: Sequence[nn.Linear], name: str, ratio: float, *, multiple:
     budget = parameter_budget(group.parameters, ratio)
     rank = largest_rank(group, budget, layout if name == SAME_BUDGET else PlainLayout()) // multiple * multiple
     if rank < 1:
-        shape = f"{group.size} matrices of {group.d_in} x {group.d_out}" if group.size > 1 else "the matrix"
-        raise ValueError(f"ratio {ratio} leaves no room for rank {multiple} in {shape}.")
+        shapes = f"{group.size} of {group.d_in} x {group.d_out}"
+        raise ValueError(f"ratio {ratio} leaves no room for rank {multiple} in a group of {shapes}.")
     layers = LAYOUTS[layout.name](dense, {"members": [str(i) for i in group.layers], "rank": rank})
     factors = {id(factor): factor for layer in layers for factor in (layer.basis, layer.weight)}.values()
     for factor in factors:

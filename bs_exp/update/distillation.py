@@ -27,7 +27,7 @@ def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
     for name, layer in module.named_modules():
         if isinstance(layer, FactorisedLinear):
             for kind, factor in (("basis", layer.basis), ("weight", layer.weight)):
-                if factor.numel():  # a layer may consist of basis columns alone
+                if factor.numel():  # empty at full rank, where all is the identity
                     names.setdefault(factor, f"{name}.{kind}")
         elif isinstance(layer, CorrectedLinear):
             names |= {layer.down: f"{name}.down", layer.weight: f"{name}.weight"}

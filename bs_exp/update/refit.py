@@ -45,7 +45,7 @@ GRAMS = ("group", "layer")
 
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """Coefficients C of least `||X B C - T||_F`, the basis B (of pivoted factors its span) being as it is.
+    """Coefficients C of least `||X B C - T||_F`, the basis B (of a single pivoted matrix its span) being as it is.
 
     `inputs`: X are those of the compressed model, or `original`: the dense model's. `target`: T is `X W`
     (compressed_inputs), or the dense model's own outputs `X_f W` (dense_outputs), or `(1 - beta) X W + beta X_f W`
@@ -227,8 +227,11 @@ class _Work:
             present.basis, columns(present.coefficients), weight, inputs, beta=beta, ridge=ridge, fixed=fixed
         )
         parts = dict(zip(layers, new.split(group.d_out, dim=1), strict=True))
-        plain = replace(present, coefficients={**present.coefficients, **parts})
-        candidate = _in_dtype(pivoted_form(plain) if isinstance(stored, PivotedFactors) else plain, stored.basis.dtype)
+        if isinstance(stored, PivotedFactors) and group.size == 1:  # its coefficients hold the identity
+            candidate: StoredFactors = pivoted_form(replace(present, coefficients=parts))
+        else:  # so the basis and the other layers keep their bits
+            candidate = replace(stored, coefficients={**stored.coefficients, **parts})
+        candidate = _in_dtype(candidate, stored.basis.dtype)
         before, after = loss(stored), loss(candidate)
         if not math.isfinite(before):
             raise CalibrationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from factorised import compressed_twin, logits_of, random_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bs_exp import PivotedLinear, hf_plugin, save_model, to_dense
@@ -165,6 +167,17 @@ def test_a_wrong_rank_is_refused(saved: Path, tmp_path: Path, rank: int, message
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, RuntimeError), match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_pivots_that_differ_between_layers_of_one_basis_are_refused(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "compressed" / "llama", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.q_proj.pivots"
+    tensors[name] = pack_bits(unpack_bits(tensors[name], 8 * len(tensors[name])).flip(0))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.* share a basis, but their `pivots` differ"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_bits_lie_in_the_file_and_the_order_does_not(saved: Path) -> None:

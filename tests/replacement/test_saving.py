@@ -242,6 +242,8 @@ def test_lora_on_matrices_left_dense(dense: Dense, tmp_path: Path) -> None:
         ({"group": []}, "unknown keys: group"),
         ({"groups": [{"members": [], "rank": 2}]}, "needs `members`"),
         ({"groups": [{"members": ["model.norm"], "rank": 0}]}, "needs `members`"),
+        ({"groups": [{"members": ["model.norm"], "rank": True}]}, "needs `members`"),
+        ({"groups": [{"members": ["lm_head"], "rank": 2, "pivots": [2]}]}, "may have a `correction`"),
         ({"groups": [{"members": ["model.norm"], "rank": 2}]}, "model.norm is a LlamaRMSNorm"),
         (
             {"groups": [{"members": ["model.layers.7.mlp.up_proj"], "rank": 2}]},

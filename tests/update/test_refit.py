@@ -346,6 +346,21 @@ def test_the_saved_model_holds_the_refitted_factors(update: Refit, layout: Layou
         assert torch.equal(loaded(ids).logits, made.module(ids).logits)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_what_is_done_keeps_its_bits(layout: Layout) -> None:
+    """A layer that is refitted changes neither its basis nor the layers that share it, not even by rounding."""
+    dense = TinyRandom(dtype="bfloat16").load()
+    update = replace(OFFICIAL, mode="sequential", gram="layer", target="dense_outputs")
+    plain, made = (updated(dense, u, layout=layout) for u in (NoUpdate(), update))
+    seen = 0
+    for group in (planned.group for planned in made.plan.groups if planned.group.size > 1):
+        before, after = (factors_of(m.module, dense.architecture, group) for m in (plain, made))
+        assert torch.equal(before.basis, after.basis) and before.rank == after.rank
+        changed = [not torch.equal(before.coefficients[i], after.coefficients[i]) for i in group.layers]
+        seen += sum(changed)
+    assert seen
+
+
 def test_exchanged_factors_are_read_back() -> None:
     dense = tiny_random()
     for layout in LAYOUTS:
