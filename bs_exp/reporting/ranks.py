@@ -32,11 +32,20 @@ class Place:
 def places(point: Point) -> dict[tuple[str, int], Place]:
     """What the plan of a run does with every matrix, by type and layer."""
     found: dict[tuple[str, int], Place] = {}
-    for group in (point.record.plan or {}).get("groups", ()):
+    for group in _groups(point):
         layers = group["layers"]
-        for layer in layers:
-            found[group["matrix"], layer] = Place(group["rank"], _kept(group), len(layers))
+        place = Place(group["rank"], _kept(group), len(layers))
+        found.update(((group["matrix"], layer), place) for layer in layers)
     return found
+
+
+def _groups(point: Point) -> Sequence[Mapping[str, Any]]:
+    groups: Sequence[Mapping[str, Any]] = (point.record.plan or {}).get("groups", ())
+    return groups
+
+
+def _has_places(point: Point) -> bool:
+    return any(group["layers"] for group in _groups(point))
 
 
 def _kept(group: Mapping[str, Any]) -> float:
@@ -48,7 +57,7 @@ def _kept(group: Mapping[str, Any]) -> float:
 def rank_points(section: Section) -> list[tuple[Series, Point]]:
     """One point per series, at the ratio where most series have a plan; of equals, where most is removed."""
     planned = {
-        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and places(p)]
+        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and _has_places(p)]
         for removed in section.ratios
     }
     if not any(planned.values()):
@@ -60,7 +69,7 @@ def layer_shares(point: Point) -> list[float]:
     """Share of its parameters that each layer keeps, by layer; a shared group counts for each of its layers."""
     kept: dict[int, float] = {}
     dense: dict[int, float] = {}
-    for group in (point.record.plan or {}).get("groups", ()):
+    for group in _groups(point):
         size = float(group.get("d_in", 0) * group.get("d_out", 0))
         for layer in group["layers"]:
             kept[layer] = kept.get(layer, 0.0) + _kept(group) * size
@@ -156,12 +165,12 @@ def _shares(removed: float, label: str, shares: Sequence[float], *, kind: str, l
 
 def rank_table(section: Section, key: str) -> Table | None:
     """Ranks of every completed point: a row per type, a column per layer."""
-    return _table(section, [(s, p) for s in section.series for p in s.completed if places(p)], key, "")
+    return _table(section, [(s, p) for s in section.series for p in s.completed if _has_places(p)], key, "")
 
 
 def short_rank_table(section: Section, key: str) -> Table | None:
     """The same, of as many points as a page can hold: if there are more, those at the ratio that the figure shows."""
-    entries = [(s, p) for s in section.series for p in s.completed if places(p)]
+    entries = [(s, p) for s in section.series for p in s.completed if _has_places(p)]
     if len(entries) <= _MOST_POINTS:
         return _table(section, entries, key, "")
     chosen = rank_points(section)[:_MOST_POINTS]

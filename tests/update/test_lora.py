@@ -248,10 +248,20 @@ def test_a_model_without_logits_has_nothing_to_train_on() -> None:
 
 
 @IN_LAYOUTS
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapted_twin_holds_every_parameter_of_the_model(family: str, layout: Layout) -> None:
+    """Biases too, which peft freezes with the rest."""
+    plain = updated(tiny_random(family), NoUpdate(), layout=layout).module
+    adapted = adapted_twin(plain, find_factors(plain), rank=2, alpha=4.0, dropout=0.0, seed=0)
+    assert {id(p) for p in plain.parameters() if p.numel()} <= {id(p) for p in adapted.module.parameters()}
+    assert not any(p.requires_grad for p in plain.parameters() if p.numel())
+
+
+@IN_LAYOUTS
 def test_a_rank_above_a_factors_smaller_side_is_that_side_at_the_same_scale(layout: Layout) -> None:
     dense, journal = tiny_random(), Journal(quiet=True)
     made = compress(
-        dense, recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.005), layout=layout), Cache(None), journal
+        dense, recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.01), layout=layout), Cache(None), journal
     )
     plain = updated(dense, NoUpdate(), layout=layout).module
     adapted = adapted_twin(plain, find_factors(plain), rank=12, alpha=30.0, dropout=0.0, seed=0)
