@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
 from bs_exp.update.course import Course, Run
+from bs_exp.update.cutting import cut_anew
 from bs_exp.update.distillation import BlockOutputs, LogitDivergence, find_factors
 from bs_exp.update.generation import Generation
 from bs_exp.update.training import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
@@ -33,10 +35,11 @@ KIND = "recovery"
 class Recovery:
     """Trains bases and coefficients, and nothing else, on the KL divergence from the dense model's logits.
 
-    Trained on calibration windows and, beside them, on `generated` ones that the dense model writes itself. A part of
-    the calibration windows is held out; the factors that do best on it are kept, which may be the ones that were there
-    before. A factor's step size is `learning_rate` times its root mean square at the start. Half-precision
-    factors are trained in fp32 copies. Distillation: Hinton et al. (1503.02531), section 2.
+    Trained on calibration windows and, beside them, on `generated` ones that the dense model writes itself; windows
+    that the steps see beyond one epoch are cut anew from pieces of them. A part of the calibration windows is held out;
+    the factors that do best on it are kept, which may be the ones that were there before. A factor's step size is
+    `learning_rate` times its root mean square at the start. Half-precision factors are trained in fp32 copies.
+    Distillation: Hinton et al. (1503.02531), section 2.
     """
 
     blockwise_steps: int
@@ -44,6 +47,7 @@ class Recovery:
     generated: int
     prompt_length: int
     generation_batch: int
+    piece_length: int | None
     batch_size: int
     accumulation: int
     optimizer: str
@@ -68,7 +72,7 @@ class Recovery:
         check_at_least(0, blockwise_steps=self.blockwise_steps)
         check_positive(temperature=self.temperature)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_at_least(1, renewal=self.renewal)
+        check_at_least(1, renewal=self.renewal, piece_length=self.piece_length)
         check_at_least(0, longest=self.longest)
         if self.holdout == 0.0:
             raise ConfigError("holdout must be above 0: without held-out windows nobody knows when training does harm.")
@@ -102,8 +106,9 @@ class Recovery:
         windows = calibration.windows(dense.tokenizer)
         text, held_out = Course.of(self).split(windows.ids)
         start = time.perf_counter()
-        training = torch.cat([text, self._generation().windows(dense, text, cache, journal)])
+        whole = torch.cat([text, self._generation().windows(dense, text, cache, journal)])
         generation_seconds = time.perf_counter() - start
+        training = torch.cat([whole, self._cut(whole)])
         feed = feeder(dense, windows.feeding)
         predictions = LogitDivergence(
             compressed=compressed,
@@ -147,7 +152,8 @@ class Recovery:
         report |= run.report() | {
             "tokens": (run.step + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * training.shape[1],
             "training_windows": len(training),
-            "generated_windows": len(training) - len(text),
+            "generated_windows": len(whole) - len(text),
+            "cut_windows": len(training) - len(whole),
             "generation_seconds": round(generation_seconds, 3),
             "held_out_kl_before": before,
             "held_out_kl_after": min(run.best_loss, before),
@@ -158,6 +164,13 @@ class Recovery:
 
     def _generation(self) -> Generation:
         return Generation(**{f.name: getattr(self, f.name) for f in fields(Generation)})
+
+    def _cut(self, whole: Int[Tensor, "windows length"]) -> Int[Tensor, "cut length"]:
+        """As many windows as the steps see beyond one epoch."""
+        more = max(self.steps, self.blockwise_steps) * self.batch_size - len(whole)
+        if self.piece_length is None or more <= 0:
+            return whole[:0]
+        return cut_anew(whole, more, piece_length=self.piece_length, seed=self.seed)
 
     def _key(self, compressed: PreTrainedModel, dense: LoadedModel, windows: TokenWindows, stage: str) -> str:
         settings = {name: value for name, value in asdict(self).items() if name != "checkpoint_minutes"}

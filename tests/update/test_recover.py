@@ -35,6 +35,7 @@ RECOVERY = Recovery(
     generated=0,
     prompt_length=4,
     generation_batch=5,
+    piece_length=None,
     batch_size=4,
     accumulation=1,
     optimizer="soap",

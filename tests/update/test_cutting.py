@@ -1,0 +1,85 @@
+"""Windows cut anew: the old tokens in pieces of a known length, the same for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_recover import RECOVERY
+from torch import Tensor
+from updates import same, updated, values
+
+from bs_exp.errors import ConfigError
+from bs_exp.models.tiny import tiny_random
+from bs_exp.update.cutting import cut_anew
+
+# Every token tells its place: token i of window w is 1000 w + i.
+PLACES = 1000 * torch.arange(7)[:, None] + torch.arange(50)
+
+
+def cut(windows: Tensor = PLACES, count: int = 400, piece_length: int = 5, seed: int = 3) -> Tensor:
+    return cut_anew(windows, count, piece_length=piece_length, seed=seed)
+
+
+def joints(windows: Tensor) -> Tensor:
+    """Where a token is not followed as in the text; a window's end is followed by its beginning."""
+    follows = torch.where(windows[:, :-1] % 1000 == 49, windows[:, :-1] - 49, windows[:, :-1] + 1)
+    return windows[:, 1:] != follows
+
+
+@pytest.mark.parametrize("piece_length", [1, 5, 20, 1000])
+def test_pieces_have_their_length(piece_length: int) -> None:
+    made = cut(piece_length=piece_length)
+    assert made.shape == (400, 50)
+    assert set(made.unique().tolist()) <= set(PLACES.flatten().tolist())
+    for window in joints(made)[:, 1:]:  # the first token stands alone
+        ends = window.nonzero()[:, 0]
+        # One piece in 350 goes on, by chance, where another ended.
+        assert (ends.diff() % piece_length == 0).all()
+    expected = 1 / piece_length if piece_length < 1000 else 48 / 1000 / 48
+    assert joints(made)[:, 1:].double().mean() == pytest.approx(expected, rel=0.1, abs=0.001)
+
+
+def test_pieces_come_from_everywhere_and_are_all_different() -> None:
+    starts, counts = torch.unique(cut()[:, 1:][joints(cut())], return_counts=True)
+    assert len(starts) == PLACES.numel()
+    # Poisson: about 4300 joints at 350 places.
+    assert counts.max() < 32
+    assert len(cut().unique(dim=0)) == 400
+
+
+def test_windows_begin_with_the_token_that_windows_begin_with() -> None:
+    """So that a special token at the beginning of every window stays there."""
+    assert set(cut()[:, 0].tolist()) == set(PLACES[:, 0].tolist())
+
+
+def test_the_seed_decides() -> None:
+    assert torch.equal(cut(), cut())
+    assert not torch.equal(cut(), cut(seed=4))
+
+
+def test_recovery_cuts_what_its_steps_see_beyond_one_epoch() -> None:
+    dense = tiny_random()
+    again, cut_up = (updated(dense, replace(RECOVERY, steps=24, piece_length=length)) for length in (None, 6))
+    whole = again.update["training_windows"]
+    assert (again.update["cut_windows"], cut_up.update["cut_windows"]) == (0, 24 * 4 - whole)
+    assert cut_up.update["training_windows"] == 24 * 4
+    assert cut_up.update["held_out_kl"][0] == again.update["held_out_kl"][0]
+    assert cut_up.update["held_out_kl_after"] < 0.95 * cut_up.update["held_out_kl_before"]
+    assert not same(values(cut_up.module), values(again.module))
+
+
+def test_one_epoch_needs_none() -> None:
+    dense = tiny_random()
+    steps = updated(dense, RECOVERY).update["training_windows"] // RECOVERY.batch_size
+    again, cut_up = (updated(dense, replace(RECOVERY, steps=steps, piece_length=length)) for length in (None, 6))
+    assert cut_up.update["cut_windows"] == 0
+    assert same(values(cut_up.module), values(again.module))
+
+
+@pytest.mark.parametrize("wrong", [0, -3], ids=repr)
+def test_a_length_out_of_range_names_itself(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^piece_length must .*{wrong}"):
+        replace(RECOVERY, piece_length=wrong)
