@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+AT_ONCE = 1024
+
 
 def cut_anew(
     windows: Int[Tensor, "windows length"], count: int, *, piece_length: int, seed: int
@@ -17,11 +19,23 @@ def cut_anew(
     predictions, as in distillation, any text has true ones, and cut text has new ones for old tokens.
     """
     generator = torch.Generator().manual_seed(seed)
+    made = windows.new_empty(count, windows.shape[1])
+    # Some at a time: the places of all tokens of all windows would take several times the memory of the windows.
+    for part in made.split(AT_ONCE):
+        part.copy_(_cut(windows, len(part), piece_length, generator))
+    return made
+
+
+def _cut(
+    windows: Int[Tensor, "windows length"], count: int, piece_length: int, generator: torch.Generator
+) -> Int[Tensor, "count length"]:
     number, length = windows.shape
-    done = torch.randint(piece_length, (count, 1), generator=generator)
-    piece = (done + torch.arange(length)) // piece_length
-    rows = torch.randint(number, (count, length), generator=generator).gather(1, piece)
-    shifts = torch.randint(length, (count, length), generator=generator).gather(1, piece)
-    made = windows[rows, (torch.arange(length) + shifts) % length]
+    pieces = -(-(length - 1) // piece_length) + 1
+    phases = torch.randint(piece_length, (count, 1), generator=generator)
+    rows = torch.randint(number, (count, pieces), generator=generator)
+    shifts = torch.randint(length, (count, pieces), generator=generator)
+    positions = torch.arange(length)
+    piece = (phases + positions) // piece_length
+    made = windows[rows.gather(1, piece), (shifts.gather(1, piece) + positions) % length]
     made[:, 0] = windows[rows[:, 0], 0]
     return made
