@@ -35,11 +35,11 @@ KIND = "recovery"
 class Recovery:
     """Trains bases and coefficients, and nothing else, on the KL divergence from the dense model's logits.
 
-    Trained on calibration windows and, beside them, on `generated` ones that the dense model writes itself; windows
-    that the steps see beyond one epoch are cut anew from pieces of them. A part of the calibration windows is held out;
-    the factors that do best on it are kept, which may be the ones that were there before. A factor's step size is
-    `learning_rate` times its root mean square at the start. Half-precision factors are trained in fp32 copies.
-    Distillation: Hinton et al. (1503.02531), section 2.
+    Trained on calibration windows and, beside them, on `generated` ones that the dense model writes itself; where the
+    steps see more than these, as many as are missing are cut anew from pieces of them. A part of the calibration
+    windows is held out; the factors that do best on it are kept, which may be the ones that were there before. A
+    factor's step size is `learning_rate` times its root mean square at the start. Half-precision factors are trained in
+    fp32 copies. Distillation: Hinton et al. (1503.02531), section 2.
     """
 
     blockwise_steps: int
@@ -108,7 +108,6 @@ class Recovery:
         start = time.perf_counter()
         whole = torch.cat([text, self._generation().windows(dense, text, cache, journal)])
         generation_seconds = time.perf_counter() - start
-        training = torch.cat([whole, self._cut(whole)])
         feed = feeder(dense, windows.feeding)
         predictions = LogitDivergence(
             compressed=compressed,
@@ -118,12 +117,13 @@ class Recovery:
             autocast=self.autocast == "bfloat16",
         )
 
-        def trained(objective: Objective, steps: int, label: str) -> Run:
+        def trained(objective: Objective, steps: int, label: str) -> tuple[Run, dict[str, Any]]:
             course = Course.of(self, steps=steps)
+            training = torch.cat([whole, self._cut(whole, steps)])
             run = Run(course, self._training(dense, factors, course, objective), held_out)
             key = "" if cache.folder is None else self._key(compressed, dense, windows, label)
             run.follow(training, label=label, cache=cache, kind=KIND, key=key, journal=journal)
-            return run
+            return run, run.report() | {"training_windows": len(training), "cut_windows": len(training) - len(whole)}
 
         report: dict[str, Any] = {"strategy": KIND}
         with trainable(factors.values(), chain(compressed.parameters(), dense.module.parameters())):
@@ -139,21 +139,19 @@ class Recovery:
                     paths=block_paths(dense.module),
                     autocast=self.autocast == "bfloat16",
                 )
-                first = trained(blocks, self.blockwise_steps, "recovering blocks")
-                report["blockwise"] = first.report() | {
+                first, report["blockwise"] = trained(blocks, self.blockwise_steps, "recovering blocks")
+                report["blockwise"] |= {
                     "held_out_error_before": first.history[0][1],
                     "held_out_error_after": first.best_loss,
                 }
-            run = trained(predictions, self.steps, "recovery")
+            run, done = trained(predictions, self.steps, "recovery")
             before = run.history[0][1] if before is None else before
             harmful = run.best_loss > before
             if harmful:
                 _restore(factors, original)
-        report |= run.report() | {
-            "tokens": (run.step + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * training.shape[1],
-            "training_windows": len(training),
+        report |= done | {
+            "tokens": (run.step + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * whole.shape[1],
             "generated_windows": len(whole) - len(text),
-            "cut_windows": len(training) - len(whole),
             "generation_seconds": round(generation_seconds, 3),
             "held_out_kl_before": before,
             "held_out_kl_after": min(run.best_loss, before),
@@ -165,9 +163,9 @@ class Recovery:
     def _generation(self) -> Generation:
         return Generation(**{f.name: getattr(self, f.name) for f in fields(Generation)})
 
-    def _cut(self, whole: Int[Tensor, "windows length"]) -> Int[Tensor, "cut length"]:
+    def _cut(self, whole: Int[Tensor, "windows length"], steps: int) -> Int[Tensor, "cut length"]:
         """As many windows as the steps see beyond one epoch."""
-        more = max(self.steps, self.blockwise_steps) * self.batch_size - len(whole)
+        more = steps * self.batch_size - len(whole)
         if self.piece_length is None or more <= 0:
             return whole[:0]
         return cut_anew(whole, more, piece_length=self.piece_length, seed=self.seed)

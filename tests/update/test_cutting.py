@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_recover import RECOVERY
 from torch import Tensor
-from updates import same, updated, values
+from updates import Tokens, same, updated, values
 
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
+from bs_exp.update import recover
+from bs_exp.update.course import Course
 from bs_exp.update.cutting import cut_anew
 
 # Every token tells its place: token i of window w is 1000 w + i.
@@ -38,8 +40,8 @@ def test_pieces_have_their_length(piece_length: int) -> None:
         ends = window.nonzero()[:, 0]
         # One piece in 350 goes on, by chance, where another ended.
         assert (ends.diff() % piece_length == 0).all()
-    expected = 1 / piece_length if piece_length < 1000 else 48 / 1000 / 48
-    assert joints(made)[:, 1:].double().mean() == pytest.approx(expected, rel=0.1, abs=0.001)
+    expected = 400 * 48 / piece_length
+    assert abs(int(joints(made)[:, 1:].sum()) - expected) < 3 * expected**0.5
 
 
 def test_pieces_come_from_everywhere_and_are_all_different() -> None:
@@ -48,6 +50,7 @@ def test_pieces_come_from_everywhere_and_are_all_different() -> None:
     # Poisson: about 4300 joints at 350 places.
     assert counts.max() < 32
     assert len(cut().unique(dim=0)) == 400
+    assert len(cut(count=6000, piece_length=1)[:, 7].unique()) == PLACES.numel()
 
 
 def test_windows_begin_with_the_token_that_windows_begin_with() -> None:
@@ -62,21 +65,48 @@ def test_the_seed_decides() -> None:
 
 def test_recovery_cuts_what_its_steps_see_beyond_one_epoch() -> None:
     dense = tiny_random()
-    again, cut_up = (updated(dense, replace(RECOVERY, steps=24, piece_length=length)) for length in (None, 6))
+    again, anew = (updated(dense, replace(RECOVERY, steps=24, piece_length=length)) for length in (None, 6))
     whole = again.update["training_windows"]
-    assert (again.update["cut_windows"], cut_up.update["cut_windows"]) == (0, 24 * 4 - whole)
-    assert cut_up.update["training_windows"] == 24 * 4
-    assert cut_up.update["held_out_kl"][0] == again.update["held_out_kl"][0]
-    assert cut_up.update["held_out_kl_after"] < 0.95 * cut_up.update["held_out_kl_before"]
-    assert not same(values(cut_up.module), values(again.module))
+    assert (again.update["cut_windows"], anew.update["cut_windows"]) == (0, 24 * 4 - whole)
+    assert anew.update["training_windows"] == 24 * 4
+    assert anew.update["held_out_kl_after"] < 0.95 * anew.update["held_out_kl_before"]
+    assert not same(values(anew.module), values(again.module))
+
+
+@pytest.mark.parametrize("blockwise_steps", [20, 3], ids="{} blockwise steps".format)
+def test_every_stage_sees_whole_windows_first_of_all(blockwise_steps: int) -> None:
+    """Many steps in one stage do not crowd whole windows out of the other."""
+    report = updated(tiny_random(), replace(RECOVERY, blockwise_steps=blockwise_steps)).update
+    whole = 13
+    for stage, steps in ((report, 8), (report["blockwise"], blockwise_steps)):
+        seen = max(whole, steps * RECOVERY.batch_size)
+        assert (stage["training_windows"], stage["cut_windows"]) == (seen, seen - whole)
+
+
+def test_pieces_are_of_training_and_written_windows_never_of_held_out_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Tensor, int, dict[str, int]]] = []
+
+    def spy(windows: Tensor, count: int, **settings: int) -> Tensor:
+        calls.append((windows, count, settings))
+        return cut_anew(windows, count, **settings)
+
+    monkeypatch.setattr(recover, "cut_anew", spy)
+    settings = replace(RECOVERY, generated=5, seed=2)
+    updated(tiny_random(), settings)
+    training, held_out = Course.of(settings).split(Tokens().windows(None).ids)
+    ((windows, count, given),) = calls
+    assert count == 8 * 4 - 13 - 5 and given == {"piece_length": 6, "seed": 2}
+    assert len(windows) == 13 + 5 and torch.equal(windows[:13], training)
+    assert len(held_out) == 3
+    assert not (windows[:, None] == held_out).all(-1).any()
 
 
 def test_one_epoch_needs_none() -> None:
     dense = tiny_random()
-    steps = updated(dense, RECOVERY).update["training_windows"] // RECOVERY.batch_size
-    again, cut_up = (updated(dense, replace(RECOVERY, steps=steps, piece_length=length)) for length in (None, 6))
-    assert cut_up.update["cut_windows"] == 0
-    assert same(values(cut_up.module), values(again.module))
+    steps = 13 // RECOVERY.batch_size
+    again, anew = (updated(dense, replace(RECOVERY, steps=steps, piece_length=length)) for length in (None, 6))
+    assert anew.update["cut_windows"] == 0
+    assert same(values(anew.module), values(again.module))
 
 
 @pytest.mark.parametrize("wrong", [0, -3], ids=repr)

@@ -35,7 +35,7 @@ RECOVERY = Recovery(
     generated=0,
     prompt_length=4,
     generation_batch=5,
-    piece_length=None,
+    piece_length=6,
     batch_size=4,
     accumulation=1,
     optimizer="soap",
@@ -101,7 +101,7 @@ def test_blocks_learn_the_dense_blocks_outputs() -> None:
     dense = tiny_random()
     plain, made = (
         recovered(dense, NoUpdate()),
-        recovered(dense, replace(RECOVERY, blockwise_steps=8, steps=0, learning_rate=0.01)),
+        recovered(dense, replace(RECOVERY, blockwise_steps=16, steps=0, learning_rate=0.01)),
     )
     _, held_out = Course.of(RECOVERY).split(Tokens().windows(None).ids)
 
@@ -247,7 +247,9 @@ def test_a_parameter_without_gradients_does_not_keep_a_training_from_going_on() 
     assert second.done == 2 and torch.equal(used, expected)
 
 
-@pytest.mark.parametrize("changes", [{"learning_rate": 0.01}, {"seed": 1}, {"steps": 7}, {"temperature": 2.0}])
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 0.01}, {"seed": 1}, {"steps": 7}, {"temperature": 2.0}, {"piece_length": 7}]
+)
 def test_other_settings_are_another_training(changes: dict[str, Any], tmp_path: Path) -> None:
     dense = tiny_random()
     recovered(dense, cache=Cache(tmp_path))
@@ -280,7 +282,7 @@ def test_accumulation_changes_rounding_alone() -> None:
 
 
 def test_autocast_recovers_too() -> None:
-    report = recovered(tiny_random(), replace(RECOVERY, autocast="bfloat16")).update
+    report = recovered(tiny_random(), replace(RECOVERY, steps=16, autocast="bfloat16")).update
     assert report["held_out_kl_after"] < 0.9 * report["held_out_kl_before"]
 
 
