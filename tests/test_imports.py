@@ -128,6 +128,7 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
         "bs_exp.allocation.study",
         "bs_exp.importance.weighting",
         "bs_exp.update.course",
+        "bs_exp.update.cutting",
         "bs_exp.update.distillation",
         "bs_exp.update.generation",
         "bs_exp.update.least_squares",
