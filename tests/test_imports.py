@@ -131,7 +131,7 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
         "bs_exp.update.cutting",
         "bs_exp.update.distillation",
         "bs_exp.update.generation",
-        "bs_exp.update.least_squares",
+        "bs_exp.linalg.least_squares",
         "bs_exp.update.soap",
         "bs_exp.update.training",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.decomposition import pivoted_form
+from bs_exp.linalg.decomposition import pivoted_form
 from bs_exp.types import PivotedFactors, SharedFactors, WeightGroup
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from bs_exp.cache import Cache
 from bs_exp.calibration.statistics import calibrate
 from bs_exp.checks import check_choice, check_number, check_unit, is_number
-from bs_exp.decomposition import pivoted_form, plain_form
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.journal import Journal
+from bs_exp.linalg.decomposition import pivoted_form, plain_form
+from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.blocks import BlockStream, block_paths
 from bs_exp.models.feeding import feeder
@@ -35,7 +36,6 @@ from bs_exp.types import (
     WeightGroup,
     WeightMatrix,
 )
-from bs_exp.update.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 
 MODES = ("one_shot", "sequential")
 TARGETS = ("compressed_inputs", "dense_outputs", "mixed")

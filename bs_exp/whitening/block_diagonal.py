@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.checks import check_at_least, check_share
-from bs_exp.decomposition import cholesky_whitener
+from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, Metric, Statistic
 
 

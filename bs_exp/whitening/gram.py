@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bs_exp.checks import check_share
-from bs_exp.decomposition import cholesky_whitener
+from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.checks import check_share, check_unit
-from bs_exp.decomposition import cholesky_whitener
+from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 
 # Root of the curvature that stands for none, in nats: small beside any other, and yet nothing is divided by zero.

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bs_exp.analysis.sharing_pays import SharingPays
-from bs_exp.decomposition import cholesky_whitener, spectrum_of
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.linalg.decomposition import cholesky_whitener, spectrum_of
 from bs_exp.protocols import SharingProblem
 from bs_exp.records import read_record
 from bs_exp.reporting.collect import collect

@@ -10,8 +10,8 @@ import torch
 from options import strategies
 from torch import Tensor
 
-from bs_exp.decomposition import decompose, truncate
 from bs_exp.errors import ConfigError, DecompositionError
+from bs_exp.linalg.decomposition import decompose, truncate
 from bs_exp.protocols import Whitening
 from bs_exp.types import GroupStatistics, InputMoments, LossUnit, Metric, Statistic, WeightGradient, WeightGroup
 from bs_exp.whitening.block_diagonal import BlockDiagonalWhitening

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bs_exp import PivotedLinear, hf_plugin, save_model, to_dense
-from bs_exp.decomposition import plain_form
 from bs_exp.hf_plugin import pack_bits, unpack_bits
 from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.linalg.decomposition import plain_form
 from bs_exp.models.tiny import FAMILIES
 from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
 

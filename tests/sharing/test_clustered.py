@@ -15,10 +15,10 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from bs_exp.errors import ConfigError
+from bs_exp.linalg.clustering import Bounds, agglomerate
+from bs_exp.linalg.subspaces import left_subspace, subspace_distances
 from bs_exp.sharing.adjacent import AdjacentSharing
-from bs_exp.sharing.agglomeration import Bounds, agglomerate
 from bs_exp.sharing.clustered import ClusteredSharing
-from bs_exp.sharing.subspaces import left_subspace, subspace_distances
 
 
 def clustered(**settings: Any) -> ClusteredSharing:

@@ -17,7 +17,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.cache import Cache
-from bs_exp.decomposition import cholesky_whitener, corrections_of, decompose, spectrum_of, truncate
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.hf_plugin import CorrectedLinear
@@ -25,6 +24,7 @@ from bs_exp.importance.none import NoImportance
 from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.linalg.decomposition import cholesky_whitener, corrections_of, decompose, spectrum_of, truncate
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress

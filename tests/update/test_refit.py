@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 from bs_exp.cache import Cache
-from bs_exp.decomposition import pivoted_form, plain_form
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.journal import Journal
+from bs_exp.linalg.decomposition import pivoted_form, plain_form
+from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
@@ -28,7 +29,6 @@ from bs_exp.saving import save_model
 from bs_exp.sharing.none import NoSharing
 from bs_exp.sharing.residual import ResidualSharing
 from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightGroup, WeightMatrix
-from bs_exp.update.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bs_exp.decomposition import cholesky_whitener, decompose, spectrum_of, truncate
 from bs_exp.errors import DecompositionError
+from bs_exp.linalg.decomposition import cholesky_whitener, decompose, spectrum_of, truncate
 from bs_exp.types import LossUnit, Metric, WeightGroup
 
 IDENTITY = Metric(whitener=None)

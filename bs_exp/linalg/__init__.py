@@ -1,0 +1,1 @@
+"""The mathematics: whiten, decompose, truncate, pivot, refit. Tensors in, tensors out; no model, no disk."""
