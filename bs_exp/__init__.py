@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import bs_exp_autoload
 
 if TYPE_CHECKING:
-    from bs_exp.hf_plugin import PivotedLinear, SharedLinear
-    from bs_exp.replacement import to_dense
-    from bs_exp.saving import save_model
+    from bs_exp.models.modeling_basis_sharing import PivotedLinear, SharedLinear
+    from bs_exp.models.saving import save_model
+    from bs_exp.models.surgery import to_dense
 
 __all__ = ["PivotedLinear", "SharedLinear", "save_model", "to_dense"]
 
 _HOMES = {
-    "PivotedLinear": "bs_exp.hf_plugin",
-    "SharedLinear": "bs_exp.hf_plugin",
-    "save_model": "bs_exp.saving",
-    "to_dense": "bs_exp.replacement",
+    "PivotedLinear": "bs_exp.models.modeling_basis_sharing",
+    "SharedLinear": "bs_exp.models.modeling_basis_sharing",
+    "save_model": "bs_exp.models.saving",
+    "to_dense": "bs_exp.models.surgery",
 }
 
 bs_exp_autoload.install()

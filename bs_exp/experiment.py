@@ -19,10 +19,10 @@ from bs_exp.dense import DenseStore
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.size import SIZES, measure_size
+from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
 from bs_exp.recording import Recorder
-from bs_exp.saving import check_replaceable, save_model
 from bs_exp.selecting import check_candidates, select
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel

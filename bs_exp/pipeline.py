@@ -18,6 +18,7 @@ from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.journal import Journal
 from bs_exp.measures import GroupMeasures
 from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import (
     Allocation,
     AllocationProblem,
@@ -32,7 +33,6 @@ from bs_exp.protocols import (
     Update,
     Whitening,
 )
-from bs_exp.replacement import replace_matrices, twin
 from bs_exp.scoring import Comparison, PlanScore, check_measurable
 from bs_exp.sharing.none import singles
 from bs_exp.types import (

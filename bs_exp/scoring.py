@@ -18,9 +18,9 @@ from bs_exp.cache import Cache, content_key
 from bs_exp.decompositions import Decompositions
 from bs_exp.errors import ConfigError
 from bs_exp.journal import Journal
-from bs_exp.models.feeding import IGNORED, Inputs, check_has_logits, feeder, hidden_states
+from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import PlanObjective
-from bs_exp.replacement import replace_matrices, twin
 from bs_exp.types import LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
 
 Item = TypeVar("Item")

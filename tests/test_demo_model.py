@@ -22,9 +22,9 @@ from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.loading import DemoModel
+from bs_exp.models.surgery import factors_of, replace_matrices, twin
 from bs_exp.pipeline import Recipe, compress
 from bs_exp.protocols import Sharing
-from bs_exp.replacement import factors_of, replace_matrices, twin
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing

@@ -18,7 +18,7 @@ from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.measures import GroupMeasures
 from bs_exp.models.architecture import find_architecture
-from bs_exp.models.feeding import IGNORED, feeder
+from bs_exp.models.model_inputs import IGNORED, feeder
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import OBJECTIVES, PlanObjective

@@ -19,9 +19,9 @@ from torch import nn
 
 from bs_exp import environment
 from bs_exp.choices import largest_rank, parameter_budget
-from bs_exp.hf_plugin import LAYOUTS, FactorisedLinear, PivotedLinear, pack_bits
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.models.modeling_basis_sharing import LAYOUTS, FactorisedLinear, PivotedLinear, pack_bits
 from bs_exp.protocols import Layout
 from bs_exp.types import WeightGroup
 

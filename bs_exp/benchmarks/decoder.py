@@ -28,7 +28,7 @@ from bs_exp.benchmarks.comparison import (
     report,
 )
 from bs_exp.evaluation.throughput import read_and_write
-from bs_exp.replacement import twin
+from bs_exp.models.surgery import twin
 
 
 def variants(

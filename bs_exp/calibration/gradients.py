@@ -13,7 +13,7 @@ from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.errors import CalibrationError
 from bs_exp.journal import Journal
 from bs_exp.models.architecture import trunks
-from bs_exp.models.feeding import feeder
+from bs_exp.models.model_inputs import feeder
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 

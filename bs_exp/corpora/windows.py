@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bs_exp.checks import check_at_least, check_choice
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.models.feeding import check_feeding, feeder
+from bs_exp.models.model_inputs import check_feeding, feeder
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
 

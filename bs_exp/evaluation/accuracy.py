@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.models.feeding import check_task
+from bs_exp.models.model_inputs import check_task
 from bs_exp.types import LoadedModel, Task
 
 OWN_TASKS = Path(__file__).parent / "tasks"

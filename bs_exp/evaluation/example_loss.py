@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bs_exp.evaluation.texts import TextSettings, in_batches, read_windows
-from bs_exp.models.feeding import feeder
+from bs_exp.models.model_inputs import feeder
 from bs_exp.types import LoadedModel
 
 

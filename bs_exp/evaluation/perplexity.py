@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from bs_exp.checks import check_at_least, check_choice
 from bs_exp.corpora.windows import Tail, check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
-from bs_exp.models.feeding import check_task
+from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
 from bs_exp.types import LoadedModel, Task, TokenWindows
 

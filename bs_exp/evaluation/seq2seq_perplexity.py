@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bs_exp.evaluation.example_loss import example_perplexity
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit
-from bs_exp.models.feeding import check_task
+from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, Target, Task
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, in_batches, read_windows
-from bs_exp.models.feeding import feeder, hidden_states
+from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bs_exp.checks import check_at_least
 from bs_exp.corpora.windows import check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
-from bs_exp.models.feeding import check_feeding
+from bs_exp.models.model_inputs import check_feeding
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, TokenWindows
 

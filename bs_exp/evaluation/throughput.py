@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from bs_exp.checks import check_at_least
 from bs_exp.corpora.windows import max_positions, vocabulary_size
 from bs_exp.errors import ConfigError
-from bs_exp.models.feeding import check_task
+from bs_exp.models.model_inputs import check_task
 from bs_exp.types import LoadedModel, Task
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.errors import ModelError
 from bs_exp.models.architecture import blocks_of
-from bs_exp.models.feeding import Feeder, hidden_states
+from bs_exp.models.model_inputs import Feeder, hidden_states
 from bs_exp.types import LoadedModel
 
 _HIDDEN = "hidden_states"

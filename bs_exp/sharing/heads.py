@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bs_exp.checks import check_at_least, check_names
 from bs_exp.errors import ConfigError
-from bs_exp.models.attention_blocks import ALL, KV, check_separate, cut_heads
+from bs_exp.models.head_blocks import ALL, KV, check_separate, cut_heads
 from bs_exp.protocols import SharingProblem
 from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
 from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from bs_exp.hf_plugin import CorrectedLinear, FactorisedLinear
 from bs_exp.models.blocks import recorded
-from bs_exp.models.feeding import Feeder, hidden_states
+from bs_exp.models.model_inputs import Feeder, hidden_states
+from bs_exp.models.modeling_basis_sharing import CorrectedLinear, FactorisedLinear
 from bs_exp.update.training import precise
 
 # Logits per piece of the divergence: its fp32 intermediates take a few hundred MB, whatever the vocabulary.

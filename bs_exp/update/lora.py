@@ -12,15 +12,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.cache import Cache, content_key
 from bs_exp.checks import check_at_least, check_choice, check_positive, check_share
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.hf_plugin import FactorisedLinear
 from bs_exp.journal import Journal
-from bs_exp.models.feeding import Feeder, feeder
+from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.model_inputs import Feeder, feeder
+from bs_exp.models.modeling_basis_sharing import FactorisedLinear
 from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
 from bs_exp.update.course import Course, Run

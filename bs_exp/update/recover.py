@@ -18,8 +18,8 @@ from bs_exp.checks import check_at_least, check_choice, check_positive
 from bs_exp.errors import ConfigError
 from bs_exp.journal import Journal
 from bs_exp.models.blocks import block_paths
-from bs_exp.models.feeding import feeder
 from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.model_inputs import feeder
 from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
 from bs_exp.update.course import Course, Run

@@ -22,10 +22,10 @@ from bs_exp.linalg.decomposition import pivoted_form, plain_form
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.blocks import BlockStream, block_paths
-from bs_exp.models.feeding import feeder
 from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.model_inputs import feeder
+from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import Calibration
-from bs_exp.replacement import exchange_factors, factors_of
 from bs_exp.types import (
     LoadedModel,
     PivotedFactors,

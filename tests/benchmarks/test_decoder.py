@@ -11,7 +11,13 @@ from torch import nn
 from transformers import LlamaConfig
 
 from bs_exp.benchmarks.decoder import main, variants
-from bs_exp.hf_plugin import FactorisedLinear, PivotedInputLinear, PivotedLinear, PivotedOutputLinear, SharedLinear
+from bs_exp.models.modeling_basis_sharing import (
+    FactorisedLinear,
+    PivotedInputLinear,
+    PivotedLinear,
+    PivotedOutputLinear,
+    SharedLinear,
+)
 
 _SMALL = "--hidden 32 --intermediate 48 --heads 4 --blocks 2 --device cpu"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
-from bs_exp.replacement import replace_matrices, to_dense, twin
 from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
 
 ROWS = ["layout=plain", "layout=pivoted"]

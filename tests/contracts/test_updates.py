@@ -15,7 +15,7 @@ from updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 from bs_exp.cache import Cache
 from bs_exp.evaluation.size import measure_size
-from bs_exp.hf_plugin import FactorisedLinear, SharedLinear, pivoted_kind
+from bs_exp.models.modeling_basis_sharing import FactorisedLinear, SharedLinear, pivoted_kind
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout

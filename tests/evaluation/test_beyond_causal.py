@@ -19,9 +19,9 @@ from bs_exp.evaluation.seq2seq_perplexity import Seq2SeqPerplexity
 from bs_exp.evaluation.similarity import Similarity
 from bs_exp.evaluation.throughput import Throughput
 from bs_exp.models.architecture import module_of
-from bs_exp.models.feeding import IGNORED
+from bs_exp.models.model_inputs import IGNORED
+from bs_exp.models.surgery import twin
 from bs_exp.models.tiny import tiny_random
-from bs_exp.replacement import twin
 from bs_exp.types import LoadedModel, Task
 
 TEXT = "Grace Hopper wrote the first compiler; it was hard to believe that it would run. " * 8
@@ -84,7 +84,7 @@ def test_masked_perplexity_is_that_of_tokens_behind_masks() -> None:
 
 
 def _examples(model: LoadedModel, window: torch.Tensor) -> Any:
-    from bs_exp.models.feeding import feeder
+    from bs_exp.models.model_inputs import feeder
 
     return feeder(model, MASKED.feeding).examples(window[None])
 

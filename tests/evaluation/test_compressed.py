@@ -11,9 +11,9 @@ from bs_exp.corpora.python_docs import PythonDocs
 from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.evaluation.throughput import Throughput
+from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.protocols import Evaluator
-from bs_exp.replacement import replace_matrices, to_dense, twin
 from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
 
 PERPLEXITY = Perplexity(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from bs_exp.evaluation.size import measure_size, stored_bytes
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import tiny_random
-from bs_exp.replacement import replace_matrices, twin
 from bs_exp.types import CompressedModel, LoadedModel, PlannedGroup, RankPlan, SharedFactors, WeightGroup
 
 

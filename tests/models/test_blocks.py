@@ -9,7 +9,7 @@ import torch
 
 from bs_exp.errors import ModelError
 from bs_exp.models.blocks import BlockStream, block_paths, recorded
-from bs_exp.models.feeding import feeder, hidden_states
+from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.models.tiny import FAMILIES, TinyRandom, tiny_random
 from bs_exp.types import Task
 

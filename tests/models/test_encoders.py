@@ -41,11 +41,11 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import module_of, trunks, weight_of
 from bs_exp.models.auto_classes import find_auto_class
-from bs_exp.models.feeding import feeder, hidden_states
 from bs_exp.models.loading import LocalModel, assemble
+from bs_exp.models.model_inputs import feeder, hidden_states
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, byte_tokenizer, tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
-from bs_exp.replacement import replace_matrices, twin
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.types import Feeding, LoadedModel, SharedFactors, Statistic, Task, TokenWindows, WeightGroup

@@ -16,14 +16,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import measure_size
-from bs_exp.hf_plugin import SharedLinear, SplitLinear
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
-from bs_exp.models.attention_blocks import cut_heads
+from bs_exp.models.head_blocks import cut_heads
+from bs_exp.models.modeling_basis_sharing import SharedLinear, SplitLinear
+from bs_exp.models.saving import save_model
+from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.protocols import Layout
-from bs_exp.replacement import replace_matrices, to_dense, twin
-from bs_exp.saving import save_model
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.heads import HeadSharing
 from bs_exp.types import LoadedModel, PlannedGroup, RankPlan, SharedFactors

@@ -19,18 +19,18 @@ from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.evaluation.size import measure_size
-from bs_exp.hf_plugin import CorrectedLinear
 from bs_exp.importance.none import NoImportance
 from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.linalg.decomposition import cholesky_whitener, corrections_of, decompose, spectrum_of, truncate
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.modeling_basis_sharing import CorrectedLinear
+from bs_exp.models.saving import save_model
+from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress
 from bs_exp.protocols import Layout
-from bs_exp.replacement import replace_matrices, to_dense, twin
-from bs_exp.saving import save_model
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.residual import ResidualSharing

@@ -13,17 +13,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
-from bs_exp.adapters import adapted_twin, has_adapters, without_adapters
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, DataError, ModelError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.journal import Journal
+from bs_exp.models.adapters import adapted_twin, has_adapters, without_adapters
+from bs_exp.models.saving import ADAPTER_FOLDER, save_model
+from bs_exp.models.surgery import to_dense
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import Layout
 from bs_exp.records import read_record
-from bs_exp.replacement import to_dense
-from bs_exp.saving import ADAPTER_FOLDER, save_model
 from bs_exp.types import Task
 from bs_exp.update.course import Course
 from bs_exp.update.distillation import find_factors

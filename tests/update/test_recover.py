@@ -16,11 +16,11 @@ from updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated,
 from bs_exp.cache import Cache, MemoryEntry
 from bs_exp.errors import CalibrationError, ConfigError, DataError
 from bs_exp.journal import Journal
+from bs_exp.models.saving import save_model
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout
 from bs_exp.records import read_record
-from bs_exp.saving import save_model
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update import distillation
 from bs_exp.update.course import Course

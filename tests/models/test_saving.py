@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from factorised import compressed_twin, logits_of, random_factors
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bs_exp import SharedLinear, hf_plugin, save_model, to_dense
 from bs_exp.errors import ConfigError
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import FAMILIES, TinyRandom, byte_tokenizer
-from bs_exp.replacement import replace_matrices, twin
 from bs_exp.types import LoadedModel
+from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
 REPOSITORY = Path(hf_plugin.__file__).parents[1]

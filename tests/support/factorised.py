@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import Layout
-from bs_exp.replacement import replace_matrices, twin
 from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
 
 RANK = 4

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bs_exp.errors import DecompositionError, ModelError
-from bs_exp.hf_plugin import (
+from bs_exp.models.architecture import module_of
+from bs_exp.models.modeling_basis_sharing import (
     METHOD,
     BasisSharingConfig,
     BasisSharingQuantizer,
@@ -24,7 +25,6 @@ from bs_exp.hf_plugin import (
     pack_bits,
     pivoted_kind,
 )
-from bs_exp.models.architecture import module_of
 from bs_exp.types import Architecture, PivotedFactors, SharedFactors, StoredFactors, WeightGroup
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bs_exp.errors import ConfigError, ModelError
-from bs_exp.models.feeding import IGNORED, check_has_logits, check_task, feeder, hidden_states
+from bs_exp.models.model_inputs import IGNORED, check_has_logits, check_task, feeder, hidden_states
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, tiny_random
 from bs_exp.types import Feeding, LoadedModel, Task
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bs_exp.hf_plugin import FactorisedLinear
-from bs_exp.replacement import twin
+from bs_exp.models.modeling_basis_sharing import FactorisedLinear
+from bs_exp.models.surgery import twin
 
 ADAPTER = "default"
 KINDS = ("basis", "weight")

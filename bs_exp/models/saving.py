@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bs_exp.adapters import has_adapters, save_adapters, without_adapters
 from bs_exp.errors import ConfigError, SaveError
+from bs_exp.models.adapters import has_adapters, save_adapters, without_adapters
 
 _CONFIG = "config.json"
 # Of a model with adapters; in a folder of its own, else `from_pretrained` would look for the model that they belong to.

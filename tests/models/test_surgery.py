@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factorised import compressed_twin, logits_of, random_factors
 from torch import nn
 
 from bs_exp.errors import DecompositionError, ModelError
-from bs_exp.hf_plugin import SharedLinear
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.modeling_basis_sharing import SharedLinear
+from bs_exp.models.surgery import is_factorised, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import FAMILIES, TinyRandom
-from bs_exp.replacement import is_factorised, replace_matrices, to_dense, twin
 from bs_exp.types import LoadedModel, SharedFactors
+from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
 

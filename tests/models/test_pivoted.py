@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from factorised import compressed_twin, logits_of, random_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -22,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bs_exp import PivotedLinear, hf_plugin, save_model, to_dense
-from bs_exp.hf_plugin import pack_bits, unpack_bits
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.linalg.decomposition import plain_form
+from bs_exp.models.modeling_basis_sharing import pack_bits, unpack_bits
 from bs_exp.models.tiny import FAMILIES
 from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
+from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
 SOME = ["llama", "gpt2", "phi3", "opt"]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
-from bs_exp.hf_plugin import SplitLinear
 from bs_exp.models.architecture import module_of
-from bs_exp.replacement import twin
+from bs_exp.models.modeling_basis_sharing import SplitLinear
+from bs_exp.models.surgery import twin
 from bs_exp.types import LoadedModel, WeightMatrix
 
 # What is cut, and along which of its sides: what a head reads is its own for `o` alone.

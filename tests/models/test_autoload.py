@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from factorised import compressed_twin, logits_of
 
 import bs_exp_autoload
 from bs_exp import hf_plugin, save_model
 from bs_exp.types import LoadedModel
+from tests.support.factorised import compressed_twin, logits_of
 
 REPOSITORY = Path(hf_plugin.__file__).parents[1]
 HOOK_FILES = {"bs_exp_autoload.py", "bs_exp_autoload.pth"}
@@ -91,7 +91,9 @@ def test_a_broken_bs_exp_stops_nothing_and_says_so(site_folder: Path, tmp_path: 
     (tmp_path / "bs_exp" / "__init__.py").write_text("import absent_dependency\n")
     done = start(site_folder, QUICK + "print(colorsys.rgb_to_hsv(0, 0, 0)[2])", package=tmp_path)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
-    assert "bs_exp.hf_plugin cannot be imported (No module named 'absent_dependency')" in done.stderr
+    assert (
+        "bs_exp.models.modeling_basis_sharing cannot be imported (No module named 'absent_dependency')" in done.stderr
+    )
 
 
 def test_plain_from_pretrained_in_a_fresh_process(
@@ -104,7 +106,7 @@ def test_plain_from_pretrained_in_a_fresh_process(
 import inspect, json, pathlib, torch
 from transformers import AutoModelForCausalLM
 folder = pathlib.Path(sys.argv[2])
-before = "bs_exp.hf_plugin" in sys.modules
+before = "bs_exp.models.modeling_basis_sharing" in sys.modules
 model = AutoModelForCausalLM.from_pretrained(folder / "model")
 with torch.no_grad():
     logits = model(torch.arange(24).view(2, 12)).logits
@@ -122,13 +124,20 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "first", ["transformers.modeling_utils", "transformers.quantizers", "bs_exp.hf_plugin", "peft", "bs_exp"]
+    "first",
+    [
+        "transformers.modeling_utils",
+        "transformers.quantizers",
+        "bs_exp.models.modeling_basis_sharing",
+        "peft",
+        "bs_exp",
+    ],
 )
 def test_whatever_is_imported_first(site_folder: Path, first: str) -> None:
     """The plug-in is imported in the middle of another import, which may be its own."""
     program = f"import {first}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; "
     done = start(site_folder, program + "print(m['basis_sharing'].__module__)")
-    assert (done.returncode, done.stdout) == (0, "bs_exp.hf_plugin\n"), done.stderr[-3000:]
+    assert (done.returncode, done.stdout) == (0, "bs_exp.models.modeling_basis_sharing\n"), done.stderr[-3000:]
 
 
 def test_a_second_installation_of_the_hook_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
