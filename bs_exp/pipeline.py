@@ -13,10 +13,10 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.calibration.statistics import check_gatherable
 from bs_exp.corpora.windows import check_fits
-from bs_exp.decompositions import decompose_groups
 from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.factorization.factors import decompose_groups
+from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.journal import Journal
-from bs_exp.measures import GroupMeasures
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import (

@@ -12,11 +12,11 @@ from test_pipeline import RECIPE, RandomTokens
 from torch import Tensor
 
 from bs_exp.cache import Cache
-from bs_exp.decompositions import Decompositions, decompose_groups
 from bs_exp.errors import ConfigError
+from bs_exp.factorization.factors import Decompositions, decompose_groups
+from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
-from bs_exp.measures import GroupMeasures
 from bs_exp.models.architecture import find_architecture
 from bs_exp.models.model_inputs import IGNORED, feeder
 from bs_exp.models.tiny import tiny_random
