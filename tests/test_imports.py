@@ -127,13 +127,13 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
         "bs_exp.allocation.budget",
         "bs_exp.allocation.study",
         "bs_exp.importance.weighting",
-        "bs_exp.update.course",
-        "bs_exp.update.cutting",
-        "bs_exp.update.distillation",
-        "bs_exp.update.generation",
+        "bs_exp.training.course",
+        "bs_exp.training.resampling",
+        "bs_exp.training.objectives",
+        "bs_exp.training.generation",
         "bs_exp.linalg.least_squares",
-        "bs_exp.update.soap",
-        "bs_exp.update.training",
+        "bs_exp.training.soap",
+        "bs_exp.training.trainer",
     }
     for module in files:
         assert not (_imports(MODULES[module]) & (files - {module} - shared)), module

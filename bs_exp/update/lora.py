@@ -22,10 +22,10 @@ from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
 from bs_exp.protocols import Calibration
+from bs_exp.training.course import Course, Run
+from bs_exp.training.objectives import LogitDivergence, find_factors
+from bs_exp.training.trainer import Objective, Training, trainable
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
-from bs_exp.update.course import Course, Run
-from bs_exp.update.distillation import LogitDivergence, find_factors
-from bs_exp.update.training import Objective, Training, trainable
 
 KIND = "lora"
 FACTORS = {"coefficients": ("weight",), "basis": ("basis",), "both": ("basis", "weight")}

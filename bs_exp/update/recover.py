@@ -21,12 +21,12 @@ from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.protocols import Calibration
+from bs_exp.training.course import Course, Run
+from bs_exp.training.generation import Generation
+from bs_exp.training.objectives import BlockOutputs, LogitDivergence, find_factors
+from bs_exp.training.resampling import cut_anew
+from bs_exp.training.trainer import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
-from bs_exp.update.course import Course, Run
-from bs_exp.update.cutting import cut_anew
-from bs_exp.update.distillation import BlockOutputs, LogitDivergence, find_factors
-from bs_exp.update.generation import Generation
-from bs_exp.update.training import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
 
 KIND = "recovery"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from options import option_of, options, strategy
-from updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 from bs_exp.cache import Cache
 from bs_exp.evaluation.size import measure_size
@@ -19,9 +18,10 @@ from bs_exp.models.modeling_basis_sharing import FactorisedLinear, SharedLinear,
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout
+from bs_exp.training.objectives import find_factors
 from bs_exp.types import CompressedModel, LoadedModel
-from bs_exp.update.distillation import find_factors
 from bs_exp.update.none import NoUpdate
+from tests.support.updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 # A few steps of training, large enough to be seen.
 TRAINING = "{0}.steps=3 {0}.batch_size=4 {0}.evaluate_every=3 {0}.learning_rate=0.02 {0}.holdout=0.2"

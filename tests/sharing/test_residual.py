@@ -34,8 +34,8 @@ from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.residual import ResidualSharing
+from bs_exp.training.objectives import find_factors
 from bs_exp.types import LoadedModel, LossUnit, Metric, SharedFactors, TokenWindows, WeightGroup
-from bs_exp.update.distillation import find_factors
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening

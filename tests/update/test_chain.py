@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from updates import same, updated, values
 
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
+from bs_exp.training.objectives import find_factors
 from bs_exp.update.chain import UpdateChain
-from bs_exp.update.distillation import find_factors
 from bs_exp.update.none import NoUpdate
+from tests.support.updates import same, updated, values
 
 
 class Times:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, DataError, ModelError
@@ -24,11 +23,12 @@ from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import Layout
 from bs_exp.records import read_record
+from bs_exp.training.course import Course
+from bs_exp.training.objectives import find_factors
 from bs_exp.types import Task
-from bs_exp.update.course import Course
-from bs_exp.update.distillation import find_factors
 from bs_exp.update.lora import KIND, LoRA
 from bs_exp.update.none import NoUpdate
+from tests.support.updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
 LORA = LoRA(
     factors="both",

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
 from bs_exp.cache import Cache, MemoryEntry
 from bs_exp.errors import CalibrationError, ConfigError, DataError
@@ -21,13 +20,14 @@ from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout
 from bs_exp.records import read_record
+from bs_exp.training import objectives
+from bs_exp.training.course import Course
+from bs_exp.training.objectives import find_factors, kl_divergence
+from bs_exp.training.trainer import Training
 from bs_exp.types import CompressedModel, LoadedModel
-from bs_exp.update import distillation
-from bs_exp.update.course import Course
-from bs_exp.update.distillation import find_factors, kl_divergence
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.recover import KIND, Recovery
-from bs_exp.update.training import Training
+from tests.support.updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
 RECOVERY = Recovery(
     blockwise_steps=0,

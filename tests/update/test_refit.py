@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, ModelError
@@ -31,6 +30,7 @@ from bs_exp.sharing.residual import ResidualSharing
 from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightGroup, WeightMatrix
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
+from tests.support.updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 OFFICIAL = Refit(
     mode="one_shot",

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_recover import RECOVERY
 from torch import Tensor
-from updates import QUIET, Interrupting, Tokens, same, updated, values
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
+from bs_exp.training.generation import KIND, Generation
 from bs_exp.types import LoadedModel
-from bs_exp.update.generation import KIND, Generation
+from tests.support.updates import QUIET, Interrupting, Tokens, same, updated, values
 
 TEXT = Tokens().windows(None).ids
 GENERATION = Generation(generated=12, prompt_length=4, generation_batch=5, seed=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bs_exp.update.soap import Soap, renewed
+from bs_exp.training.soap import Soap, renewed
 
 BETAS = (0.9, 0.99)
 

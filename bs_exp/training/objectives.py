@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bs_exp.models.blocks import recorded
 from bs_exp.models.model_inputs import Feeder, hidden_states
 from bs_exp.models.modeling_basis_sharing import CorrectedLinear, FactorisedLinear
-from bs_exp.update.training import precise
+from bs_exp.training.trainer import precise
 
 # Logits per piece of the divergence: its fp32 intermediates take a few hundred MB, whatever the vocabulary.
 _LOGITS = 1 << 24

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bs_exp.cache import Entry
 from bs_exp.errors import CalibrationError
-from bs_exp.update.soap import Soap
+from bs_exp.training.soap import Soap
 
 # The usual 0.999 averages squared gradients over more steps than a short training has.
 _BETAS = (0.9, 0.99)

@@ -1,0 +1,1 @@
+"""One trainer for factors and adapters, its optimiser, its objectives and its data."""
