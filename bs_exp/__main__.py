@@ -19,14 +19,14 @@ from omegaconf import DictConfig
 from bs_exp.config import build, describe, explain, in_sweep, root_folder
 from bs_exp.journal import Journal
 from bs_exp.multirun import end_sweep
+from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
 from bs_exp.report import print_report
 from bs_exp.reporting.command import COMMANDS, run_command
-from bs_exp.sweep import finished_record, kept_objective, occupied, print_progress
 
 if TYPE_CHECKING:
     from bs_exp.dense import DenseStore
     from bs_exp.experiment import Objective
-    from bs_exp.records import RunRecord
+    from bs_exp.records.record import RunRecord
 
 # Hydra looks for plug-ins in the namespace package `hydra_plugins`: this makes ours a part of it. It has looked already
 # where it was used in this process before.

@@ -34,8 +34,8 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.records import RunRecord
-from bs_exp.sweep import point_folder, shown_settings
+from bs_exp.records.record import RunRecord
+from bs_exp.records.sweep import point_folder, shown_settings
 
 if TYPE_CHECKING:
     from bs_exp.dense import DenseStore

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bs_exp.config import hash_of
-from bs_exp.records import utc_now
-from bs_exp.sweep import Outcome, Point, SweepPlan, point_folder, shown_settings, survey
+from bs_exp.records.record import utc_now
+from bs_exp.records.sweep import Outcome, Point, SweepPlan, point_folder, shown_settings, survey
 from bs_exp.sweep_report import print_sweep
 
 _FOLDER = "hydra.sweep.dir"

@@ -16,7 +16,7 @@ from bs_exp import environment
 from bs_exp.errors import RecordError, TrackingError
 from bs_exp.journal import Journal
 from bs_exp.protocols import TrackedRun, Tracker
-from bs_exp.records import FILE_NAME, RunRecord, Status, utc_now, write_record
+from bs_exp.records.record import FILE_NAME, RunRecord, Status, utc_now, write_record
 from bs_exp.tracking.none import NullTrackedRun
 
 

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bs_exp.records import FILE_NAME, RunRecord
+from bs_exp.records.record import FILE_NAME, RunRecord
 
 _ABSENT = "-"
 # Without a terminal the width is unknown; files and logs are read at 80 columns.

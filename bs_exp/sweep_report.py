@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bs_exp.records import RunRecord
-from bs_exp.sweep import Outcome, PointState, duration, objectives, seconds, varying
+from bs_exp.records.record import RunRecord
+from bs_exp.records.sweep import Outcome, PointState, duration, objectives, seconds, varying
 
 _PIPED_WIDTH = 100
 _UNFINISHED = (Outcome.FAILED, Outcome.INTERRUPTED, Outcome.KILLED, Outcome.RUNNING, Outcome.NOT_RUN)

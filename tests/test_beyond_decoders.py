@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig
 
 import bs_exp  # noqa: F401  registers the plug-in with which compressed models load
 from bs_exp.models.tiny import byte_tokenizer
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.types import Task
 
 Cli = Callable[..., Any]

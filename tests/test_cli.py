@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bs_exp.records import RecordError, RunRecord, Status, read_record
+from bs_exp.records.record import RecordError, RunRecord, Status, read_record
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import bs_exp  # noqa: F401  registers the plug-in with which compressed models load
 from bs_exp.models.tiny import tiny_random
-from bs_exp.records import Status, read_record
+from bs_exp.records.record import Status, read_record
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]

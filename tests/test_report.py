@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from bs_exp.recording import new_record
-from bs_exp.records import RunRecord, Status
+from bs_exp.records.record import RunRecord, Status
 from bs_exp.report import print_report
 from bs_exp.types import PlannedGroup, RankPlan, WeightGroup
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.errors import RecordError
-from bs_exp.records import FILE_NAME, RunRecord, read_record
-from bs_exp.sweep import PLAN_FILE, SweepPlan
+from bs_exp.records.record import FILE_NAME, RunRecord, read_record
+from bs_exp.records.sweep import PLAN_FILE, SweepPlan
 
 PAIRS_FILE = "sharing_pays.json"
 _MAPPINGS = (

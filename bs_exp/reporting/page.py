@@ -10,7 +10,7 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from bs_exp.records import Status
+from bs_exp.records.record import Status
 from bs_exp.reporting import cost, formats, metrics, runs
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.results import removed_title

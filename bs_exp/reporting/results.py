@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bs_exp.records import Status
+from bs_exp.records.record import Status
 from bs_exp.reporting import formats, metrics
 from bs_exp.reporting.study import Point, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text

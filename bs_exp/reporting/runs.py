@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bs_exp.records import RunRecord, Status
+from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import cost, formats, metrics
 from bs_exp.reporting.results import removed_title
 from bs_exp.reporting.study import Point, Repeat, Study

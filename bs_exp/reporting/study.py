@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bs_exp.records import RunRecord, Status
+from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import dials, formats, metrics
 from bs_exp.reporting.collect import Collection, PairTable, Skipped, Waiting
 from bs_exp.reporting.dials import Flat

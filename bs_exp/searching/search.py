@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, SearchError
+from bs_exp.records.sweep import duration
 from bs_exp.searching.drawing import draw
 from bs_exp.searching.folder import locked, signed
 from bs_exp.searching.results import Results, collect, save
@@ -28,7 +29,6 @@ from bs_exp.searching.study import FOLDER, METRICS, OVERRIDES, Identity, SharedS
 from bs_exp.searching.table import print_results
 from bs_exp.searching.workers import Heartbeat
 from bs_exp.study_storage import open_storage, reason, shown
-from bs_exp.sweep import duration
 
 _DIRECTIONS = ("minimize", "maximize")
 

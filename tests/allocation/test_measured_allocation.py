@@ -19,7 +19,7 @@ from bs_exp.journal import Journal
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import PlanObjective
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.scoring import Comparison

@@ -15,7 +15,7 @@ from bs_exp.errors import ConfigError, RecordError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.linalg.decomposition import cholesky_whitener, spectrum_of
 from bs_exp.protocols import SharingProblem
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.reporting.collect import collect
 from bs_exp.types import Architecture, GroupStatistics, LossUnit, Metric, Spectrum, WeightGroup, WeightMatrix
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bs_exp.records import RunRecord, Status, write_record
+from bs_exp.records.record import RunRecord, Status, write_record
 
 METHODS = {"svd": 8.0, "svd_llm": 1.6, "basis_sharing": 1.4, "drank": 1.3, "best": 1.0}
 MATRICES = {

@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from bs_exp.records import Status
+from bs_exp.records.record import Status
 from bs_exp.reporting.report import write_report
 from tests.reporting import synthetic
 

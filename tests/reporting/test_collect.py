@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bs_exp.errors import RecordError
-from bs_exp.records import FILE_NAME, FORMAT_VERSION, write_record
+from bs_exp.records.record import FILE_NAME, FORMAT_VERSION, write_record
+from bs_exp.records.sweep import Point, SweepPlan
 from bs_exp.reporting.collect import PAIRS_FILE, collect
-from bs_exp.sweep import Point, SweepPlan
 from tests.reporting import synthetic
 
 

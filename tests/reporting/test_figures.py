@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bs_exp.records import RunRecord
+from bs_exp.records.record import RunRecord
 from bs_exp.reporting import drawing
 from bs_exp.reporting.collect import Collection, Found, PairTable
 from bs_exp.reporting.drawing import Drawn
@@ -91,7 +91,7 @@ def test_names_within_figures_do_not_meet(drawn: dict[str, Drawn]) -> None:
 
 
 def test_failed_points_are_no_figure() -> None:
-    from bs_exp.records import Status
+    from bs_exp.records.record import Status
 
     assert _drawn(synthetic.record(status=Status.FAILED)) == {}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bs_exp.records import RunRecord
+from bs_exp.records.record import RunRecord
 from bs_exp.reporting.collect import Collection, Found, PairTable
 from bs_exp.reporting.literature import literature
 from bs_exp.reporting.papers import Comparison, compare, measured_value, paper_tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bs_exp.records import RunRecord, Status
+from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.study import Study, arrange
 from tests.reporting import synthetic

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bs_exp.records import RunRecord, Status
+from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import cost, ranks, results, runs
 from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.study import Section, arrange

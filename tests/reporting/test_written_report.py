@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from bs_exp.records import FILE_NAME, Status, read_record, write_record
+from bs_exp.records.record import FILE_NAME, Status, read_record, write_record
+from bs_exp.records.sweep import Point, SweepPlan
 from bs_exp.reporting.report import write_figures, write_report
-from bs_exp.sweep import Point, SweepPlan
 from tests.reporting import synthetic
 
 Cli = Callable[..., Any]

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from bs_exp.config import build, root_folder
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import SIZES
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 
 
 @pytest.mark.parametrize(

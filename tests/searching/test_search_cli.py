@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bs_exp.records import Status, read_record
+from bs_exp.records.record import Status, read_record
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]

@@ -19,7 +19,7 @@ from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.selecting import GivenWindows, check_candidates, select
 from bs_exp.selection.measured import MeasuredSelection

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 
 Cli = Callable[..., Any]
 NATS = ("whitening=two_sided", "allocation=water_filling")

@@ -13,7 +13,7 @@ import torch
 from bs_exp.dense import OF_SWEEP, DenseStore
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.tiny import TinyRandom
-from bs_exp.records import RunRecord, read_record
+from bs_exp.records.record import RunRecord, read_record
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.cost import cost_tables, shared_costs
 from bs_exp.reporting.study import arrange

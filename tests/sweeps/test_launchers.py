@@ -18,7 +18,7 @@ from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 
 from bs_exp.config import root_folder
-from bs_exp.records import Status, read_record
+from bs_exp.records.record import Status, read_record
 
 Tiny = tuple[str, ...]
 CONF = root_folder() / "conf"

@@ -22,7 +22,7 @@ from bs_exp.models.surgery import to_dense
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import Layout
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.training.course import Course
 from bs_exp.training.objectives import find_factors
 from bs_exp.types import Task

@@ -19,7 +19,7 @@ from bs_exp.models.saving import save_model
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.training import objectives
 from bs_exp.training.course import Course
 from bs_exp.training.objectives import find_factors, kl_divergence

@@ -24,7 +24,7 @@ from bs_exp.models.surgery import exchange_factors, factors_of, replace_matrices
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import Layout
-from bs_exp.records import read_record
+from bs_exp.records.record import read_record
 from bs_exp.sharing.none import NoSharing
 from bs_exp.sharing.residual import ResidualSharing
 from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightGroup, WeightMatrix

@@ -20,7 +20,7 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import DictConfig, OmegaConf
 
 from bs_exp.errors import LaunchError
-from bs_exp.sweep import shown_settings
+from bs_exp.records.sweep import shown_settings
 
 if TYPE_CHECKING:
     import submitit

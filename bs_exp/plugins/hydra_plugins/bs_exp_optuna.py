@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bs_exp.config import explain, result_settings
 from bs_exp.errors import ConfigError, RecordError
-from bs_exp.records import read_record
-from bs_exp.sweep import objectives
+from bs_exp.records.record import read_record
+from bs_exp.records.sweep import objectives
 
 if TYPE_CHECKING:
     from bs_exp.searching.search import Outcome

@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
-from bs_exp.records import FILE_NAME, RunRecord, Status, read_record
+from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
 _DIGITS = 12

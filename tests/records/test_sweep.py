@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from bs_exp.errors import RecordError
-from bs_exp.records import FILE_NAME, RunRecord, Status, write_record
-from bs_exp.sweep import (
+from bs_exp.records.record import FILE_NAME, RunRecord, Status, write_record
+from bs_exp.records.sweep import (
     PLAN_FILE,
     Outcome,
     Point,
@@ -94,7 +94,7 @@ def test_a_sweeper_gets_back_what_the_run_returned() -> None:
 _HOLD = """
 import sys, time
 from pathlib import Path
-from bs_exp.sweep import occupied
+from bs_exp.records.sweep import occupied
 with occupied(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

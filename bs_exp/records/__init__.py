@@ -1,0 +1,1 @@
+"""What lies on disk of a run or a sweep: one reader and one writer for each file."""
