@@ -20,13 +20,13 @@ from bs_exp.config import build, describe, explain, in_sweep, root_folder
 from bs_exp.journal import Journal
 from bs_exp.multirun import end_sweep
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
-from bs_exp.report import print_report
 from bs_exp.reporting.command import COMMANDS, run_command
+from bs_exp.runs.terminal import print_report
 
 if TYPE_CHECKING:
-    from bs_exp.dense import DenseStore
-    from bs_exp.experiment import Objective
     from bs_exp.records.record import RunRecord
+    from bs_exp.runs.dense_cache import DenseStore
+    from bs_exp.runs.experiment import Objective
 
 # Hydra looks for plug-ins in the namespace package `hydra_plugins`: this makes ours a part of it. It has looked already
 # where it was used in this process before.
@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> Objective:
 
 
 def _run(cfg: DictConfig) -> Objective:
-    from bs_exp.dense import OF_SWEEP, DenseStore
+    from bs_exp.runs.dense_cache import OF_SWEEP, DenseStore
 
     record, folder = describe(cfg)
     if record.sweep is None:
@@ -99,7 +99,7 @@ def _work(
     cfg: DictConfig, record: RunRecord, folder: Path, journal: Journal, dense: DenseStore
 ) -> tuple[Objective, RunRecord]:
     """Runs what a configuration describes; returns its objective, and the record of how it ended."""
-    from bs_exp.recording import Recorder
+    from bs_exp.runs.recorder import Recorder
 
     with Recorder(record, folder, journal) as recorder:
         with journal.stage("configure"):

@@ -38,8 +38,8 @@ from bs_exp.records.record import RunRecord
 from bs_exp.records.sweep import point_folder, shown_settings
 
 if TYPE_CHECKING:
-    from bs_exp.dense import DenseStore
-    from bs_exp.experiment import Experiment
+    from bs_exp.runs.dense_cache import DenseStore
+    from bs_exp.runs.experiment import Experiment
 
 _PACKAGE = Path(__file__).resolve().parent
 # What does not change a result, and so not the hash of its configuration either.
@@ -109,9 +109,9 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     _check_complete(cfg)
 
     from bs_exp.cache import Cache
-    from bs_exp.dense import DenseStore
-    from bs_exp.experiment import Experiment
     from bs_exp.pipeline import Recipe
+    from bs_exp.runs.dense_cache import DenseStore
+    from bs_exp.runs.experiment import Experiment
 
     recipe = Recipe(
         calibration=_make(cfg, "calibration.set"),
@@ -208,7 +208,7 @@ def _make(cfg: DictConfig, key: str) -> Any:
 
 def describe(cfg: DictConfig) -> tuple[RunRecord, Path]:
     """The record with which a run begins, and the run's folder."""
-    from bs_exp.recording import new_record
+    from bs_exp.runs.recorder import new_record
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bs_exp.config import hash_of
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import Outcome, Point, SweepPlan, point_folder, shown_settings, survey
-from bs_exp.sweep_report import print_sweep
+from bs_exp.runs.sweep_table import print_sweep
 
 _FOLDER = "hydra.sweep.dir"
 # By name: Hydra imports its plug-ins a second time, as classes of their own.
@@ -64,7 +64,7 @@ def end_sweep() -> None:
     _current.folder = _current.plan = None
     if folder is None or plan is None:
         return
-    from bs_exp.dense import OF_SWEEP  # imports torch, which a slip in a setting need not wait for
+    from bs_exp.runs.dense_cache import OF_SWEEP  # imports torch, which a slip in a setting need not wait for
 
     OF_SWEEP.forget()
     if plan.points is not None and (states := survey(folder, plan)):

@@ -17,7 +17,7 @@ from bs_exp.journal import Journal
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import Selection
-from bs_exp.selecting import Selected, check_candidates, select
+from bs_exp.runs.recipe_selection import Selected, check_candidates, select
 from bs_exp.types import Feeding
 
 WINDOWS = dataclasses.replace(RECIPE.calibration.windows(None), feeding=Feeding(mask_share=0.3))

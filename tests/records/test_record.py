@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bs_exp.errors import DataError, RecordError, TrackingError
 from bs_exp.journal import Journal
-from bs_exp.recording import Recorder, new_record
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record, write_record
+from bs_exp.runs.recorder import Recorder, new_record
 
 
 def _record(folder: Path, **changes: Any) -> RunRecord:

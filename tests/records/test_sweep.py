@@ -29,7 +29,7 @@ from bs_exp.records.sweep import (
     survey,
     varying,
 )
-from bs_exp.sweep_report import print_sweep
+from bs_exp.runs.sweep_table import print_sweep
 
 ROOT = Path(__file__).parents[2]
 BEFORE, START, AFTER = (f"2026-01-01T0{hour}:00:00+00:00" for hour in (1, 2, 3))

@@ -20,8 +20,8 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
 from bs_exp.records.record import read_record
+from bs_exp.runs.recipe_selection import GivenWindows, check_candidates, select
 from bs_exp.schedule.steps import EqualSteps
-from bs_exp.selecting import GivenWindows, check_candidates, select
 from bs_exp.selection.measured import MeasuredSelection
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing

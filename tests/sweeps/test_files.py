@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from bs_exp.config import build, root_folder
 from bs_exp.corpora.windows import cut_windows
 from bs_exp.demo.python_docs import read_python_docs
-from bs_exp.experiment import Experiment
 from bs_exp.records.record import Status, read_record
+from bs_exp.runs.experiment import Experiment
 
 Cli = Callable[..., Any]
 CONF, FOLDER = root_folder() / "conf", root_folder() / "sweeps"

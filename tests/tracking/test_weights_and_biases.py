@@ -15,8 +15,8 @@ from offline_file import OfflineRun, read_offline
 
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.journal import Journal
-from bs_exp.recording import Recorder, new_record
 from bs_exp.records.record import Status, read_record
+from bs_exp.runs.recorder import Recorder, new_record
 from bs_exp.tracking.weights_and_biases import WandbTracker
 
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bs_exp import environment
 from bs_exp.errors import RecordError, TrackingError
 from bs_exp.journal import Journal
 from bs_exp.protocols import TrackedRun, Tracker
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, utc_now, write_record
+from bs_exp.runs import environment
 from bs_exp.tracking.none import NullTrackedRun
 
 

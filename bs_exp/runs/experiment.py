@@ -13,17 +13,17 @@ import torch
 import transformers
 from datasets.utils import logging as datasets_logging
 
-from bs_exp import environment
 from bs_exp.cache import Cache
-from bs_exp.dense import DenseStore
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.size import SIZES, measure_size
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
-from bs_exp.recording import Recorder
-from bs_exp.selecting import check_candidates, select
+from bs_exp.runs import environment
+from bs_exp.runs.dense_cache import DenseStore
+from bs_exp.runs.recipe_selection import check_candidates, select
+from bs_exp.runs.recorder import Recorder
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
 

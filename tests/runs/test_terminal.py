@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bs_exp.recording import new_record
 from bs_exp.records.record import RunRecord, Status
-from bs_exp.report import print_report
+from bs_exp.runs.recorder import new_record
+from bs_exp.runs.terminal import print_report
 from bs_exp.types import PlannedGroup, RankPlan, WeightGroup
 
 FOLDER = Path("/a/rather/long/path/to/some/place/below/which/the/runs/of/a/project/are/kept/basis_sharing/run-1")

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from bs_exp.dense import OF_SWEEP, DenseStore
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.tiny import TinyRandom
 from bs_exp.records.record import RunRecord, read_record
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.cost import cost_tables, shared_costs
 from bs_exp.reporting.study import arrange
+from bs_exp.runs.dense_cache import OF_SWEEP, DenseStore
 from bs_exp.types import LoadedModel, TokenWindows
 
 Cli = Callable[..., Any]
