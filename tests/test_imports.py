@@ -27,7 +27,7 @@ KNOW_HYDRA = {
     "bs_exp.multirun",
     "bs_exp.plugins.hydra_plugins._bs_exp_submitit",
     "bs_exp.plugins.hydra_plugins.bs_exp_optuna",
-    "bs_exp.searching.space",
+    "bs_exp.search.space",
     "bs_exp.__main__",
 }
 # From the ground up: a room may import rooms of earlier floors only (and its own files).

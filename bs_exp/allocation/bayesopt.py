@@ -21,7 +21,7 @@ from bs_exp.cache import content_key
 from bs_exp.checks import check_at_least, check_choice
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
-from bs_exp.study_storage import open_storage
+from bs_exp.search.storage import open_storage
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 
 _SAMPLERS = ("gp", "tpe", "cmaes")

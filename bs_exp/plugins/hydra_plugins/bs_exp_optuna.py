@@ -28,9 +28,9 @@ from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives
 
 if TYPE_CHECKING:
-    from bs_exp.searching.search import Outcome
-    from bs_exp.searching.space import SearchSpace, Value
-    from bs_exp.searching.study import Identity
+    from bs_exp.search.search import Outcome
+    from bs_exp.search.space import SearchSpace, Value
+    from bs_exp.search.study import Identity
 
 
 class OptunaSweeper(Sweeper):
@@ -48,7 +48,7 @@ class OptunaSweeper(Sweeper):
         max_failure_rate: float,
         params: DictConfig | None,
     ) -> None:
-        from bs_exp.searching.search import SearchSettings
+        from bs_exp.search.search import SearchSettings
 
         self._settings = SearchSettings(
             n_trials=n_trials,
@@ -75,8 +75,8 @@ class OptunaSweeper(Sweeper):
         """Runs the search; everything that it found is on disk and on the screen then."""
         import optuna
 
-        from bs_exp.searching.search import Search, ignoring_experimental
-        from bs_exp.searching.space import parse_space
+        from bs_exp.search.search import Search, ignoring_experimental
+        from bs_exp.search.space import parse_space
 
         assert self.config is not None and self.hydra_context is not None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -100,7 +100,7 @@ class OptunaSweeper(Sweeper):
 
     def _compare_jobs(self) -> None:
         """Says so if trials will wait for each other, or be proposed in ignorance of each other, to no purpose."""
-        from bs_exp.searching.search import say
+        from bs_exp.search.search import say
 
         assert self.config is not None
         jobs, serial = self._settings.n_jobs, self.config.hydra.launcher._target_.endswith(".BasicLauncher")
@@ -159,7 +159,7 @@ class OptunaSweeper(Sweeper):
 
 def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> Outcome:
     """What became of a point that did not compose, or was launched as a job."""
-    from bs_exp.searching.search import Outcome
+    from bs_exp.search.search import Outcome
 
     point = tuple(overrides)
     if job is None:
@@ -199,7 +199,7 @@ def _names(folder: str | None) -> tuple[str, ...]:
 
 def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str]) -> Identity:
     """What the study is about: everything that a trial's result depends on, beside its parameters."""
-    from bs_exp.searching.study import Identity
+    from bs_exp.search.study import Identity
 
     asked = config.objective
     objectives = tuple(asked) if isinstance(asked, ListConfig) else (asked or "objective",)

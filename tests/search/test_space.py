@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 
 from bs_exp.errors import ConfigError
-from bs_exp.searching.space import SearchSpace, parse_space
+from bs_exp.search.space import SearchSpace, parse_space
 
 
 def parse(params: dict[str, Any] | None = None, *arguments: str) -> SearchSpace:

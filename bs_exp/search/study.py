@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bs_exp.errors import SearchError
-from bs_exp.searching.workers import SILENCE, Worker
+from bs_exp.search.workers import SILENCE, Worker
 
 # Attributes of a trial.
 WORKER = "worker"

@@ -21,14 +21,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, SearchError
 from bs_exp.records.sweep import duration
-from bs_exp.searching.drawing import draw
-from bs_exp.searching.folder import locked, signed
-from bs_exp.searching.results import Results, collect, save
-from bs_exp.searching.space import SearchSpace, Value
-from bs_exp.searching.study import FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, as_optuna, open_study
-from bs_exp.searching.table import print_results
-from bs_exp.searching.workers import Heartbeat
-from bs_exp.study_storage import open_storage, reason, shown
+from bs_exp.search.drawing import draw
+from bs_exp.search.folder import locked, signed
+from bs_exp.search.results import Results, collect, save
+from bs_exp.search.space import SearchSpace, Value
+from bs_exp.search.storage import open_storage, reason, shown
+from bs_exp.search.study import FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, as_optuna, open_study
+from bs_exp.search.table import print_results
+from bs_exp.search.workers import Heartbeat
 
 _DIRECTIONS = ("minimize", "maximize")
 

@@ -11,9 +11,9 @@ from typing import Any
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 
-from bs_exp.searching.search import Outcome, Search, SearchSettings
-from bs_exp.searching.space import SearchSpace
-from bs_exp.searching.study import Identity
+from bs_exp.search.search import Outcome, Search, SearchSettings
+from bs_exp.search.space import SearchSpace
+from bs_exp.search.study import Identity
 
 SPACE = SearchSpace({"x": FloatDistribution(-1.0, 1.0), "n": IntDistribution(0, 3)}, ("fixed=1",))
 Values = Callable[[Mapping[str, Any]], tuple[float, ...]]

@@ -25,12 +25,12 @@ from optuna.samplers import (
     NSGAIISampler,
     TPESampler,
 )
-from worlds import Runner, parabola, search, work
 
 from bs_exp.errors import ConfigError, SearchError
-from bs_exp.searching.results import Results
-from bs_exp.searching.search import Search, SearchSettings
-from bs_exp.study_storage import open_storage, shown
+from bs_exp.search.results import Results
+from bs_exp.search.search import Search, SearchSettings
+from bs_exp.search.storage import open_storage, shown
+from tests.support.searches import Runner, parabola, search, work
 
 # A fresh interpreter, as a second command is one: a fork would inherit this one's locks and threads.
 PROCESSES = multiprocessing.get_context("spawn")

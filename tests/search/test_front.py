@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.study import StudyDirection
 
-from bs_exp.searching.drawing import draw
-from bs_exp.searching.results import Results, collect
+from bs_exp.search.drawing import draw
+from bs_exp.search.results import Results, collect
 
 BOTH = (StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE)
 

@@ -17,7 +17,7 @@ import yaml
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bs_exp.searching.study import ERROR, FOLDER, METRICS, OVERRIDES, REPEATS
+from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, REPEATS
 
 TRIALS = "trials.csv"
 FRONT_CSV, FRONT_JSON = "front.csv", "front.json"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bs_exp.searching.results import Results
+from bs_exp.search.results import Results
 
 FRONT, HISTORY = "front", "history"
 # The numbers of more trials than these would lie on each other; the tables have them.

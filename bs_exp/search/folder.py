@@ -14,8 +14,8 @@ from filelock import FileLock
 from sqlalchemy.engine import make_url
 
 from bs_exp.errors import SearchError
-from bs_exp.searching.study import Identity, listed
-from bs_exp.study_storage import shown
+from bs_exp.search.storage import shown
+from bs_exp.search.study import Identity, listed
 
 FILE_NAME = "study.json"
 _LOCK = ".study.lock"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bs_exp.searching.results import Point, Results
+from bs_exp.search.results import Point, Results
 
 _PIPED_WIDTH = 80
 _ROWS = 5
