@@ -16,11 +16,11 @@ import hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
-from bs_exp.config import build, describe, explain, in_sweep, root_folder
+from bs_exp.cli.commands import COMMANDS, run_command
+from bs_exp.cli.config import build, describe, explain, in_sweep, root_folder
+from bs_exp.cli.multirun import end_sweep
 from bs_exp.journal import Journal
-from bs_exp.multirun import end_sweep
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
-from bs_exp.reporting.command import COMMANDS, run_command
 from bs_exp.runs.terminal import print_report
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ STRATEGIES = (
     "tracking",
 )
 KNOW_HYDRA = {
-    "bs_exp.config",
-    "bs_exp.multirun",
-    "bs_exp.plugins.hydra_plugins._bs_exp_submitit",
-    "bs_exp.plugins.hydra_plugins.bs_exp_optuna",
+    "bs_exp.cli.config",
+    "bs_exp.cli.multirun",
+    "bs_exp.cli.plugins.hydra_plugins._bs_exp_submitit",
+    "bs_exp.cli.plugins.hydra_plugins.bs_exp_optuna",
     "bs_exp.search.space",
     "bs_exp.__main__",
 }

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options import strategies
 from scores import FormulaScore
 
 from bs_exp.allocation.bayesopt import BayesianSearch
@@ -28,6 +27,7 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import Allocation, AllocationProblem, Layout
 from bs_exp.types import LayerProfile, LossUnit, Spectrum, WeightGroup
+from tests.support.options import strategies
 
 
 def heuristic(sign: str, max_ratio: float | None = None) -> DipSvdHeuristic:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from options import strategies
 from torch import Tensor
 
 from bs_exp.errors import ConfigError
@@ -21,6 +20,7 @@ from bs_exp.importance.weighting import top_count
 from bs_exp.protocols import Importance
 from bs_exp.types import GroupStatistics, InputMoments, Statistic, WeightGradient, WeightGroup
 from bs_exp.whitening.gram import GramWhitening
+from tests.support.options import strategies
 
 CHANNELS, TOKENS = 24, 200
 FORMS = ("one_sided", "two_sided")

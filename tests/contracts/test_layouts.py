@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options import option_of, options, strategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from bs_exp.models.architecture import weight_of
 from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
+from tests.support.options import option_of, options, strategy
 
 ROWS = ["layout=plain", "layout=pivoted"]
 EVERY = pytest.mark.parametrize("row", ROWS)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from options import option_of, options, strategy
 from test_pipeline import RECIPE
 
 from bs_exp.cache import Cache
@@ -19,6 +18,7 @@ from bs_exp.pipeline import compress, prepare
 from bs_exp.protocols import Selection
 from bs_exp.runs.recipe_selection import Selected, check_candidates, select
 from bs_exp.types import Feeding
+from tests.support.options import option_of, options, strategy
 
 WINDOWS = dataclasses.replace(RECIPE.calibration.windows(None), feeding=Feeding(mask_share=0.3))
 ROWS = [

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from options import option_of, options, strategy
 
 from bs_exp.cache import Cache
 from bs_exp.evaluation.size import measure_size
@@ -21,6 +20,7 @@ from bs_exp.protocols import Layout
 from bs_exp.training.objectives import find_factors
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
+from tests.support.options import option_of, options, strategy
 from tests.support.updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 # A few steps of training, large enough to be seen.

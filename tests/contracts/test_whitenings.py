@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from options import strategies
 from torch import Tensor
 
 from bs_exp.errors import ConfigError, DecompositionError
@@ -20,6 +19,7 @@ from bs_exp.whitening.fisher_rows import FisherRowsWhitening
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from tests.support.options import strategies
 
 TOKENS = 300
 STRATEGIES: list[Whitening] = [

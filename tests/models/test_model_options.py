@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import bs_exp.config  # noqa: F401  registers the root's schema
+import bs_exp.cli.config  # noqa: F401  registers the root's schema
 from bs_exp.models.loading import HubModel
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, TinyRandom
 

@@ -13,7 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from bs_exp.config import build, root_folder
+from bs_exp.cli.config import build, root_folder
 from bs_exp.corpora.windows import cut_windows
 from bs_exp.demo.python_docs import read_python_docs
 from bs_exp.records.record import Status, read_record

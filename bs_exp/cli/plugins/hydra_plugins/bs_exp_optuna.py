@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.config import explain, result_settings
+from bs_exp.cli.config import explain, result_settings
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.config import hash_of
+from bs_exp.cli.config import hash_of
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import Outcome, Point, SweepPlan, point_folder, shown_settings, survey
 from bs_exp.runs.sweep_table import print_sweep

@@ -1,0 +1,1 @@
+"""Hydra: composes the configuration, builds the experiment, starts sweeps."""
