@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.config import build, describe, explain, in_sweep, root_folder
 from bs_exp.cli.multirun import end_sweep
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
 from bs_exp.runs.terminal import print_report
 

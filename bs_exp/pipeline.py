@@ -16,9 +16,10 @@ from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.factorization.factors import decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
-from bs_exp.journal import Journal
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
+from bs_exp.plan_score import Comparison, PlanScore, check_measurable
+from bs_exp.progress import Journal
 from bs_exp.protocols import (
     Allocation,
     AllocationProblem,
@@ -33,7 +34,6 @@ from bs_exp.protocols import (
     Update,
     Whitening,
 )
-from bs_exp.scoring import Comparison, PlanScore, check_measurable
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
     CompressedModel,

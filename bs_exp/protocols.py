@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.cache import Cache
-from bs_exp.checks import check_at_least, check_choice
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.types import (
     Architecture,
     GroupStatistics,
@@ -28,6 +27,7 @@ from bs_exp.types import (
     TokenWindows,
     WeightGroup,
 )
+from bs_exp.validation import check_at_least, check_choice
 
 Item = TypeVar("Item")
 

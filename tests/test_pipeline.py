@@ -18,11 +18,11 @@ from bs_exp.importance.adaptive_channel import AdaptiveChannelImportance
 from bs_exp.importance.channel import ChannelImportance
 from bs_exp.importance.none import NoImportance
 from bs_exp.importance.soft_channel import SoftChannelImportance
-from bs_exp.journal import Journal
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import FAMILIES, tiny_random
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.progress import Journal
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing

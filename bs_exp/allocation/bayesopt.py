@@ -18,11 +18,11 @@ from optuna.trial import FrozenTrial, TrialState
 from bs_exp.allocation.budget import check_affordable, make_plan, share_out
 from bs_exp.allocation.study import check_identity, find_study, open_study
 from bs_exp.cache import content_key
-from bs_exp.checks import check_at_least, check_choice
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
 from bs_exp.search.storage import open_storage
 from bs_exp.types import RankPlan, Statistic, WeightGroup
+from bs_exp.validation import check_at_least, check_choice
 
 _SAMPLERS = ("gp", "tpe", "cmaes")
 _UNITS = ("block", "matrix")

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.choices import Choices, cost_of, largest_rank, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import Choices, cost_of, largest_rank, parameter_budget, spectrum_choices, spend
 from bs_exp.types import PlannedGroup, RankPlan, Spectrum, WeightGroup
 
 Item = TypeVar("Item")

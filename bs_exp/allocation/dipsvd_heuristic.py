@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.allocation.budget import check_affordable, make_plan, mean_over_layers, share_out
-from bs_exp.checks import check_choice, check_share
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import LayerProfile, RankPlan, Statistic, WeightGroup
+from bs_exp.validation import check_choice, check_share
 
 # sign -> bounds of a block's kept share where the user sets none
 _BOUNDS = {"paper": (0.0, 1.0), "code": (0.3, 0.98)}

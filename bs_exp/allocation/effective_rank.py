@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 
 from bs_exp.allocation.budget import by_type, check_affordable, make_plan, share_out
-from bs_exp.checks import check_share
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import RankPlan, Spectrum, Statistic, WeightGroup
+from bs_exp.validation import check_share
 
 _GIVERS, _TAKER = ("q", "k"), "v"
 

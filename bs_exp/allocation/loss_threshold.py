@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 
 from bs_exp.allocation.budget import check_affordable, make_plan
-from bs_exp.choices import Choices, cost_of, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import Choices, cost_of, parameter_budget, spectrum_choices, spend
 from bs_exp.types import LossUnit, RankPlan, Spectrum, Statistic, WeightGroup
 
 

@@ -12,11 +12,11 @@ from scipy.interpolate import PPoly
 from scipy.optimize import minimize
 
 from bs_exp.allocation.budget import check_affordable, make_plan, share_out
-from bs_exp.checks import check_choice
-from bs_exp.choices import spectrum_choices
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import spectrum_choices
 from bs_exp.types import RankPlan, Spectrum, Statistic, WeightGroup
+from bs_exp.validation import check_choice
 
 Vector = NDArray[np.float64]
 _UNITS = ("block", "matrix")

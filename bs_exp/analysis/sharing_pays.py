@@ -9,13 +9,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from bs_exp.checks import check_at_least, check_choice
-from bs_exp.choices import rank_at
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.protocols import SharingProblem
+from bs_exp.rank_budget import rank_at
 from bs_exp.reporting.collect import PAIRS_FILE, PairTable
 from bs_exp.reporting.figures import pair_figures
 from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup, WeightMatrix
+from bs_exp.validation import check_at_least, check_choice
 
 FORMATS = ("svg", "png")
 

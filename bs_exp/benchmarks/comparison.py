@@ -17,11 +17,11 @@ from rich.table import Table
 from scipy.stats import quantile_test
 from torch import nn
 
-from bs_exp.choices import largest_rank, parameter_budget
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.modeling_basis_sharing import LAYOUTS, FactorisedLinear, PivotedLinear, pack_bits
 from bs_exp.protocols import Layout
+from bs_exp.rank_budget import largest_rank, parameter_budget
 from bs_exp.runs import environment
 from bs_exp.types import WeightGroup
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.errors import CalibrationError
-from bs_exp.journal import Journal
 from bs_exp.models.architecture import trunks
 from bs_exp.models.model_inputs import feeder
+from bs_exp.progress import Journal
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bs_exp.errors import CalibrationError
-from bs_exp.journal import Journal
 from bs_exp.models.model_inputs import feeder, hidden_states
+from bs_exp.progress import Journal
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 Grams = Mapping[str, Float[Tensor, "d_in d_in"]]

@@ -14,9 +14,9 @@ from bs_exp.cache import Cache, content_key
 from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.calibration.statistics import statistics_key
 from bs_exp.errors import CalibrationError
-from bs_exp.journal import Journal
 from bs_exp.models.architecture import blocks_of, module_of
 from bs_exp.models.model_inputs import feeder, hidden_states
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration
 from bs_exp.types import LayerProfile, LoadedModel, Statistic, TokenWindows
 

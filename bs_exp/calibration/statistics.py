@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration import gradients, grams
-from bs_exp.journal import Journal
 from bs_exp.models.model_inputs import check_has_logits, feeder
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration
 from bs_exp.types import (
     Architecture,

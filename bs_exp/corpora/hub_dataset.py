@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
-from bs_exp.checks import check_at_least
 from bs_exp.corpora.provenance import describe
 from bs_exp.errors import DataError
+from bs_exp.validation import check_at_least
 
 OFFLINE_ALTERNATIVES = (
     "Without network: python_docs (embedded), text with files=[FILE.txt], or a data set that is already in the "

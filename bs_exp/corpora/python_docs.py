@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from bs_exp.checks import check_choice
 from bs_exp.corpora.provenance import describe
-from bs_exp.demo.python_docs import PACKAGES, PYTHON, Split, read_python_docs
+from bs_exp.demo.documentation import PACKAGES, PYTHON, Split, read_python_docs
 from bs_exp.errors import ConfigError, DataError
+from bs_exp.validation import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)

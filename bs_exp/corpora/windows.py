@@ -11,11 +11,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bs_exp.checks import check_at_least, check_choice
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_feeding, feeder
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
+from bs_exp.validation import check_at_least, check_choice
 
 Order: TypeAlias = Literal["sequential", "random"]
 Tail: TypeAlias = Literal["drop", "keep"]

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bs_exp.demo.python_docs import read_python_docs
+from bs_exp.demo.documentation import read_python_docs
 from bs_exp.demo.training_data import END_OF_TEXT, END_OF_TEXT_ID, TrainingData
 
 PROMPTS = ("Return the", "Parameters\nx : array_like\n    ", "This module provides")

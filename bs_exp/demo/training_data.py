@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from bs_exp.demo import python_docs
-from bs_exp.demo.python_docs import PythonDocs, read_python_docs
+from bs_exp.demo import documentation
+from bs_exp.demo.documentation import PythonDocs, read_python_docs
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0

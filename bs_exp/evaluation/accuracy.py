@@ -23,10 +23,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_task
 from bs_exp.types import LoadedModel, Task
+from bs_exp.validation import check_at_least
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 

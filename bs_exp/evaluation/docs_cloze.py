@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
 
-from bs_exp.demo.python_docs import read_python_docs
+from bs_exp.demo.documentation import read_python_docs
 from bs_exp.errors import DataError
 
 _WORD = re.compile(r"\S+")

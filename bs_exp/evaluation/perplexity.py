@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from bs_exp.checks import check_at_least, check_choice
 from bs_exp.corpora.windows import Tail, check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
 from bs_exp.types import LoadedModel, Task, TokenWindows
+from bs_exp.validation import check_at_least, check_choice
 
 Average: TypeAlias = Literal["tokens", "windows"]
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bs_exp.checks import check_at_least
 from bs_exp.corpora.windows import check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_feeding
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, TokenWindows
+from bs_exp.validation import check_at_least
 
 
 class TextSettings(Protocol):

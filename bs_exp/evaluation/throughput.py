@@ -14,11 +14,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.checks import check_at_least
 from bs_exp.corpora.windows import max_positions, vocabulary_size
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_task
 from bs_exp.types import LoadedModel, Task
+from bs_exp.validation import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

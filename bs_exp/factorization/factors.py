@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from bs_exp.cache import Cache, Entry
 from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
-from bs_exp.journal import Journal
 from bs_exp.linalg.decomposition import corrections_of, decompose, split_by_layer
+from bs_exp.progress import Journal
 from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 
 KIND = "decomposition"

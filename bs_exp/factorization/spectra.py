@@ -13,9 +13,9 @@ from torch import Tensor
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistics_key
 from bs_exp.errors import DecompositionError
-from bs_exp.journal import Journal
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration, Importance, Whitening
 from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, TokenWindows, WeightGroup
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bs_exp.checks import check_choice
 from bs_exp.errors import ConfigError
 from bs_exp.importance.weighting import check_weighting, column_norms, factor_of, gram_of, top_weights, weighted
 from bs_exp.types import GroupStatistics, Statistic
+from bs_exp.validation import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.checks import check_number
 from bs_exp.importance.weighting import check_weighting, column_norms, factor_of, gram_of, top_count, weighted
 from bs_exp.types import GroupStatistics, Statistic
+from bs_exp.validation import check_number
 
 
 @dataclass(frozen=True, kw_only=True)

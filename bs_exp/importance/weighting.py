@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.checks import check_choice, check_number, check_share
 from bs_exp.types import GroupStatistics
+from bs_exp.validation import check_choice, check_number, check_share
 
 # The official code amplifies by 30 on one side. Where channels are uncorrelated, the two-sided form with the square
 # root of that is the same metric; the paper's own value is not known.

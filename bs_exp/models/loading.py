@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bs_exp.checks import check_choice
 from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles, find_architecture, read_roles
 from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.types import LoadedModel, Task
+from bs_exp.validation import check_choice
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,

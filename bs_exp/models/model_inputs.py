@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bs_exp.checks import check_at_least, check_choice
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.architecture import trunks
 from bs_exp.types import Feeding, LoadedModel, Target, Task
+from bs_exp.validation import check_at_least, check_choice
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the model."""

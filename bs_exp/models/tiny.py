@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from bs_exp.checks import check_choice
 from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles
 from bs_exp.models.auto_classes import AUTO_CLASSES
 from bs_exp.models.loading import assemble, check_settings, resolve_device, resolve_dtype
 from bs_exp.types import LoadedModel, Task
+from bs_exp.validation import check_choice
 
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _EOS, _BOS = "<|endoftext|>", "<|begin|>"

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, CalibrationError
-from bs_exp.journal import Journal
 from bs_exp.pipeline import Preparation, Recipe, compress, prepare
+from bs_exp.plan_score import Comparison, check_measurable
+from bs_exp.progress import Journal
 from bs_exp.protocols import Contest, Selection
 from bs_exp.schedule.single import SingleRound
-from bs_exp.scoring import Comparison, check_measurable
 from bs_exp.types import LoadedModel, TokenWindows
 from bs_exp.update.none import NoUpdate
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bs_exp.errors import RecordError, TrackingError
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.protocols import TrackedRun, Tracker
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, utc_now, write_record
 from bs_exp.runs import environment

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bs_exp.checks import check_positive, check_share, check_step
 from bs_exp.errors import ConfigError
+from bs_exp.validation import check_positive, check_share, check_step
 
 
 @dataclass(frozen=True, kw_only=True)

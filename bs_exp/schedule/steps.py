@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bs_exp.checks import check_share, check_step
+from bs_exp.validation import check_share, check_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError, SearchError
 from bs_exp.records.sweep import duration
 from bs_exp.search.drawing import draw
@@ -29,6 +28,7 @@ from bs_exp.search.storage import open_storage, reason, shown
 from bs_exp.search.study import FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, as_optuna, open_study
 from bs_exp.search.table import print_results
 from bs_exp.search.workers import Heartbeat
+from bs_exp.validation import check_at_least
 
 _DIRECTIONS = ("minimize", "maximize")
 

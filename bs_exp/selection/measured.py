@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from bs_exp.checks import check_at_least, check_choice, check_share, is_plain
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.protocols import Contest, PlanObjective
 from bs_exp.types import TokenWindows
+from bs_exp.validation import check_at_least, check_choice, check_share, is_plain
 
 PARTS = ("sharing", "whitening", "importance", "allocation", "layout", "schedule")
 _ROUNDS = ("single", "all")

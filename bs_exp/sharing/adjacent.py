@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least, check_names
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
 from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.validation import check_at_least, check_names
 
 
 @dataclass(frozen=True, kw_only=True)

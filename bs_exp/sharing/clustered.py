@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least, check_choice, check_names
 from bs_exp.errors import ConfigError
 from bs_exp.linalg.clustering import LINKAGES, Bounds, agglomerate
 from bs_exp.linalg.subspaces import left_subspace, subspace_distances
 from bs_exp.protocols import Measures, SharingProblem
 from bs_exp.sharing.layers import by_shape, check_matrices, check_named, check_size, part
 from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.validation import check_at_least, check_choice, check_names
 
 SPACES = ("weight", "whitened")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least, check_choice, check_names
-from bs_exp.choices import rank_at
 from bs_exp.errors import ConfigError
 from bs_exp.linalg.decomposition import decompose, spectrum_of, truncate
 from bs_exp.protocols import Measures, SharingProblem
+from bs_exp.rank_budget import rank_at
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
 from bs_exp.types import Architecture, LoadedModel, LossUnit, Metric, Statistic, WeightGroup
+from bs_exp.validation import check_at_least, check_choice, check_names
 
 NORMS = ("frobenius", "whitened", "output")
 

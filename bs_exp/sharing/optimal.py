@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from bs_exp.checks import check_at_least, check_names
-from bs_exp.choices import Choices, at_price, cost_of, parameter_budget, spectrum_choices, spend
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
+from bs_exp.rank_budget import Choices, at_price, cost_of, parameter_budget, spectrum_choices, spend
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
 from bs_exp.types import Architecture, LoadedModel, LossUnit, Statistic, WeightGroup
+from bs_exp.validation import check_at_least, check_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bs_exp.cache import Cache, Entry
-from bs_exp.checks import check_at_least, check_choice, check_number, check_positive, check_share
 from bs_exp.errors import DataError
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.training.trainer import Training
+from bs_exp.validation import check_at_least, check_choice, check_number, check_positive, check_share
 
 SCHEDULES = ("cosine", "linear", "constant")
 AUTOCAST = ("none", "bfloat16")

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from bs_exp.cache import Cache, content_key
-from bs_exp.checks import check_at_least
 from bs_exp.errors import ConfigError
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.types import LoadedModel, Task
+from bs_exp.validation import check_at_least
 
 KIND = "generated"
 

@@ -9,11 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache
-from bs_exp.checks import is_plain
 from bs_exp.errors import ConfigError
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration, Update
 from bs_exp.types import LoadedModel, RankPlan
+from bs_exp.validation import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)

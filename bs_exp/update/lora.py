@@ -13,19 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache, content_key
-from bs_exp.checks import check_at_least, check_choice, check_positive, check_share
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.journal import Journal
 from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration
 from bs_exp.training.course import Course, Run
 from bs_exp.training.objectives import LogitDivergence, find_factors
 from bs_exp.training.trainer import Objective, Training, trainable
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
+from bs_exp.validation import check_at_least, check_choice, check_positive, check_share
 
 KIND = "lora"
 FACTORS = {"coefficients": ("weight",), "basis": ("basis",), "both": ("basis", "weight")}

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache, content_key
-from bs_exp.checks import check_at_least, check_choice, check_positive
 from bs_exp.errors import ConfigError
-from bs_exp.journal import Journal
 from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration
 from bs_exp.training.course import Course, Run
 from bs_exp.training.generation import Generation
@@ -27,6 +26,7 @@ from bs_exp.training.objectives import BlockOutputs, LogitDivergence, find_facto
 from bs_exp.training.resampling import cut_anew
 from bs_exp.training.trainer import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
 from bs_exp.types import LoadedModel, RankPlan, TokenWindows
+from bs_exp.validation import check_at_least, check_choice, check_positive
 
 KIND = "recovery"
 

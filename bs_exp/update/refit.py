@@ -15,9 +15,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache
 from bs_exp.calibration.statistics import calibrate
-from bs_exp.checks import check_choice, check_number, check_unit, is_number
 from bs_exp.errors import CalibrationError, ConfigError
-from bs_exp.journal import Journal
 from bs_exp.linalg.decomposition import pivoted_form, plain_form
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
@@ -25,6 +23,7 @@ from bs_exp.models.blocks import BlockStream, block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
+from bs_exp.progress import Journal
 from bs_exp.protocols import Calibration
 from bs_exp.types import (
     LoadedModel,
@@ -36,6 +35,7 @@ from bs_exp.types import (
     WeightGroup,
     WeightMatrix,
 )
+from bs_exp.validation import check_choice, check_number, check_unit, is_number
 
 MODES = ("one_shot", "sequential")
 TARGETS = ("compressed_inputs", "dense_outputs", "mixed")

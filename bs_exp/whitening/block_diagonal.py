@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.checks import check_at_least, check_share
 from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, Metric, Statistic
+from bs_exp.validation import check_at_least, check_share
 
 
 @dataclass(frozen=True, kw_only=True)

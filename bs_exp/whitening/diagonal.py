@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from bs_exp.checks import check_choice, check_number
 from bs_exp.types import GroupStatistics, Metric, Statistic
+from bs_exp.validation import check_choice, check_number
 
 SIZES = ("mean", "max")
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from bs_exp.checks import check_share
 from bs_exp.errors import DecompositionError
 from bs_exp.types import GroupStatistics, Metric, Statistic
+from bs_exp.validation import check_share
 
 
 @dataclass(frozen=True, kw_only=True)

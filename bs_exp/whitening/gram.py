@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.checks import check_share
 from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
+from bs_exp.validation import check_share
 
 
 @dataclass(frozen=True, kw_only=True)

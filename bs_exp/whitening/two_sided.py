@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.checks import check_share, check_unit
 from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
+from bs_exp.validation import check_share, check_unit
 
 # Root of the curvature that stands for none, in nats: small beside any other, and yet nothing is divided by zero.
 _NEGLIGIBLE = 1e-6

@@ -9,8 +9,6 @@ from typing import Any
 
 import optuna
 import pytest
-from cases import group, problem
-from scores import FormulaScore, kept
 
 from bs_exp.allocation.bayesopt import BayesianSearch
 from bs_exp.allocation.uniform import UniformAllocation
@@ -18,6 +16,8 @@ from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.errors import BsExpError, CalibrationError, ConfigError
 from bs_exp.protocols import AllocationProblem, MeasuredAllocation
 from bs_exp.types import RankPlan, Statistic
+from tests.support.scores import FormulaScore, kept
+from tests.support.spectra import group, problem
 
 GROUPS = [group(matrix, layer, d_in=64, d_out=64) for matrix in ("q", "o") for layer in range(3)]
 WANTED = {0: 0.7, 1: 0.3, 2: 0.5}

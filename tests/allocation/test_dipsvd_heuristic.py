@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from cases import group, problem
 from torch import Tensor
 
 from bs_exp.allocation.budget import spread
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic, code_shares
 from bs_exp.errors import ConfigError
 from bs_exp.types import LayerProfile
+from tests.support.spectra import group, problem
 
 # Vicuna-7B at 0.8, as printed in the official repository's notebook: inverted sensitivities, standardised negated
 # effective ranks, and the ratios that come out with beta 0.25 and a spread of 0.2.

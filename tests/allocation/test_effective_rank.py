@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from cases import decaying, group, problem
 
 from bs_exp.allocation.effective_rank import EffectiveRank, density
 from bs_exp.errors import ConfigError
 from bs_exp.types import Spectrum
+from tests.support.spectra import decaying, group, problem
 
 
 def entropy_rank(values: list[float]) -> float:

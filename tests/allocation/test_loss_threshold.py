@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from cases import group, in_nats, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import Spectrum
+from tests.support.spectra import group, in_nats, problem
 
 GROUPS = [group("q", 0, d_in=12, d_out=12), group("k", 0, 1, d_in=12, d_out=8), group("down", 0, d_in=20, d_out=12)]
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import group, problem
 
 from bs_exp.allocation.budget import largest_rank, parameter_budget
 from bs_exp.allocation.manual import ManualAllocation
@@ -13,6 +12,7 @@ from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.types import RankPlan
+from tests.support.spectra import group, problem
 
 
 def manual(**changes: Any) -> ManualAllocation:

@@ -15,14 +15,14 @@ from bs_exp.allocation.sensitivity import SensitivitySearch
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
-from bs_exp.journal import Journal
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress, prepare
+from bs_exp.plan_score import Comparison
+from bs_exp.progress import Journal
 from bs_exp.protocols import PlanObjective
 from bs_exp.records.record import read_record
 from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.steps import EqualSteps
-from bs_exp.scoring import Comparison
 from bs_exp.sharing.none import NoSharing
 from bs_exp.whitening.identity import IdentityWhitening
 

@@ -6,12 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import group, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_exp.allocation.smooth import SmoothAllocation, convex_curve
 from bs_exp.errors import ConfigError
+from tests.support.spectra import group, problem
 
 
 def smooth(**dials: object) -> SmoothAllocation:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from cases import decaying, group, in_nats, problem
 
 from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.errors import ConfigError
+from tests.support.spectra import decaying, group, in_nats, problem
 
 
 def test_removed_shares_follow_the_formula_within_a_type() -> None:

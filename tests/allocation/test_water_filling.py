@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import group, in_nats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_exp.allocation.water_filling import WaterFilling
-from bs_exp.choices import parameter_budget
 from bs_exp.errors import ConfigError
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import parameter_budget
 from bs_exp.types import RankPlan, Spectrum
+from tests.support.spectra import group, in_nats
 
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 GROUPS = [group("q", 0, d_in=16, d_out=16), group("k", 0, 1, d_in=16, d_out=8), group("down", 1, d_in=24, d_out=16)]

@@ -11,8 +11,8 @@ from bs_exp.calibration import checkpointing
 from bs_exp.calibration.checkpointing import block_paths, recomputed_blocks
 from bs_exp.calibration.gradients import gather_gradients
 from bs_exp.calibration.profile import gather_sensitivity
-from bs_exp.journal import Journal
 from bs_exp.models.tiny import tiny_random
+from bs_exp.progress import Journal
 from bs_exp.types import Statistic, TokenWindows
 
 WINDOWS = TokenWindows(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bs_exp.calibration.gradients import gather_gradients
-from bs_exp.journal import Journal
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
+from bs_exp.progress import Journal
 from bs_exp.types import LoadedModel, Statistic, TokenWindows
 
 BOTH = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT})

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from bs_exp.calibration.grams import gather_grams, gather_inputs
 from bs_exp.errors import CalibrationError
-from bs_exp.journal import Journal
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
+from bs_exp.progress import Journal
 from bs_exp.types import LoadedModel, Statistic, TokenWindows
 
 

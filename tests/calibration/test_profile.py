@@ -18,11 +18,11 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.profile import gather_output_singular_values, gather_sensitivity
 from bs_exp.errors import CalibrationError
 from bs_exp.importance.none import NoImportance
-from bs_exp.journal import Journal
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import blocks_of, module_of
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.progress import Journal
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.none import NoSharing

@@ -10,8 +10,8 @@ import torch
 from bs_exp.cache import Cache
 from bs_exp.calibration import gradients, grams
 from bs_exp.calibration.statistics import CalibrationStats, calibrate
-from bs_exp.journal import Journal
 from bs_exp.models.tiny import tiny_random
+from bs_exp.progress import Journal
 from bs_exp.types import Statistic, TokenWindows, WeightGroup
 
 WINDOWS = TokenWindows(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scores import FormulaScore
 
 from bs_exp.allocation.bayesopt import BayesianSearch
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic
@@ -21,13 +20,14 @@ from bs_exp.allocation.smooth import SmoothAllocation
 from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
-from bs_exp.choices import largest_rank, parameter_budget
 from bs_exp.errors import ConfigError
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import Allocation, AllocationProblem, Layout
+from bs_exp.rank_budget import largest_rank, parameter_budget
 from bs_exp.types import LayerProfile, LossUnit, Spectrum, WeightGroup
 from tests.support.options import strategies
+from tests.support.scores import FormulaScore
 
 
 def heuristic(sign: str, max_ratio: float | None = None) -> DipSvdHeuristic:

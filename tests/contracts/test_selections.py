@@ -12,9 +12,9 @@ import torch
 from test_pipeline import RECIPE
 
 from bs_exp.cache import Cache
-from bs_exp.journal import Journal
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress, prepare
+from bs_exp.progress import Journal
 from bs_exp.protocols import Selection
 from bs_exp.runs.recipe_selection import Selected, check_candidates, select
 from bs_exp.types import Feeding

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
-from given import GivenMeasures, architecture, problem, random_measures
 from torch import Tensor
 
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
 from bs_exp.protocols import Sharing
 from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, WeightGroup
+from tests.support.measures import GivenMeasures, architecture, problem, random_measures
 from tests.support.options import option_of, options, strategy
 
 ROWS = [

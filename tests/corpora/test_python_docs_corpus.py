@@ -8,8 +8,8 @@ import pytest
 
 from bs_exp.corpora import python_docs
 from bs_exp.corpora.python_docs import PythonDocs
-from bs_exp.demo.python_docs import PythonDocs as Docs
-from bs_exp.demo.python_docs import read_python_docs
+from bs_exp.demo.documentation import PythonDocs as Docs
+from bs_exp.demo.documentation import read_python_docs
 from bs_exp.errors import ConfigError, DataError
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from bs_exp.demo.python_docs import read_python_docs
+from bs_exp.demo.documentation import read_python_docs
 from bs_exp.errors import DataError
 from bs_exp.evaluation.docs_cloze import cloze_items, docs_cloze
 

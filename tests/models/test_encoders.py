@@ -36,7 +36,6 @@ from bs_exp.calibration.statistics import calibrate
 from bs_exp.corpora.windows import check_fits, max_positions
 from bs_exp.errors import ConfigError, DataError, ModelError
 from bs_exp.importance.none import NoImportance
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import module_of, trunks, weight_of
@@ -46,6 +45,7 @@ from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, byte_tokenizer, tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
+from bs_exp.progress import Journal
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.types import Feeding, LoadedModel, SharedFactors, Statistic, Task, TokenWindows, WeightGroup

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_exp.errors import DataError, RecordError, TrackingError
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record, write_record
 from bs_exp.runs.recorder import Recorder, new_record
 

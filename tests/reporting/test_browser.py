@@ -17,7 +17,7 @@ import pytest
 
 from bs_exp.records.record import Status
 from bs_exp.reporting.report import write_report
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 BROWSER = next((found for name in _NAMES if (found := shutil.which(name))), None)

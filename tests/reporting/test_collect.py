@@ -13,7 +13,7 @@ from bs_exp.errors import RecordError
 from bs_exp.records.record import FILE_NAME, FORMAT_VERSION, write_record
 from bs_exp.records.sweep import Point, SweepPlan
 from bs_exp.reporting.collect import PAIRS_FILE, collect
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 
 def test_records_are_found_at_any_depth_in_the_order_of_their_jobs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from bs_exp.reporting.collect import Collection, Found, PairTable
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.figures import pair_figures, pareto_front, study_figures
 from bs_exp.reporting.study import arrange
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 _NAME = 'a$b <i>&"c"'
 

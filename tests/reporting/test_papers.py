@@ -14,7 +14,7 @@ from bs_exp.reporting.collect import Collection, Found, PairTable
 from bs_exp.reporting.literature import literature
 from bs_exp.reporting.papers import Comparison, compare, measured_value, paper_tables
 from bs_exp.reporting.study import Study, arrange
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 LLAMA = "huggyllama/llama-7b"
 

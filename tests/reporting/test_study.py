@@ -8,7 +8,7 @@ from typing import Any
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.study import Study, arrange
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 
 def _study(*records: RunRecord) -> Study:

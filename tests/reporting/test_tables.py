@@ -15,7 +15,7 @@ from bs_exp.reporting import cost, ranks, results, runs
 from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.study import Section, arrange
 from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, to_csv, to_markdown
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 
 def _section(*records: RunRecord) -> Section:

@@ -18,7 +18,7 @@ import pytest
 from bs_exp.records.record import FILE_NAME, Status, read_record, write_record
 from bs_exp.records.sweep import Point, SweepPlan
 from bs_exp.reporting.report import write_figures, write_report
-from tests.reporting import synthetic
+from tests.support import synthetic
 
 Cli = Callable[..., Any]
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"

@@ -15,10 +15,10 @@ from torch import Tensor
 from bs_exp.allocation.sensitivity import SensitivitySearch
 from bs_exp.cache import Cache
 from bs_exp.errors import CalibrationError, ConfigError, DataError
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
+from bs_exp.progress import Journal
 from bs_exp.records.record import read_record
 from bs_exp.runs.recipe_selection import GivenWindows, check_candidates, select
 from bs_exp.schedule.steps import EqualSteps

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from given import GivenMeasures, architecture, problem, random_measures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -19,6 +18,7 @@ from bs_exp.linalg.clustering import Bounds, agglomerate
 from bs_exp.linalg.subspaces import left_subspace, subspace_distances
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.clustered import ClusteredSharing
+from tests.support.measures import GivenMeasures, architecture, problem, random_measures
 
 
 def clustered(**settings: Any) -> ClusteredSharing:

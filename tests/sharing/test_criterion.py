@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from given import GivenMeasures, architecture, problem, random_measures
 from torch import Tensor
 
 from bs_exp.errors import ConfigError
 from bs_exp.sharing.criterion import CriterionSharing
 from bs_exp.types import LossUnit, Statistic
+from tests.support.measures import GivenMeasures, architecture, problem, random_measures
 
 
 def criterion(**settings: Any) -> CriterionSharing:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from given import problem
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from bs_exp.protocols import Layout
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.heads import HeadSharing
 from bs_exp.types import LoadedModel, PlannedGroup, RankPlan, SharedFactors
+from tests.support.measures import problem
 
 TYPES = ("q", "k", "v", "o", "up")
 # Grouped queries with biases, one head of keys and values per query, and grouped queries without biases.

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from given import architecture, problem, random_measures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_exp.allocation.water_filling import WaterFilling
-from bs_exp.choices import spectrum_choices
 from bs_exp.errors import ConfigError
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import spectrum_choices
 from bs_exp.sharing.optimal import OptimalSharing, best_cut
 from bs_exp.types import LossUnit, WeightGroup
+from tests.support.measures import architecture, problem, random_measures
 
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 

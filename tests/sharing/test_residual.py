@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from given import architecture, problem
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -20,7 +19,6 @@ from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.importance.none import NoImportance
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.linalg.decomposition import cholesky_whitener, corrections_of, decompose, spectrum_of, truncate
@@ -30,6 +28,7 @@ from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.progress import Journal
 from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
@@ -40,6 +39,7 @@ from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from tests.support.measures import architecture, problem
 
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
 from bs_exp.importance.none import NoImportance
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.progress import Journal
 from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bs_exp.cli.config import build, root_folder
 from bs_exp.corpora.windows import cut_windows
-from bs_exp.demo.python_docs import read_python_docs
+from bs_exp.demo.documentation import read_python_docs
 from bs_exp.records.record import Status, read_record
 from bs_exp.runs.experiment import Experiment
 

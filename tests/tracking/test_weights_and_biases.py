@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offline_file import OfflineRun, read_offline
 
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 from bs_exp.records.record import Status, read_record
 from bs_exp.runs.recorder import Recorder, new_record
 from bs_exp.tracking.weights_and_biases import WandbTracker
+from tests.support.offline_file import OfflineRun, read_offline
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {

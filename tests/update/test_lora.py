@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, DataError, ModelError
 from bs_exp.evaluation.size import measure_size
-from bs_exp.journal import Journal
 from bs_exp.models.adapters import adapted_twin, has_adapters, without_adapters
 from bs_exp.models.saving import ADAPTER_FOLDER, save_model
 from bs_exp.models.surgery import to_dense
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
+from bs_exp.progress import Journal
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.training.course import Course

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bs_exp.cache import Cache, MemoryEntry
 from bs_exp.errors import CalibrationError, ConfigError, DataError
-from bs_exp.journal import Journal
 from bs_exp.models.saving import save_model
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress
+from bs_exp.progress import Journal
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.training import objectives

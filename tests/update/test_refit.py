@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, ModelError
-from bs_exp.journal import Journal
 from bs_exp.linalg.decomposition import pivoted_form, plain_form
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
@@ -23,6 +22,7 @@ from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import exchange_factors, factors_of, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
+from bs_exp.progress import Journal
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.sharing.none import NoSharing

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from bs_exp.demo.python_docs import SPLIT_SHARES, clean_paragraphs, read_python_docs, source_versions, split_of
+from bs_exp.demo.documentation import SPLIT_SHARES, clean_paragraphs, read_python_docs, source_versions, split_of
 
 
 def long_paragraphs(text: str) -> Counter[str]:

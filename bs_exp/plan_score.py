@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from bs_exp.cache import Cache, content_key
 from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions
-from bs_exp.journal import Journal
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
+from bs_exp.progress import Journal
 from bs_exp.protocols import PlanObjective
 from bs_exp.types import LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
 

@@ -15,14 +15,14 @@ from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions, decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.models.architecture import find_architecture
 from bs_exp.models.model_inputs import IGNORED, feeder
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
+from bs_exp.plan_score import Comparison, PlanScore, check_measurable, spread_windows
+from bs_exp.progress import Journal
 from bs_exp.protocols import OBJECTIVES, PlanObjective
-from bs_exp.scoring import Comparison, PlanScore, check_measurable, spread_windows
 from bs_exp.sharing.none import singles
 from bs_exp.types import LoadedModel, PlannedGroup, RankPlan, Task, TokenWindows, WeightGroup
 

@@ -18,12 +18,12 @@ from bs_exp.corpora.windows import CalibrationSet
 from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.importance.none import NoImportance
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.loading import DemoModel
 from bs_exp.models.surgery import factors_of, replace_matrices, twin
 from bs_exp.pipeline import Recipe, compress
+from bs_exp.progress import Journal
 from bs_exp.protocols import Sharing
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing

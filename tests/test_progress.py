@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from bs_exp.journal import Journal
+from bs_exp.progress import Journal
 
 
 @pytest.fixture

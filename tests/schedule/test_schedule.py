@@ -12,11 +12,11 @@ from test_pipeline import RECIPE
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
-from bs_exp.journal import Journal
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
+from bs_exp.progress import Journal
 from bs_exp.protocols import Layout, Schedule, Update
 from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.single import SingleRound
