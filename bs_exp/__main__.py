@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.config import build, describe, explain, in_sweep, root_folder
 from bs_exp.cli.multirun import end_sweep
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
 from bs_exp.runs.terminal import print_report
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Hydra looks for plug-ins in the namespace package `hydra_plugins`: this makes ours a part of it. It has looked already
 # where it was used in this process before.
-sys.path.append(str(Path(__file__).resolve().parent / "plugins"))
+sys.path.append(str(Path(__file__).resolve().parent / "cli" / "plugins"))
 Plugins.instance().register(import_module("hydra_plugins.bs_exp_optuna").OptunaSweeper)
 if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:  # comes with the extra `cluster`
     for launcher in ("SlurmLauncher", "LocalLauncher"):
@@ -80,7 +80,7 @@ def _run(cfg: DictConfig) -> Objective:
 
     record, folder = describe(cfg)
     if record.sweep is None:
-        objective, record = _work(cfg, record, folder, Journal(), DenseStore())
+        objective, record = _work(cfg, record, folder, Progress(), DenseStore())
         print_report(record, folder)
         return objective
     with occupied(folder):
@@ -89,20 +89,20 @@ def _run(cfg: DictConfig) -> Objective:
             if kept is not None:
                 return kept_objective(kept)
             # In a log, a line per point says enough; the record has its stages and notes.
-            journal = Journal(quiet=not sys.stderr.isatty())
-            return _work(cfg, record, folder, journal, OF_SWEEP)[0]
+            progress = Progress(quiet=not sys.stderr.isatty())
+            return _work(cfg, record, folder, progress, OF_SWEEP)[0]
         finally:
             print_progress(folder)
 
 
 def _work(
-    cfg: DictConfig, record: RunRecord, folder: Path, journal: Journal, dense: DenseStore
+    cfg: DictConfig, record: RunRecord, folder: Path, progress: Progress, dense: DenseStore
 ) -> tuple[Objective, RunRecord]:
     """Runs what a configuration describes; returns its objective, and the record of how it ended."""
     from bs_exp.runs.recorder import Recorder
 
-    with Recorder(record, folder, journal) as recorder:
-        with journal.stage("configure"):
+    with Recorder(record, folder, progress) as recorder:
+        with progress.stage("configure"):
             experiment = build(cfg, dense)
         objective = experiment.run(recorder)
     return objective, recorder.record

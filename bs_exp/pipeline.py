@@ -19,7 +19,7 @@ from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import (
     Allocation,
     AllocationProblem,
@@ -98,7 +98,7 @@ class ReadOnce:
 
     calibration: Calibration
     model: LoadedModel
-    journal: Journal
+    progress: Progress
     _windows: TokenWindows | None = None
 
     @property
@@ -112,7 +112,7 @@ class ReadOnce:
 
     def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
         if self._windows is None:
-            with self.journal.stage("tokenise"):
+            with self.progress.stage("tokenise"):
                 try:
                     windows = self.calibration.windows(tokenizer)
                     check_fits(windows, self.model)
@@ -136,14 +136,14 @@ class Preparation:
     calibration: ReadOnce
 
 
-def prepare(dense: LoadedModel, recipe: Recipe, journal: Journal) -> Preparation:
+def prepare(dense: LoadedModel, recipe: Recipe, progress: Progress) -> Preparation:
     """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work."""
-    with journal.stage("group"):
+    with progress.stage("group"):
         dense = recipe.sharing.view(dense)
         recipe.sharing.check(dense.architecture)
         groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
-    calibration = ReadOnce(recipe.calibration, dense, journal)
+    calibration = ReadOnce(recipe.calibration, dense, progress)
     if recipe.reads_text:
         windows = calibration.windows(dense.tokenizer)
         check_gatherable(dense, windows, _needs_by_strategy(recipe))
@@ -160,33 +160,33 @@ def _needs_by_strategy(recipe: Recipe) -> Mapping[str, frozenset[Statistic]]:
 
 
 def compress(
-    dense: LoadedModel, recipe: Recipe, cache: Cache, journal: Journal, preparation: Preparation | None = None
+    dense: LoadedModel, recipe: Recipe, cache: Cache, progress: Progress, preparation: Preparation | None = None
 ) -> CompressedModel:
     """A compressed twin of `dense`, within the recipe's retain ratio; untouched parameters are shared with it.
 
     Every round of the schedule takes its statistics on the model compressed so far, and factorises the original
     weights.
     """
-    prepared = preparation or prepare(dense, recipe, journal)
+    prepared = preparation or prepare(dense, recipe, progress)
     whole, dense, calibration = dense, prepared.dense, prepared.calibration
     windows = calibration.windows(dense.tokenizer) if recipe.reads_text else None
     comparison = _comparison(dense, recipe, windows)
     profile = None
     if windows and recipe.allocation.needs:
-        with journal.stage("profile"):
+        with progress.stage("profile"):
             needs = recipe.allocation.needs
-            profile = profile_blocks(whole, windows, calibration, needs=needs, cache=cache, journal=journal)
-    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, journal)
+            profile = profile_blocks(whole, windows, calibration, needs=needs, cache=cache, progress=progress)
+    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, progress)
     groups = prepared.groups
     if groups is None:
         measures.gather()
-        with journal.stage("group"):
+        with progress.stage("group"):
             groups = recipe.sharing.groups(_sharing_problem(dense, recipe, measures))
             recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
     rounds = [1.0]
     while True:
-        decompositions = decompose_groups(groups, measures, cache, journal)
-        with journal.stage("allocate"):
+        decompositions = decompose_groups(groups, measures, cache, progress)
+        with progress.stage("allocate"):
             score = None
             if comparison is not None:
                 score = PlanScore(
@@ -195,31 +195,33 @@ def compress(
                     keys={group: measures.key(group) for group in groups},
                     identity=_search_identity(dense, recipe, comparison.windows, kept=rounds[-1]),
                     cache=cache,
-                    journal=journal,
+                    progress=progress,
                 )
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
-        with journal.stage("replace"):
+        with progress.stage("replace"):
             module = twin(dense.module)
             factors = (recipe.layout.arrange(shared) for shared in decompositions.truncated(plan))
             replace_matrices(module, dense.architecture, factors, layout=recipe.layout.name)
         rounds.append(plan.requested_ratio)
         if plan.requested_ratio <= recipe.retain_ratio:
             break
-        journal.note(f"round {len(rounds) - 1}: {plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}")
+        progress.note(
+            f"round {len(rounds) - 1}: {plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}"
+        )
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
-        measures = _measures(dense, current, windows, recipe, recipe.metric_needs, cache, journal)
-    with journal.stage("update"):
-        report = recipe.update.apply(module, dense, plan, calibration, cache, journal)
+        measures = _measures(dense, current, windows, recipe, recipe.metric_needs, cache, progress)
+    with progress.stage("update"):
+        report = recipe.update.apply(module, dense, plan, calibration, cache, progress)
     return CompressedModel(
         module=module, plan=plan, calibration=calibration.provenance, rounds=tuple(rounds[1:]), update=report
     )
 
 
-def measured_problem(prepared: Preparation, recipe: Recipe, cache: Cache, journal: Journal) -> SharingProblem:
+def measured_problem(prepared: Preparation, recipe: Recipe, cache: Cache, progress: Progress) -> SharingProblem:
     """What a measured sharing strategy sees, for whoever else wants to look; statistics come from the cache."""
     dense = prepared.dense
     windows = prepared.calibration.windows(dense.tokenizer) if recipe.needs else None
-    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, journal)
+    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, progress)
     return _sharing_problem(dense, recipe, measures)
 
 
@@ -234,7 +236,7 @@ def _measures(
     recipe: Recipe,
     needs: frozenset[Statistic],
     cache: Cache,
-    journal: Journal,
+    progress: Progress,
 ) -> GroupMeasures:
     return GroupMeasures(
         dense=dense,
@@ -245,7 +247,7 @@ def _measures(
         whitening=recipe.whitening,
         importance=recipe.importance,
         cache=cache,
-        journal=journal,
+        progress=progress,
     )
 
 

@@ -19,7 +19,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import PlanObjective
 from bs_exp.types import LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
 
@@ -177,7 +177,7 @@ class PlanScore:
     keys: Mapping[WeightGroup, str]
     identity: Mapping[str, Any]
     cache: Cache
-    journal: Journal
+    progress: Progress
 
     def __call__(self, plan: RankPlan) -> float:
         *_, value = self.running(plan)
@@ -201,7 +201,7 @@ class PlanScore:
         self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None
     ) -> Iterator[Item]:
         """The items, under a progress bar."""
-        return self.journal.track(iterable, label=label, total=total)
+        return self.progress.track(iterable, label=label, total=total)
 
     def _key(self, plan: RankPlan) -> str:
         comparison = self.comparison

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 Item = TypeVar("Item")
 
@@ -22,7 +23,7 @@ def _stderr() -> Console:
 
 
 @dataclass
-class Journal:
+class Progress:
     """Tells the user what happens, and remembers it: `timings` in seconds by stage, `notes` in order.
 
     Progress bars are drawn on terminals only. `quiet` keeps everything off the screen.
@@ -34,7 +35,7 @@ class Journal:
     _stages: list[str] = field(default_factory=list)
     _failed: str | None = None
     _console: Console = field(default_factory=_stderr)
-    _progress: Progress | None = None
+    _bars: Bars | None = None
 
     @property
     def current(self) -> str | None:
@@ -75,24 +76,24 @@ class Journal:
             yield from iterable
             return
         # One live display per terminal: an inner bar joins the outer one's.
-        outermost = self._progress is None
-        progress = self._progress = self._progress or self._new_progress()
+        outermost = self._bars is None
+        bars = self._bars = self._bars or self._new_bars()
         if outermost:
-            progress.start()
+            bars.start()
         title = label if callable(label) else lambda: label
-        task = progress.add_task(title(), total=total)
+        task = bars.add_task(title(), total=total)
         try:
             for item in iterable:
                 yield item
-                progress.update(task, advance=1, description=title())
+                bars.update(task, advance=1, description=title())
         finally:
-            progress.remove_task(task)
+            bars.remove_task(task)
             if outermost:
-                progress.stop()
-                self._progress = None
+                bars.stop()
+                self._bars = None
 
-    def _new_progress(self) -> Progress:
-        return Progress(
+    def _new_bars(self) -> Bars:
+        return Bars(
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.cache import Cache
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import (
     Architecture,
     GroupStatistics,
@@ -289,7 +289,7 @@ class Update(Protocol):
         plan: RankPlan,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> Mapping[str, Any]:
         """Changes the factors of the compressed model in place; plain data on what was done, empty for nothing.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_pipeline import RECIPE, RandomTokens
 from torch import Tensor
 
 from bs_exp.cache import Cache
@@ -21,12 +20,13 @@ from bs_exp.models.model_inputs import IGNORED, feeder
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable, spread_windows
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import OBJECTIVES, PlanObjective
 from bs_exp.sharing.none import singles
 from bs_exp.types import LoadedModel, PlannedGroup, RankPlan, Task, TokenWindows, WeightGroup
+from tests.support.recipes import RECIPE, RandomTokens
 
-QUIET = Journal(quiet=True)
+QUIET = Progress(quiet=True)
 # Heads of every kind: one matrix; behind a cap; tied and scaled; behind further layers; none.
 FAMILIES = ["llama", "gpt2", "gemma2", "bert", "t5", "bert_encoder"]
 
@@ -166,7 +166,7 @@ def prepared() -> tuple[LoadedModel, tuple[WeightGroup, ...], GroupMeasures, Dec
         whitening=RECIPE.whitening,
         importance=RECIPE.importance,
         cache=cache,
-        journal=QUIET,
+        progress=QUIET,
     )
     return dense, groups, measures, decompose_groups(groups, measures, cache, QUIET), cache
 
@@ -185,7 +185,7 @@ def test_a_plan_scores_as_the_model_that_it_makes(prepared: Any) -> None:
         judge = comparison(dense, "kl")
         keys = {group: measures.key(group) for group in groups}
         score = PlanScore(
-            comparison=judge, decompositions=decompositions, keys=keys, identity={}, cache=Cache(None), journal=QUIET
+            comparison=judge, decompositions=decompositions, keys=keys, identity={}, cache=Cache(None), progress=QUIET
         )
         assert score(made.plan) == pytest.approx(judge.measure(made.module), rel=1e-4)
         *_, last = score.running(made.plan)
@@ -199,7 +199,7 @@ def test_scores_are_kept_by_what_they_depend_on(prepared: Any) -> None:
     def score(plan: RankPlan, **changes: Any) -> float:
         judge = replace(comparison(dense, "kl"), **changes)
         return PlanScore(
-            comparison=judge, decompositions=decompositions, keys=keys, identity={}, cache=cache, journal=QUIET
+            comparison=judge, decompositions=decompositions, keys=keys, identity={}, cache=cache, progress=QUIET
         )(plan)
 
     ranks: dict[WeightGroup, int | None] = dict.fromkeys(groups, None)
@@ -227,7 +227,7 @@ def test_an_interrupted_score_is_not_kept(prepared: Any) -> None:
         keys={group: measures.key(group) for group in groups},
         identity={},
         cache=cache,
-        journal=QUIET,
+        progress=QUIET,
     )
     plan = plan_of({group: 4 for group in groups})
     next(score.running(plan))

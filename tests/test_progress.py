@@ -1,4 +1,4 @@
-"""The journal times stages, counts progress on terminals only, and remembers what it said."""
+"""The progress times stages, counts progress on terminals only, and remembers what it said."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 
 
 @pytest.fixture
@@ -15,36 +15,36 @@ def screen() -> io.StringIO:
     return io.StringIO()
 
 
-def _journal(screen: io.StringIO, *, terminal: bool) -> Journal:
-    return Journal(_console=Console(file=screen, force_terminal=terminal, soft_wrap=True, highlight=False))
+def _journal(screen: io.StringIO, *, terminal: bool) -> Progress:
+    return Progress(_console=Console(file=screen, force_terminal=terminal, soft_wrap=True, highlight=False))
 
 
 def test_a_stage_entered_twice_adds_up() -> None:
-    journal = Journal(quiet=True)
+    progress = Progress(quiet=True)
     for _ in range(2):
-        with journal.stage("load"):
-            assert journal.current == "load"
-    first = journal.timings["load"]
-    with journal.stage("outer"), journal.stage("load"):
+        with progress.stage("load"):
+            assert progress.current == "load"
+    first = progress.timings["load"]
+    with progress.stage("outer"), progress.stage("load"):
         pass
-    assert journal.timings.keys() == {"load", "outer"}
-    assert journal.timings["load"] > first
-    assert journal.current is None
+    assert progress.timings.keys() == {"load", "outer"}
+    assert progress.timings["load"] > first
+    assert progress.current is None
 
 
 def test_failure_remembers_its_innermost_stage(screen: io.StringIO) -> None:
-    journal = _journal(screen, terminal=False)
-    with pytest.raises(KeyboardInterrupt), journal.stage("compress"), journal.stage("calibrate"):
+    progress = _journal(screen, terminal=False)
+    with pytest.raises(KeyboardInterrupt), progress.stage("compress"), progress.stage("calibrate"):
         raise KeyboardInterrupt
-    assert journal.current == "calibrate"
-    assert journal.timings.keys() == {"compress", "calibrate"}
+    assert progress.current == "calibrate"
+    assert progress.timings.keys() == {"compress", "calibrate"}
     assert screen.getvalue() == ""
 
 
 def test_notes_are_shown_and_kept(screen: io.StringIO) -> None:
-    journal = _journal(screen, terminal=False)
-    journal.note("16 of [16] came from the cache")
-    assert journal.notes == ["16 of [16] came from the cache"]
+    progress = _journal(screen, terminal=False)
+    progress.note("16 of [16] came from the cache")
+    assert progress.notes == ["16 of [16] came from the cache"]
     assert screen.getvalue() == "note: 16 of [16] came from the cache\n"
 
 
@@ -54,27 +54,27 @@ def test_no_bar_without_a_terminal(screen: io.StringIO) -> None:
 
 
 def test_bars_nest_and_go_away(screen: io.StringIO) -> None:
-    journal = _journal(screen, terminal=True)
-    for _ in journal.track(range(2), label="outer", total=2):
-        assert list(journal.track("ab", label="inner")) == ["a", "b"]
+    progress = _journal(screen, terminal=True)
+    for _ in progress.track(range(2), label="outer", total=2):
+        assert list(progress.track("ab", label="inner")) == ["a", "b"]
     assert "outer" in screen.getvalue()
-    with journal.stage("next"):  # prints below, not over a bar that stayed
+    with progress.stage("next"):  # prints below, not over a bar that stayed
         pass
     assert screen.getvalue().rstrip().endswith("s\x1b[0m")
 
 
 def test_a_bar_that_ends_early_goes_away_too(screen: io.StringIO) -> None:
-    journal = _journal(screen, terminal=True)
-    for _ in journal.track(range(100), label="stopped"):
+    progress = _journal(screen, terminal=True)
+    for _ in progress.track(range(100), label="stopped"):
         break
-    assert journal._progress is None
-    assert list(journal.track([1], label="again")) == [1]
+    assert progress._progress is None
+    assert list(progress.track([1], label="again")) == [1]
 
 
 def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    journal = Journal(quiet=True)
-    with journal.stage("load"):
-        journal.note("kept")
-    assert list(journal.track([1], label="x")) == [1]
+    progress = Progress(quiet=True)
+    with progress.stage("load"):
+        progress.note("kept")
+    assert list(progress.track([1], label="x")) == [1]
     assert capfd.readouterr() == ("", "")
-    assert journal.notes == ["kept"]
+    assert progress.notes == ["kept"]

@@ -13,7 +13,7 @@ from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import trunks
 from bs_exp.models.model_inputs import feeder
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 
@@ -74,7 +74,7 @@ ACCUMULATORS: Mapping[Statistic, type[OutputGramSum] | type[SquaredGradientRows]
 
 
 def gather_gradients(
-    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, journal: Journal
+    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, progress: Progress
 ) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
     """Tensors by statistic (of `ACCUMULATORS`) and module, from gradients of the token loss.
 
@@ -89,7 +89,7 @@ def gather_gradients(
     reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
     with _activation_gradients(model.module), recomputed_blocks(model) if is_large(model) else nullcontext():
-        for batch in journal.track(batches, label="gradients", total=len(batches)):
+        for batch in progress.track(batches, label="gradients", total=len(batches)):
             examples = reader.examples(batch.to(model.device))
             with _hooks(modules, sums, examples.shapes):
                 examples.loss(model.module(**examples.inputs).logits, reduction="sum").backward()

@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from bs_exp.errors import CalibrationError
 from bs_exp.models.model_inputs import feeder, hidden_states
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
 
 Grams = Mapping[str, Float[Tensor, "d_in d_in"]]
 
 
-def gather_grams(model: LoadedModel, windows: TokenWindows, *, batch_size: int, journal: Journal) -> Grams:
+def gather_grams(model: LoadedModel, windows: TokenWindows, *, batch_size: int, progress: Progress) -> Grams:
     """`X^T X` by input site, summed over all tokens; see `gather_inputs`."""
-    found = gather_inputs(model, windows, {Statistic.GRAM}, batch_size=batch_size, journal=journal)
+    found = gather_inputs(model, windows, {Statistic.GRAM}, batch_size=batch_size, progress=progress)
     return {site: tensors["gram"] for site, tensors in found[Statistic.GRAM].items()}
 
 
 def gather_inputs(
-    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, journal: Journal
+    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, progress: Progress
 ) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
     """Tensors by statistic (of `ACCUMULATORS`) and input site: products in fp32, accumulated in fp64, on the CPU.
 
@@ -41,7 +41,7 @@ def gather_inputs(
     reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
     with torch.inference_mode(), _hooks(model.module, sites, sums):
-        for batch in journal.track(batches, label="calibrating", total=len(batches)):
+        for batch in progress.track(batches, label="calibrating", total=len(batches)):
             hidden_states(model.module, reader.inputs(batch.to(model.device)))
     found = {s: {site: sums[site][s].tensors() for site in sites} for s in sorted(statistics)}
     for site, matrices in sites.items():

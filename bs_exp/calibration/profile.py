@@ -16,7 +16,7 @@ from bs_exp.calibration.statistics import statistics_key
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import blocks_of, module_of
 from bs_exp.models.model_inputs import feeder, hidden_states
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.types import LayerProfile, LoadedModel, Statistic, TokenWindows
 
@@ -30,7 +30,7 @@ def profile_blocks(
     *,
     needs: Set[Statistic],
     cache: Cache,
-    journal: Journal,
+    progress: Progress,
 ) -> LayerProfile:
     """The needed statistics of a dense model's blocks; from the cache where it has them."""
     key = statistics_key(model, windows, calibration.batch_size)
@@ -42,7 +42,7 @@ def profile_blocks(
         entry_key = content_key(statistics=key, matrices=[m.module for m in model.architecture.matrices])
         entry = cache.find(statistic, entry_key)
         if entry is None:
-            values = gather(model, windows, batch_size=calibration.batch_size, journal=journal)
+            values = gather(model, windows, batch_size=calibration.batch_size, progress=progress)
             entry = cache.store(statistic, entry_key, {"values": values})
         return entry.tensor("values")
 
@@ -54,7 +54,7 @@ def profile_blocks(
 
 
 def gather_sensitivity(
-    model: LoadedModel, windows: TokenWindows, *, batch_size: int, journal: Journal
+    model: LoadedModel, windows: TokenWindows, *, batch_size: int, progress: Progress
 ) -> Float[Tensor, " layers"]:
     """`sum ||dLoss/dW||_F / ||W||_F` over each block's targeted matrices; the loss is a batch's mean token loss.
 
@@ -77,7 +77,7 @@ def gather_sensitivity(
 
     recompute = recomputed_blocks(model) if is_large(model) else nullcontext()
     with _gradients_of(model.module, tuple(layers), measure), recompute:
-        for batch in journal.track(batches, label="sensitivity", total=len(batches)):
+        for batch in progress.track(batches, label="sensitivity", total=len(batches)):
             examples = reader.examples(batch.to(model.device))
             examples.loss(model.module(**examples.inputs).logits, reduction="mean").backward()
     if not bool(sensitivity.isfinite().all()):
@@ -90,7 +90,7 @@ def gather_sensitivity(
 
 
 def gather_output_singular_values(
-    model: LoadedModel, windows: TokenWindows, *, batch_size: int, journal: Journal
+    model: LoadedModel, windows: TokenWindows, *, batch_size: int, progress: Progress
 ) -> Float[Tensor, "layers channels"]:
     """Singular values, falling, of every block's outputs (all tokens x channels), from their Gram in fp64.
 
@@ -103,7 +103,7 @@ def gather_output_singular_values(
     reader = feeder(model, windows.feeding)
     batches = windows.ids.split(batch_size)
     with torch.inference_mode(), _outputs(blocks, grams):
-        for batch in journal.track(batches, label="block outputs", total=len(batches)):
+        for batch in progress.track(batches, label="block outputs", total=len(batches)):
             hidden_states(model.module, reader.inputs(batch.to(model.device)))
     values = []
     for layer, gram in sorted(grams.items()):

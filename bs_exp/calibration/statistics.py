@@ -12,7 +12,7 @@ from torch import Tensor
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration import gradients, grams
 from bs_exp.models.model_inputs import check_has_logits, feeder
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.types import (
     Architecture,
@@ -100,7 +100,7 @@ def calibrate(
     *,
     needs: Set[Statistic],
     cache: Cache,
-    journal: Journal,
+    progress: Progress,
 ) -> CalibrationStats:
     """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
     key = statistics_key(model, windows, calibration.batch_size)
@@ -118,7 +118,7 @@ def calibrate(
             if len(entries[statistic]) < len(keys):
                 missing.add(statistic)
         if missing:
-            gathered = gather(model, windows, missing, batch_size=calibration.batch_size, journal=journal)
+            gathered = gather(model, windows, missing, batch_size=calibration.batch_size, progress=progress)
             for statistic, by_name in gathered.items():
                 entries[statistic] = {name: cache.store(statistic, keys[name], t) for name, t in by_name.items()}
     count, length = windows.ids.shape

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 # What does not change a result, and so not the hash of its configuration either.
 _NOT_HASHED = frozenset({"name", "cache", "debug", "force", "save_model", "tracking"})
 # What the system says where no folder or file can be made.

@@ -54,8 +54,8 @@ def load_training_data(folder: Path, vocab_size: int) -> TrainingData:
 
 
 def _cache_key(vocab_size: int) -> str:
-    code = [Path(file).read_text(encoding="utf-8") for file in (python_docs.__file__, __file__)]
-    ingredients = json.dumps([dict(python_docs.source_versions()), vocab_size, code])
+    code = [Path(file).read_text(encoding="utf-8") for file in (documentation.__file__, __file__)]
+    ingredients = json.dumps([dict(documentation.source_versions()), vocab_size, code])
     return hashlib.sha256(ingredients.encode()).hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from bs_exp.cache import Cache, Entry
 from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
 from bs_exp.linalg.decomposition import corrections_of, decompose, split_by_layer
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 
 KIND = "decomposition"
@@ -47,7 +47,7 @@ class Decompositions:
 
 
 def decompose_groups(
-    groups: Iterable[WeightGroup], measures: GroupMeasures, cache: Cache, journal: Journal
+    groups: Iterable[WeightGroup], measures: GroupMeasures, cache: Cache, progress: Progress
 ) -> Decompositions:
     """The decompositions of groups, from the cache where it has them; the others are made one at a time and stored.
 
@@ -59,8 +59,8 @@ def decompose_groups(
     missing = [group for group, entry in entries.items() if entry is None]
     if missing:
         measures.gather()
-    with journal.stage("decompose"):
-        for group in journal.track(missing, label="decomposing", total=len(missing)):
+    with progress.stage("decompose"):
+        for group in progress.track(missing, label="decomposing", total=len(missing)):
             try:
                 found = decompose(group, measures.weight(group), measures.metric(group))
             except (DecompositionError, LinAlgError) as error:
@@ -68,5 +68,5 @@ def decompose_groups(
             factors = {"basis_t": found.basis_t.cpu(), "coefficients": found.coefficients.cpu()}
             entries[group] = cache.store(KIND, keys[group], factors | spectrum_tensors(found.spectrum))
     if count := len(keys) - len(missing):
-        journal.note(f"{count} of {len(keys)} decompositions came from the cache")
+        progress.note(f"{count} of {len(keys)} decompositions came from the cache")
     return Decompositions({group: entry for group, entry in entries.items() if entry is not None}, measures)

@@ -15,7 +15,7 @@ from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistic
 from bs_exp.errors import DecompositionError
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration, Importance, Whitening
 from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, TokenWindows, WeightGroup
 
@@ -40,7 +40,7 @@ class GroupMeasures:
     whitening: Whitening
     importance: Importance
     cache: Cache
-    journal: Journal
+    progress: Progress
 
     def gather(self) -> None:
         """Gathers the statistics now, rather than when something asks for them."""
@@ -81,7 +81,7 @@ class GroupMeasures:
 
     def track(self, groups: Sequence[WeightGroup], label: str) -> Iterator[WeightGroup]:
         """The groups one by one, under a progress bar."""
-        return self.journal.track(groups, label=label, total=len(groups))
+        return self.progress.track(groups, label=label, total=len(groups))
 
     def key(self, group: WeightGroup) -> str:
         """Hash of the weights, the statistics, and the strategies that make the metric from them."""
@@ -110,14 +110,14 @@ class GroupMeasures:
     def _statistics(self) -> CalibrationStats | None:
         if self.windows is None:
             return None
-        with self.journal.stage("calibrate"):
+        with self.progress.stage("calibrate"):
             return calibrate(
                 self.current,
                 self.windows,
                 self.calibration,
                 needs=self.needs,
                 cache=self.cache,
-                journal=self.journal,
+                progress=self.progress,
             )
 
 

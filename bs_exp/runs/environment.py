@@ -15,7 +15,7 @@ import psutil
 import torch
 
 PACKAGES = ("bs-exp", "torch", "transformers", "datasets", "lm-eval", "safetensors", "hydra-core", "numpy")
-SOURCE_ROOT = Path(__file__).resolve().parent.parent
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def versions() -> dict[str, str | None]:

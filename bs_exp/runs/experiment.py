@@ -84,18 +84,18 @@ class Experiment:
         dense = self._load(recorder)
         self._check_evaluators(dense, recorder)
         recipe = replace(self.recipe, calibration=self.dense.calibration(self.recipe.calibration))
-        preparation = prepare(dense, recipe, recorder.journal)
-        check_candidates(dense, recipe, self.selection, preparation, recorder.journal)
+        preparation = prepare(dense, recipe, recorder.progress)
+        check_candidates(dense, recipe, self.selection, preparation, recorder.progress)
         self.analysis.check(preparation.dense.architecture)
         dense_metrics = self._evaluate_dense(dense, recorder)
         objectives = self._objectives(dense_metrics)
         # Global generators start here, whether the work so far was done or taken from an earlier run.
         transformers.set_seed(self.seed)
-        with recorder.journal.stage("compress"):
-            selected = select(dense, recipe, self.selection, preparation, self.cache, recorder.journal)
+        with recorder.progress.stage("compress"):
+            selected = select(dense, recipe, self.selection, preparation, self.cache, recorder.progress)
             recipe, preparation = selected.recipe, selected.preparation
             recorder.update(selection=dict(selected.report))
-            compressed = compress(dense, recipe, self.cache, recorder.journal, preparation)
+            compressed = compress(dense, recipe, self.cache, recorder.progress, preparation)
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
             update=dict(compressed.update),
@@ -120,7 +120,7 @@ class Experiment:
         return value
 
     def _load(self, recorder: Recorder) -> LoadedModel:
-        with recorder.journal.stage("load"):
+        with recorder.progress.stage("load"):
             dense = self.dense.find(self.model)
             if dense is None:
                 dense = self.model.load()
@@ -129,7 +129,7 @@ class Experiment:
         return dense
 
     def _check_evaluators(self, dense: LoadedModel, recorder: Recorder) -> None:
-        with recorder.journal.stage("check evaluation"):
+        with recorder.progress.stage("check evaluation"):
             for name, evaluator in self.evaluators.items():
                 with _about_evaluator(name):
                     evaluator.check(dense)
@@ -158,7 +158,7 @@ class Experiment:
         changed = [name for name, value in after.items() if isinstance(value, str) and before.get(name) != value]
         if not origins or not changed:
             return
-        recorder.journal.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
+        recorder.progress.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
         metrics: dict[str, Any] = {}
         for name, evaluator in self.evaluators.items():
             fresh = self._measure(name, evaluator, dense, "dense", recorder)
@@ -177,7 +177,7 @@ class Experiment:
     def _measure(
         self, name: str, evaluator: Evaluator, model: LoadedModel, label: str, recorder: Recorder
     ) -> dict[str, Any]:
-        with recorder.journal.stage(f"{name} ({label})"), _about_evaluator(name):
+        with recorder.progress.stage(f"{name} ({label})"), _about_evaluator(name):
             return dict(evaluator.evaluate(model))
 
     def _add(
@@ -202,15 +202,15 @@ class Experiment:
         return asked
 
     def _analyse(self, preparation: Preparation, recipe: Recipe, recorder: Recorder) -> None:
-        with recorder.journal.stage("analyse"):
-            problem = measured_problem(preparation, recipe, self.cache, recorder.journal)
+        with recorder.progress.stage("analyse"):
+            problem = measured_problem(preparation, recipe, self.cache, recorder.progress)
             for path in self.analysis.save(problem, recorder.folder):
-                recorder.journal.note(f"analysis: {path.name}")
+                recorder.progress.note(f"analysis: {path.name}")
 
     def _save(self, compressed: CompressedModel, dense: LoadedModel, recorder: Recorder) -> None:
         if not self.save_model:
             return
-        with recorder.journal.stage("save"):
+        with recorder.progress.stage("save"):
             folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER)
         saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)
@@ -226,7 +226,7 @@ def _about_evaluator(name: str) -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-    """The journal tells what happens; the libraries' chatter and bars would break its lines."""
+    """The progress tells what happens; the libraries' chatter and bars would break its lines."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
@@ -236,7 +236,7 @@ def _quiet_libraries() -> None:
 def _tell_of_damage(cache: Cache, recorder: Recorder) -> None:
     if cache.damaged:
         kinds = ", ".join(f"{count} ({kind})" for kind, count in sorted(cache.damaged.items()))
-        recorder.journal.note(
+        recorder.progress.note(
             f"damaged cache files were not used: {kinds}. What they held is computed again; is the disk in order?"
         )
 

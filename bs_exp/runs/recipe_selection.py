@@ -14,7 +14,7 @@ from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, CalibrationError
 from bs_exp.pipeline import Preparation, Recipe, compress, prepare
 from bs_exp.plan_score import Comparison, check_measurable
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Contest, Selection
 from bs_exp.schedule.single import SingleRound
 from bs_exp.types import LoadedModel, TokenWindows
@@ -42,17 +42,17 @@ class Selected:
 
 
 def check_candidates(
-    dense: LoadedModel, recipe: Recipe, selection: Selection, preparation: Preparation, journal: Journal
+    dense: LoadedModel, recipe: Recipe, selection: Selection, preparation: Preparation, progress: Progress
 ) -> None:
     """An error for a candidate that does not fit model or text, before the long work."""
     if not selection.candidates:
         return
-    with journal.stage("check candidates"):
+    with progress.stage("check candidates"):
         contest = _contest(dense, selection, preparation)
         check_measurable(dense, contest.objective, contest.held_out)
         for name in selection.candidates:
             try:
-                prepare(dense, _judged(recipe, selection, name, contest), Journal(quiet=True))
+                prepare(dense, _judged(recipe, selection, name, contest), Progress(quiet=True))
             except BsExpError as error:
                 error.add_note(f"This is about the candidate selection.candidates.{name}.")
                 raise
@@ -64,7 +64,7 @@ def select(
     selection: Selection,
     preparation: Preparation,
     cache: Cache,
-    journal: Journal,
+    progress: Progress,
 ) -> Selected:
     """The recipe of the candidate that does best on the held-out windows.
 
@@ -74,7 +74,7 @@ def select(
     if not selection.candidates:
         return Selected(recipe, preparation)
     begun = time.perf_counter()
-    with journal.stage("select"):
+    with progress.stage("select"):
         contest = _contest(dense, selection, preparation)
         comparison = Comparison(
             dense=dense,
@@ -85,8 +85,8 @@ def select(
         judged: dict[str, dict[str, Any]] = {}
         for name in selection.candidates:
             start = time.perf_counter()
-            with journal.stage(f"candidate {name}"):
-                made = compress(dense, _judged(recipe, selection, name, contest), cache, journal)
+            with progress.stage(f"candidate {name}"):
+                made = compress(dense, _judged(recipe, selection, name, contest), cache, progress)
                 value = comparison.measure(made.module)
             judged[name] = {
                 "value": value,
@@ -113,14 +113,14 @@ def select(
         "seconds": round(time.perf_counter() - begun, 3),
     }
     shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(values.items(), key=lambda item: item[1]))
-    journal.note(
+    progress.note(
         f"selection: {chosen} stays closest to the dense model ({contest.objective.objective} on "
         f"{len(contest.held_out.ids)} held-out windows: {shown})"
     )
     # Read and checked before: the windows are not cut again.
     calibration = preparation.calibration if contest.recalibrate else _given(contest, preparation)
     winner = replace(recipe, **selection.candidates[chosen], calibration=calibration)
-    return Selected(winner, prepare(dense, winner, Journal(quiet=True)), report)
+    return Selected(winner, prepare(dense, winner, Progress(quiet=True)), report)
 
 
 def _contest(dense: LoadedModel, selection: Selection, preparation: Preparation) -> Contest:

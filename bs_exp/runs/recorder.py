@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bs_exp.errors import RecordError, TrackingError
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import TrackedRun, Tracker
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, utc_now, write_record
 from bs_exp.runs import environment
@@ -55,16 +55,16 @@ class Recorder:
     It never swallows what ended the run: errors, Ctrl-C and exits are recorded and go on.
     """
 
-    def __init__(self, record: RunRecord, folder: Path, journal: Journal) -> None:
+    def __init__(self, record: RunRecord, folder: Path, progress: Progress) -> None:
         self.record = record
         self.folder = folder
-        self.journal = journal
+        self.progress = progress
         self._tracked: TrackedRun = NullTrackedRun()
 
     def update(self, **changes: Any) -> None:
-        """Replaces fields of the record and writes it, with the journal's timings and notes."""
-        timings = {name: round(seconds, 4) for name, seconds in self.journal.timings.items()}
-        self.record = replace(self.record, timings=timings, notes=tuple(self.journal.notes), **changes)
+        """Replaces fields of the record and writes it, with the progress's timings and notes."""
+        timings = {name: round(seconds, 4) for name, seconds in self.progress.timings.items()}
+        self.record = replace(self.record, timings=timings, notes=tuple(self.progress.notes), **changes)
         write_record(self.record, self.folder)
 
     def track(self, tracker: Tracker) -> None:
@@ -109,7 +109,7 @@ class Recorder:
         return {
             "type": type(error).__name__,
             "message": "\n".join([str(error), *getattr(error, "__notes__", [])]),
-            "stage": self.journal.current,
+            "stage": self.progress.current,
             "traceback": "".join(traceback.format_exception(error)),
         }
 
@@ -123,4 +123,4 @@ class Recorder:
 
     def _untrack(self, error: TrackingError) -> None:
         self._tracked = NullTrackedRun()
-        self.journal.note(f"{error} The run goes on without tracking; its record holds everything.")
+        self.progress.note(f"{error} The run goes on without tracking; its record holds everything.")

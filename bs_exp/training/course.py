@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bs_exp.cache import Cache, Entry
 from bs_exp.errors import DataError
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.training.trainer import Training
 from bs_exp.validation import check_at_least, check_choice, check_number, check_positive, check_share
 
@@ -137,7 +137,14 @@ class Run:
         return self.step == self.course.steps or stale
 
     def follow(
-        self, windows: Int[Tensor, "windows length"], *, label: str, cache: Cache, kind: str, key: str, journal: Journal
+        self,
+        windows: Int[Tensor, "windows length"],
+        *,
+        label: str,
+        cache: Cache,
+        kind: str,
+        key: str,
+        progress: Progress,
     ) -> None:
         """The whole course; the parameters are the best ones afterwards.
 
@@ -147,13 +154,13 @@ class Run:
         stored = None if cache.folder is None else cache.find(kind, key)
         if stored is not None:
             self._resume(stored)
-            journal.note(f"{label}: {self.step} of {self.course.steps} steps came from the cache")
+            progress.note(f"{label}: {self.step} of {self.course.steps} steps came from the cache")
         else:
             self._evaluate()
         if not self.finished:
             saved = time.perf_counter()
             batches = self.course.batches(len(windows))[self.step :]
-            for batch in journal.track(batches, label=lambda: f"{label}, loss {self.loss:.4f}", total=len(batches)):
+            for batch in progress.track(batches, label=lambda: f"{label}, loss {self.loss:.4f}", total=len(batches)):
                 self._advance(windows[batch])
                 if self.finished:
                     break

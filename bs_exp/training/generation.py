@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from bs_exp.cache import Cache, content_key
 from bs_exp.errors import ConfigError
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_at_least
 
@@ -53,7 +53,7 @@ class Generation:
             )
 
     def windows(
-        self, dense: LoadedModel, text: Int[Tensor, "windows length"], cache: Cache, journal: Journal
+        self, dense: LoadedModel, text: Int[Tensor, "windows length"], cache: Cache, progress: Progress
     ) -> Int[Tensor, "generated length"]:
         """The windows, as long as those of `text`; from the cache if they were drawn before."""
         if not self.generated:
@@ -61,7 +61,7 @@ class Generation:
         length, end = text.shape[1], cast("Any", dense.module.generation_config).eos_token_id
         batches = self._prompts(text).split(self.generation_batch)
         drawn = []
-        for number, prompts in enumerate(journal.track(batches, label="generating", total=len(batches))):
+        for number, prompts in enumerate(progress.track(batches, label="generating", total=len(batches))):
             key = content_key(
                 dense=dense.fingerprint,
                 device=dense.device.type,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration, Update
 from bs_exp.types import LoadedModel, RankPlan
 from bs_exp.validation import is_plain
@@ -41,10 +41,10 @@ class UpdateChain:
         plan: RankPlan,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> Mapping[str, Any]:
         """What each update reports, by its name."""
         report = {}
         for name, update in self.updates.items():
-            report[name] = dict(update.apply(compressed, dense, plan, calibration, cache, journal))
+            report[name] = dict(update.apply(compressed, dense, plan, calibration, cache, progress))
         return {"strategy": "chain", **report}

@@ -19,7 +19,7 @@ from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.training.course import Course, Run
 from bs_exp.training.objectives import LogitDivergence, find_factors
@@ -100,7 +100,7 @@ class LoRA:
         plan: RankPlan,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> Mapping[str, Any]:
         """Trains, then changes the factors in place or puts the adapters on the model; reports cost and losses.
 
@@ -109,7 +109,7 @@ class LoRA:
         """
         factors = self._factors(compressed, dense)
         if not factors or not self.steps:
-            journal.note("lora: no steps asked for" if factors else "lora: there are no factors to adapt")
+            progress.note("lora: no steps asked for" if factors else "lora: there are no factors to adapt")
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
         windows = self._windows(dense, calibration)
         training, held_out = Course.of(self).split(windows.ids)
@@ -122,12 +122,12 @@ class LoRA:
                 parameter.requires_grad_(True)
             clipped = sum(adapter.rank < self.rank for adapter in adapted.adapters.values())
             if clipped:
-                journal.note(
+                progress.note(
                     f"lora: {clipped} of {len(adapted.adapters)} factors have a side below update.rank={self.rank}, "
                     "and adapters of its rank"
                 )
             run = Run(Course.of(self), self._training(adapted, dense, windows), held_out)
-            run.follow(training, label=KIND, cache=cache, kind=KIND, key=key, journal=journal)
+            run.follow(training, label=KIND, cache=cache, kind=KIND, key=key, progress=progress)
             report = {
                 "strategy": KIND,
                 "merged": self.merge,
@@ -151,7 +151,7 @@ class LoRA:
                 for parameter in adapted.parameters.values():
                     parameter.requires_grad_(False)
                 attach(compressed, adapted, rank=self.rank, alpha=self.alpha)
-        journal.note(_summary(report))
+        progress.note(_summary(report))
         return report
 
     def _merge(self, adapted: AdaptedTwin, run: Run, held_out: Tensor) -> dict[str, Any]:

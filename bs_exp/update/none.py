@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bs_exp.cache import Cache
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.types import LoadedModel, RankPlan
 
@@ -28,6 +28,6 @@ class NoUpdate:
         plan: RankPlan,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> Mapping[str, Any]:
         return {}

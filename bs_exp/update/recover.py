@@ -18,7 +18,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.training.course import Course, Run
 from bs_exp.training.generation import Generation
@@ -92,7 +92,7 @@ class Recovery:
         plan: RankPlan,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> Mapping[str, Any]:
         """Trains in place; reports the cost, and the held-out KL in nats per token at temperature 1.
 
@@ -101,12 +101,12 @@ class Recovery:
         """
         factors = find_factors(compressed)
         if not factors or not (self.steps or self.blockwise_steps):
-            journal.note("recovery: no steps asked for" if factors else "recovery: there are no factors to train")
+            progress.note("recovery: no steps asked for" if factors else "recovery: there are no factors to train")
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
         windows = calibration.windows(dense.tokenizer)
         text, held_out = Course.of(self).split(windows.ids)
         start = time.perf_counter()
-        whole = torch.cat([text, self._generation().windows(dense, text, cache, journal)])
+        whole = torch.cat([text, self._generation().windows(dense, text, cache, progress)])
         generation_seconds = time.perf_counter() - start
         feed = feeder(dense, windows.feeding)
         predictions = LogitDivergence(
@@ -122,7 +122,7 @@ class Recovery:
             training = torch.cat([whole, self._cut(whole, steps)])
             run = Run(course, self._training(dense, factors, course, objective), held_out)
             key = "" if cache.folder is None else self._key(compressed, dense, windows, label)
-            run.follow(training, label=label, cache=cache, kind=KIND, key=key, journal=journal)
+            run.follow(training, label=label, cache=cache, kind=KIND, key=key, progress=progress)
             return run, run.report() | {"training_windows": len(training), "cut_windows": len(training) - len(whole)}
 
         report: dict[str, Any] = {"strategy": KIND}
@@ -157,7 +157,7 @@ class Recovery:
             "held_out_kl_after": min(run.best_loss, before),
             "held_out_kl": [[step, value] for step, value in run.history],
         }
-        journal.note(_summary(report))
+        progress.note(_summary(report))
         return report
 
     def _generation(self) -> Generation:

@@ -23,7 +23,7 @@ from bs_exp.models.blocks import BlockStream, block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.types import (
     LoadedModel,
@@ -108,28 +108,28 @@ class Refit:
         plan: RankPlan,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> Mapping[str, Any]:
         """Refits in place; reports the loss `||X B C - T||_F` before and after, by group and in all, and the cost."""
         report: dict[str, Any] = {"strategy": "refit", "applied": False, "seconds": 0.0}
         if self.below is not None and plan.requested_ratio > self.below:
-            journal.note(
+            progress.note(
                 f"refit: not at a retained share of {plan.requested_ratio:g}, above update.below={self.below:g}"
             )
             return report
         groups = [planned.group for planned in plan.groups if planned.rank is not None]
         if not groups:
-            journal.note("refit: there are no factors to refit")
+            progress.note("refit: there are no factors to refit")
             return report
         start = time.perf_counter()
         windows = calibration.windows(dense.tokenizer)
         work = _Work(self, compressed, dense)
         if self.streams:
-            self._stream(work, groups, windows, calibration.batch_size, journal)
+            self._stream(work, groups, windows, calibration.batch_size, progress)
         else:
-            self._from_grams(work, groups, windows, calibration, cache, journal)
+            self._from_grams(work, groups, windows, calibration, cache, progress)
         report |= work.report() | {"applied": True, "seconds": round(time.perf_counter() - start, 3)}
-        journal.note(_summary(report))
+        progress.note(_summary(report))
         return report
 
     def _from_grams(
@@ -139,15 +139,15 @@ class Refit:
         windows: TokenWindows,
         calibration: Calibration,
         cache: Cache,
-        journal: Journal,
+        progress: Progress,
     ) -> None:
         """All layers from the Grams of one pass, of which one group's are in memory if the cache has a folder."""
         source = work.dense
         if self.inputs == "compressed":
             provenance = {**source.provenance, "fingerprint": fingerprint(work.compressed)}
             source = replace(source, module=work.compressed, provenance=provenance)
-        stats = calibrate(source, windows, calibration, needs={Statistic.GRAM}, cache=cache, journal=journal)
-        for group in journal.track(groups, label="refitting", total=len(groups)):
+        stats = calibrate(source, windows, calibration, needs={Statistic.GRAM}, cache=cache, progress=progress)
+        for group in progress.track(groups, label="refitting", total=len(groups)):
             device = work.device(group)
             if self.gram == "group":
                 gram = stats.of(group, device).gram
@@ -160,7 +160,7 @@ class Refit:
                 work.refit(group, (layer,), InputPairs(gram))
 
     def _stream(
-        self, work: _Work, groups: Sequence[WeightGroup], windows: TokenWindows, batch_size: int, journal: Journal
+        self, work: _Work, groups: Sequence[WeightGroup], windows: TokenWindows, batch_size: int, progress: Progress
     ) -> None:
         """Block by block: gathers one block's moments, refits, and carries the windows on."""
         paths, batches = block_paths(work.dense.module), windows.ids.split(batch_size)
@@ -170,7 +170,7 @@ class Refit:
         if self.target != "compressed_inputs":
             original = BlockStream(work.dense, feed, paths, batches, check=False)
         pending: dict[WeightGroup, InputPairs] = {}
-        for layer in journal.track(range(len(paths)), label="refitting", total=len(paths)):
+        for layer in progress.track(range(len(paths)), label="refitting", total=len(paths)):
             here = [group for group in groups if layer in group.layers]
             found = _gather(work, here, layer, current, original, advance=self.mode == "one_shot")
             for group in here:

@@ -12,7 +12,7 @@ from bs_exp.calibration.checkpointing import block_paths, recomputed_blocks
 from bs_exp.calibration.gradients import gather_gradients
 from bs_exp.calibration.profile import gather_sensitivity
 from bs_exp.models.tiny import tiny_random
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import Statistic, TokenWindows
 
 WINDOWS = TokenWindows(
@@ -32,9 +32,9 @@ def test_the_same_statistics_bit_for_bit(family: str, everything_is_large: pytes
     model = tiny_random(family)
 
     def statistics() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        found = gather_gradients(model, WINDOWS, BOTH, batch_size=2, journal=Journal(quiet=True))
+        found = gather_gradients(model, WINDOWS, BOTH, batch_size=2, progress=Progress(quiet=True))
         flat = {f"{s}/{m}/{k}": t for s, by in found.items() for m, ts in by.items() for k, t in ts.items()}
-        return flat, gather_sensitivity(model, WINDOWS, batch_size=2, journal=Journal(quiet=True))
+        return flat, gather_sensitivity(model, WINDOWS, batch_size=2, progress=Progress(quiet=True))
 
     recomputed, sensitivity = statistics()
     everything_is_large.undo()

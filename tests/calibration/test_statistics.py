@@ -11,7 +11,7 @@ from bs_exp.cache import Cache
 from bs_exp.calibration import gradients, grams
 from bs_exp.calibration.statistics import CalibrationStats, calibrate
 from bs_exp.models.tiny import tiny_random
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.types import Statistic, TokenWindows, WeightGroup
 
 WINDOWS = TokenWindows(
@@ -32,7 +32,7 @@ class Batches:
 
 def gathered(*needs: Statistic, cache: Cache | None = None) -> CalibrationStats:
     return calibrate(
-        tiny_random(), WINDOWS, Batches(), needs=set(needs), cache=cache or Cache(None), journal=Journal(quiet=True)
+        tiny_random(), WINDOWS, Batches(), needs=set(needs), cache=cache or Cache(None), progress=Progress(quiet=True)
     )
 
 
@@ -83,7 +83,7 @@ def test_statistics_of_one_pass_come_from_one_pass(monkeypatch: pytest.MonkeyPat
 
     model = tiny_random()
     handle = model.module.get_input_embeddings().register_forward_hook(count)
-    calibrate(model, WINDOWS, Batches(), needs=OF_MATRICES, cache=Cache(None), journal=Journal(quiet=True))
+    calibrate(model, WINDOWS, Batches(), needs=OF_MATRICES, cache=Cache(None), progress=Progress(quiet=True))
     handle.remove()
     assert len(passes) == 2 * 3  # forward, and forward with backward, in three batches each
 

@@ -17,7 +17,7 @@ from bs_exp.records.record import RecordError, RunRecord, Status, read_record
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

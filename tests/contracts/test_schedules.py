@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from test_schedule import rounds
 
 from tests.support.options import option_of, options, strategy
+from tests.support.schedules import rounds
 
 ROWS = [
     "schedule=single",

@@ -23,7 +23,7 @@ from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.loading import DemoModel
 from bs_exp.models.surgery import factors_of, replace_matrices, twin
 from bs_exp.pipeline import Recipe, compress
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Sharing
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
@@ -84,7 +84,7 @@ def perplexity(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> C
 
     def measure(recipe: Recipe | None) -> float:
         if repr(recipe) not in known:
-            module = compress(demo, recipe, cache, Journal(quiet=True)).module if recipe else demo.module
+            module = compress(demo, recipe, cache, Progress(quiet=True)).module if recipe else demo.module
             known[repr(recipe)] = float(judge.evaluate(replace(demo, module=module))["ppl/docs"])
         return known[repr(recipe)]
 
@@ -93,7 +93,7 @@ def perplexity(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> C
 
 def test_it_is_small_and_has_a_card(demo: LoadedModel) -> None:
     folder = Path(str(demo.provenance["name"]))
-    folder = folder if folder.is_dir() else Path(__file__).parents[1] / "bs_exp" / "demo" / "model"
+    folder = folder if folder.is_dir() else Path(__file__).parents[2] / "bs_exp" / "demo" / "model"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10 * 2**20
     assert "perplexity" in (folder / "README.md").read_text(encoding="utf-8").lower()
     assert demo.architecture.num_layers >= 8 and 2e6 <= demo.module.num_parameters() <= 4e6
@@ -130,7 +130,7 @@ def test_basis_sharing_visibly_hurts(perplexity: Callable[[Recipe | None], float
 def test_the_pivoted_layout_loses_nothing(demo: LoadedModel, sharing: Sharing) -> None:
     """The same factors in both layouts: the same logits and right answers, and k^2 fewer numbers."""
     recipe = replace(SVD_LLM, sharing=sharing, whitening=IdentityWhitening())
-    made = compress(demo, recipe, Cache(None), Journal(quiet=True))
+    made = compress(demo, recipe, Cache(None), Progress(quiet=True))
     groups = [planned for planned in made.plan.groups if planned.rank is not None]
     pivoted = twin(demo.module)
     arranged = [PivotedLayout().arrange(_factors(made.module, demo, planned.group)) for planned in groups]

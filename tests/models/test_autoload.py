@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import bs_exp_autoload
-from bs_exp import hf_plugin, save_model
+from bs_exp import save_model
+from bs_exp.models import modeling_basis_sharing
 from bs_exp.types import LoadedModel
 from tests.support.factorised import compressed_twin, logits_of
 
-REPOSITORY = Path(hf_plugin.__file__).parents[1]
+REPOSITORY = Path(modeling_basis_sharing.__file__).parents[2]
 HOOK_FILES = {"bs_exp_autoload.py", "bs_exp_autoload.pth"}
 
 # What the site module does with every folder of installed packages, before the program starts.

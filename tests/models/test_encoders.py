@@ -45,7 +45,7 @@ from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, byte_tokenizer, tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.types import Feeding, LoadedModel, SharedFactors, Statistic, Task, TokenWindows, WeightGroup
@@ -55,7 +55,7 @@ from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
 
 ALL = (*ENCODERS, *ENCODER_DECODERS)
-QUIET = Journal(quiet=True)
+QUIET = Progress(quiet=True)
 DEFAULT = Feeding()
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {"vocab_size": 258, "bos_token_id": 257, "eos_token_id": 256, "pad_token_id": 256}
@@ -219,7 +219,7 @@ def test_other_families_are_known_by_their_names(family: str, settings: dict[str
     auto = find_auto_class(config, own_code=False)
     assert auto is not None
     model = assemble(auto.loader.from_config(config), byte_tokenizer(), None, source="", name="", task=auto.task)
-    found = gather_inputs(model, RandomTokens().windows(), {Statistic.GRAM}, batch_size=4, journal=QUIET)
+    found = gather_inputs(model, RandomTokens().windows(), {Statistic.GRAM}, batch_size=4, progress=QUIET)
     assert found[Statistic.GRAM].keys() == {m.input_site for m in model.architecture.matrices}
     assert {"o", "down"} <= set(model.architecture.matrix_types)
 
@@ -305,7 +305,7 @@ def test_every_matrix_has_the_gram_of_its_own_input(family: str) -> None:
     model, calibration = tiny_random(family), RandomTokens(feeding=Feeding(source_share=0.75))
     windows = calibration.windows()
     inputs, _ = watched(model, windows.ids, windows.feeding)
-    stats = calibrate(model, windows, calibration, needs={Statistic.GRAM}, cache=Cache(None), journal=QUIET)
+    stats = calibrate(model, windows, calibration, needs={Statistic.GRAM}, cache=Cache(None), progress=QUIET)
     for matrix in model.architecture.matrices:
         group = WeightGroup(matrix.matrix, (matrix.layer,), matrix.d_in, matrix.d_out)
         found = stats.of(group, torch.device("cpu"))
@@ -332,7 +332,7 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
         found = torch.autograd.grad(loss, [module.weight for module in modules.values()])
         return {matrix: g.double() for matrix, g in zip(modules, found, strict=True)}
 
-    found = gather_gradients(model, windows, {Statistic.WEIGHT_GRADIENT}, batch_size=2, journal=QUIET)
+    found = gather_gradients(model, windows, {Statistic.WEIGHT_GRADIENT}, batch_size=2, progress=QUIET)
     expected = {m: torch.zeros(m.d_in).double() for m in modules}
     for window in windows.ids:
         for matrix, gradient in gradients(window[None], "sum").items():
@@ -340,7 +340,7 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
     for matrix, rows in expected.items():
         torch.testing.assert_close(found[Statistic.WEIGHT_GRADIENT][matrix.module]["rows"], rows, rtol=1e-3, atol=1e-8)
 
-    sensitivity = gather_sensitivity(model, windows, batch_size=2, journal=QUIET)
+    sensitivity = gather_sensitivity(model, windows, batch_size=2, progress=QUIET)
     by_layer = torch.zeros(model.architecture.num_layers).double()
     for ids in windows.ids.split(2):
         for matrix, gradient in gradients(ids, "mean").items():
@@ -349,7 +349,7 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
 
 
 def test_block_outputs_cover_encoder_and_decoder() -> None:
-    values = gather_output_singular_values(tiny_random("t5"), RandomTokens().windows(), batch_size=4, journal=QUIET)
+    values = gather_output_singular_values(tiny_random("t5"), RandomTokens().windows(), batch_size=4, progress=QUIET)
     assert values.shape == (6, 32)
     assert (values[:, 0] > 0).all()
 
@@ -362,7 +362,7 @@ def test_nats_are_counted_per_predicted_token() -> None:
     model, calibration = tiny_random("bert", layers=1), RandomTokens()
     windows = calibration.windows()
     needs = TwoSidedWhitening(ridge=0.0, damping=0.0, temper=1.0).needs
-    stats = calibrate(model, windows, calibration, needs=needs, cache=Cache(None), journal=QUIET)
+    stats = calibrate(model, windows, calibration, needs=needs, cache=Cache(None), progress=QUIET)
     matrix = model.architecture.by_position["up", 0]
     found = stats.of(WeightGroup("up", (0,), matrix.d_in, matrix.d_out), torch.device("cpu"))
     assert (found.tokens, found.predictions) == (12 * 24, 12 * 4)
@@ -381,7 +381,7 @@ def test_statistics_of_other_feedings_are_not_taken_from_the_cache() -> None:
     def gradient(feeding: Feeding) -> Tensor:
         calibration = RandomTokens(feeding=feeding)
         stats = calibrate(
-            model, calibration.windows(), calibration, needs={Statistic.OUTPUT_GRAM}, cache=cache, journal=QUIET
+            model, calibration.windows(), calibration, needs={Statistic.OUTPUT_GRAM}, cache=cache, progress=QUIET
         )
         grams = stats.of(WeightGroup("up", (0,), 32, 48), torch.device("cpu")).output_grams
         assert grams is not None
@@ -486,7 +486,12 @@ AUTO = {
 @pytest.mark.parametrize("with_bs_exp", [True, False])
 def test_a_fresh_process_gives_the_same_outputs(saved: Path, with_bs_exp: bool) -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("load_encoders.py")), str(saved), str(int(with_bs_exp))],
+        [
+            sys.executable,
+            str(Path(__file__).parents[1] / "support" / "load_encoders.py"),
+            str(saved),
+            str(int(with_bs_exp)),
+        ],
         cwd=saved,
         env={
             **os.environ,

@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bs_exp import PivotedLinear, hf_plugin, save_model, to_dense
+from bs_exp import PivotedLinear, save_model, to_dense
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.linalg.decomposition import plain_form
+from bs_exp.models import modeling_basis_sharing
 from bs_exp.models.modeling_basis_sharing import pack_bits, unpack_bits
 from bs_exp.models.tiny import FAMILIES
 from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
@@ -138,10 +139,10 @@ def saved(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_fresh_process_gives_the_same_logits_bit_for_bit(dense: Dense, saved: Path) -> None:
-    script = Path(__file__).with_name("load_with_plugin.py")
+    script = Path(__file__).parents[1] / "support" / "load_with_plugin.py"
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(hf_plugin.__file__).parents[1]),
+        "PYTHONPATH": str(Path(modeling_basis_sharing.__file__).parents[2]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     done = subprocess.run(

@@ -15,15 +15,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from bs_exp import SharedLinear, hf_plugin, save_model, to_dense
+from bs_exp import SharedLinear, save_model, to_dense
 from bs_exp.errors import ConfigError
+from bs_exp.models import modeling_basis_sharing
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import FAMILIES, TinyRandom, byte_tokenizer
 from bs_exp.types import LoadedModel
 from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
-REPOSITORY = Path(hf_plugin.__file__).parents[1]
+REPOSITORY = Path(modeling_basis_sharing.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def run_fresh(script: str, folder: Path, *flags: str, **environment: str) -> Any
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     done = subprocess.run(
-        [sys.executable, *flags, str(Path(__file__).with_name(script)), str(folder)],
+        [sys.executable, *flags, str(Path(__file__).parents[1] / "support" / script), str(folder)],
         cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
@@ -271,29 +272,29 @@ def test_factors_cannot_be_made_while_loading(tmp_path: Path, dense: Dense) -> N
     """Nothing to quantize on the fly: a dense checkpoint has no factors."""
     dense("llama").module.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=hf_plugin.BasisSharingConfig())
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=modeling_basis_sharing.BasisSharingConfig())
 
 
 def test_the_first_copy_of_the_plugin_stays_unless_another_reads_more(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = saved / "compressed" / "llama" / "modeling_basis_sharing.py"
-    assert source.read_bytes() == Path(hf_plugin.__file__).read_bytes()
+    assert source.read_bytes() == Path(modeling_basis_sharing.__file__).read_bytes()
     spec = importlib.util.spec_from_file_location("another_copy", source)
     assert spec is not None
     assert spec.loader is not None
     another = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(another)
-    assert AUTO_QUANTIZER_MAPPING["basis_sharing"] is hf_plugin.BasisSharingQuantizer
-    monkeypatch.setattr(hf_plugin.BasisSharingQuantizer, "format_version", 0)
+    assert AUTO_QUANTIZER_MAPPING["basis_sharing"] is modeling_basis_sharing.BasisSharingQuantizer
+    monkeypatch.setattr(modeling_basis_sharing.BasisSharingQuantizer, "format_version", 0)
     another.register()
     assert AUTO_QUANTIZER_MAPPING["basis_sharing"] is another.BasisSharingQuantizer
-    hf_plugin.register()
+    modeling_basis_sharing.register()
     assert AUTO_QUANTIZER_MAPPING["basis_sharing"] is another.BasisSharingQuantizer
     monkeypatch.undo()
     monkeypatch.setattr(another.BasisSharingQuantizer, "format_version", 0)
-    hf_plugin.register()
-    assert AUTO_QUANTIZER_MAPPING["basis_sharing"] is hf_plugin.BasisSharingQuantizer
+    modeling_basis_sharing.register()
+    assert AUTO_QUANTIZER_MAPPING["basis_sharing"] is modeling_basis_sharing.BasisSharingQuantizer
 
 
 def test_config_alone_loads(saved: Path) -> None:

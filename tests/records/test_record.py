@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_exp.errors import DataError, RecordError, TrackingError
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record, write_record
 from bs_exp.runs.recorder import Recorder, new_record
 
@@ -24,7 +24,7 @@ def _record(folder: Path, **changes: Any) -> RunRecord:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
-    return Recorder(_record(tmp_path), tmp_path, Journal(quiet=True))
+    return Recorder(_record(tmp_path), tmp_path, Progress(quiet=True))
 
 
 def _refuse_constants(name: str) -> float:
@@ -118,7 +118,7 @@ def test_unwritable_folder_says_what_to_do(tmp_path: Path) -> None:
 def test_run_is_visible_from_its_start(recorder: Recorder, tmp_path: Path) -> None:
     with recorder:
         assert read_record(tmp_path).status == Status.RUNNING
-        with recorder.journal.stage("load"):
+        with recorder.progress.stage("load"):
             pass
         recorder.update(metrics={"dense": {"ppl/text": 3.0}})
         assert read_record(tmp_path).metrics == {"dense": {"ppl/text": 3.0}}
@@ -141,7 +141,7 @@ def test_run_is_visible_from_its_start(recorder: Recorder, tmp_path: Path) -> No
 def test_what_ends_a_run_is_recorded_and_goes_on(
     recorder: Recorder, tmp_path: Path, error: BaseException, status: Status
 ) -> None:
-    with pytest.raises(type(error)) as caught, recorder, recorder.journal.stage("calibrate"):
+    with pytest.raises(type(error)) as caught, recorder, recorder.progress.stage("calibrate"):
         raise error
     assert caught.value is error
     record = read_record(tmp_path)

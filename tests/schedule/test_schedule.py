@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from test_pipeline import RECIPE
 
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.cache import Cache
@@ -16,8 +14,8 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
-from bs_exp.progress import Journal
-from bs_exp.protocols import Layout, Schedule, Update
+from bs_exp.progress import Progress
+from bs_exp.protocols import Layout, Update
 from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.single import SingleRound
 from bs_exp.schedule.steps import EqualSteps
@@ -26,17 +24,10 @@ from bs_exp.types import LossUnit
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from tests.support.recipes import RECIPE
+from tests.support.schedules import rounds
 
 REFIT = Refit(mode="sequential", inputs="compressed", target="mixed", beta=None, gram="layer", ridge=1e-6, below=None)
-
-
-def rounds(schedule: Schedule, target: float, loss_at: Callable[[float], float]) -> list[float]:
-    ratios = [1.0]
-    while ratios[-1] > target:
-        ratios.append(schedule.next_ratio(ratios[-1], target, loss_at))
-        assert target <= ratios[-1] < ratios[-2]
-        assert len(ratios) < 100
-    return ratios[1:]
 
 
 def test_equal_steps_are_decimals_and_spread_no_crumbs() -> None:
@@ -86,7 +77,7 @@ def test_a_block_that_was_added_as_zeros_gives_its_parameters_to_the_others(layo
         update=update,
         retain_ratio=0.6,
     )
-    made = compress(dense, recipe, Cache(None), Journal(quiet=True))
+    made = compress(dense, recipe, Cache(None), Progress(quiet=True))
     ranks = {layer: [g.rank for g in made.plan.groups if g.group.layers == (layer,)] for layer in range(3)}
     assert set(ranks[1]) == {1} and all(rank is None or rank > 1 for rank in ranks[0] + ranks[2])
     ids = torch.arange(20)[None]
@@ -104,12 +95,12 @@ def test_every_round_has_statistics_of_its_own_and_is_found_again(tmp_path: obje
         retain_ratio=0.8,
     )
     dense, cache = tiny_random(), Cache(None)
-    made = compress(dense, recipe, cache, Journal(quiet=True))
+    made = compress(dense, recipe, cache, Progress(quiet=True))
     assert made.rounds == (0.9, 0.8)
     assert all(group.loss_unit is LossUnit.NATS for group in made.plan.groups)
     once = cache.misses["decomposition"]
     assert once == 2 * len(made.plan.groups)
-    again = compress(dense, recipe, cache, Journal(quiet=True))
+    again = compress(dense, recipe, cache, Progress(quiet=True))
     assert again.plan == made.plan and cache.misses["decomposition"] == once
-    single = compress(dense, replace(recipe, schedule=SingleRound()), cache, Journal(quiet=True))
+    single = compress(dense, replace(recipe, schedule=SingleRound()), cache, Progress(quiet=True))
     assert single.plan != made.plan

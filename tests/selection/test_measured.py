@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_pipeline import RECIPE, RandomTokens
 from torch import Tensor
 
 from bs_exp.allocation.sensitivity import SensitivitySearch
@@ -18,7 +17,7 @@ from bs_exp.errors import CalibrationError, ConfigError, DataError
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.records.record import read_record
 from bs_exp.runs.recipe_selection import GivenWindows, check_candidates, select
 from bs_exp.schedule.steps import EqualSteps
@@ -28,6 +27,7 @@ from bs_exp.sharing.none import NoSharing
 from bs_exp.types import LoadedModel
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.identity import IdentityWhitening
+from tests.support.recipes import RECIPE, RandomTokens
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]
@@ -52,10 +52,10 @@ def measured(candidates: Mapping[str, Mapping[str, Any]] = GROUPINGS, **dials: A
 
 
 def chosen(dense: LoadedModel, selection: Any, recipe: Recipe = RECIPE, cache: Cache | None = None) -> Any:
-    journal = Journal(quiet=True)
-    preparation = prepare(dense, recipe, journal)
-    check_candidates(dense, recipe, selection, preparation, journal)
-    return select(dense, recipe, selection, preparation, cache or Cache(None), journal)
+    progress = Progress(quiet=True)
+    preparation = prepare(dense, recipe, progress)
+    check_candidates(dense, recipe, selection, preparation, progress)
+    return select(dense, recipe, selection, preparation, cache or Cache(None), progress)
 
 
 def divergence(dense: LoadedModel, module: Any, ids: Tensor) -> float:
@@ -74,7 +74,7 @@ def test_the_candidate_that_stays_closest_wins(family: str, candidates: Mapping[
     oracle = {}
     for name, parts in candidates.items():
         recipe = replace(RECIPE, **parts, calibration=GivenWindows(given=contest.training, batch_size=8))
-        made = compress(dense, recipe, Cache(None), Journal(quiet=True))
+        made = compress(dense, recipe, Cache(None), Progress(quiet=True))
         oracle[name] = divergence(dense, made.module, contest.held_out.ids)
     found = chosen(dense, selection)
     assert {name: c["value"] for name, c in found.report["candidates"].items()} == pytest.approx(oracle, rel=1e-4)
@@ -94,7 +94,7 @@ def test_held_out_windows_enter_no_statistics() -> None:
     chosen(dense, measured(recalibrate=False), cache=cache)
     grams = cache.misses["gram"]
     alone = replace(RECIPE, calibration=GivenWindows(given=contest.training, batch_size=8))
-    compress(dense, alone, cache, Journal(quiet=True))
+    compress(dense, alone, cache, Progress(quiet=True))
     assert cache.misses["gram"] == grams
 
 
@@ -103,14 +103,14 @@ def test_the_winner_sees_all_windows_or_those_that_it_was_chosen_on(recalibrate:
     dense, cache = tiny_random(), Cache(None)
     found = chosen(dense, measured(recalibrate=recalibrate), cache=cache)
     misses = cache.misses["decomposition"]
-    made = compress(dense, found.recipe, cache, Journal(quiet=True), found.preparation)
+    made = compress(dense, found.recipe, cache, Progress(quiet=True), found.preparation)
     contest = measured().contest(WINDOWS)
     expected = WINDOWS if recalibrate else contest.training
     assert made.calibration["sha256"] == expected.provenance["sha256"]
     assert (cache.misses["decomposition"] > misses) == recalibrate
     direct = replace(found.recipe, calibration=RECIPE.calibration)
     if recalibrate:
-        assert made.plan == compress(dense, direct, Cache(None), Journal(quiet=True)).plan
+        assert made.plan == compress(dense, direct, Cache(None), Progress(quiet=True)).plan
 
 
 def test_candidates_share_statistics_and_decompositions() -> None:
@@ -126,7 +126,7 @@ def test_candidates_are_judged_after_one_round_or_all(rounds: str, count: int) -
     dense, cache = tiny_random(), Cache(None)
     recipe = replace(RECIPE, schedule=EqualSteps(size=0.2))
     found = chosen(dense, measured({"one": {}}, rounds=rounds), recipe, cache)
-    groups = len(prepare(dense, recipe, Journal(quiet=True)).groups or ())
+    groups = len(prepare(dense, recipe, Progress(quiet=True)).groups or ())
     assert cache.misses["decomposition"] == count * groups
     assert found.recipe.schedule == recipe.schedule
 
@@ -152,9 +152,9 @@ def test_no_candidate_with_finite_outputs_is_an_error() -> None:
 def test_a_candidate_that_does_not_fit_is_named_before_any_work(
     candidates: Mapping[str, Mapping[str, Any]], message: str
 ) -> None:
-    dense, journal = tiny_random(), Journal(quiet=True)
+    dense, progress = tiny_random(), Progress(quiet=True)
     with pytest.raises(ConfigError, match=message) as caught:
-        check_candidates(dense, RECIPE, measured(candidates), prepare(dense, RECIPE, journal), journal)
+        check_candidates(dense, RECIPE, measured(candidates), prepare(dense, RECIPE, progress), progress)
     assert caught.value.__notes__ == ["This is about the candidate selection.candidates.few."]
 
 
@@ -186,11 +186,11 @@ def test_one_window_cannot_be_split() -> None:
 
 def test_a_candidates_own_search_is_checked_on_what_it_will_see() -> None:
     """18 of the 24 windows are left to train on."""
-    dense, journal = tiny_random(), Journal(quiet=True)
+    dense, progress = tiny_random(), Progress(quiet=True)
     searching = SensitivitySearch(ratios=(0.5,), unit="block", objective="kl", num_windows=20)
     with pytest.raises(ConfigError, match=r"num_windows must be at most .* 18, got 20"):
         check_candidates(
-            dense, RECIPE, measured({"one": {"allocation": searching}}), prepare(dense, RECIPE, journal), journal
+            dense, RECIPE, measured({"one": {"allocation": searching}}), prepare(dense, RECIPE, progress), progress
         )
 
 

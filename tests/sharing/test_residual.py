@@ -28,7 +28,7 @@ from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
@@ -73,7 +73,7 @@ RECIPE = Recipe(
 
 
 def compressed(dense: LoadedModel, **changes: Any) -> Any:
-    return compress(dense, replace(RECIPE, **changes), Cache(None), Journal(quiet=True))
+    return compress(dense, replace(RECIPE, **changes), Cache(None), Progress(quiet=True))
 
 
 @torch.no_grad()

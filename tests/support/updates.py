@@ -16,15 +16,42 @@ from bs_exp.importance.none import NoImportance
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.pipeline import Recipe, compress
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
+from bs_exp.update.recover import Recovery
 from bs_exp.whitening.gram import GramWhitening
 
-QUIET = Journal(quiet=True)
+QUIET = Progress(quiet=True)
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
+
+RECOVERY = Recovery(
+    blockwise_steps=0,
+    steps=8,
+    generated=0,
+    prompt_length=4,
+    generation_batch=5,
+    piece_length=6,
+    batch_size=4,
+    accumulation=1,
+    optimizer="soap",
+    renewal=3,
+    longest=256,
+    learning_rate=0.02,
+    schedule="cosine",
+    warmup=0.1,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    temperature=1.0,
+    autocast="none",
+    holdout=0.2,
+    evaluate_every=2,
+    patience=None,
+    checkpoint_minutes=None,
+    seed=0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +94,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @dataclass
-class Interrupting(Journal):
+class Interrupting(Progress):
     """Ctrl-C in front of a step of training, or of what has the `label`."""
 
     quiet: bool = True

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.records.record import Status, read_record
 from bs_exp.runs.recorder import Recorder, new_record
 from bs_exp.tracking.weights_and_biases import WandbTracker
@@ -49,7 +49,7 @@ def recorder(folder: Path, save_model: bool = False, sweep: dict[str, Any] | Non
         choices={"experiment": "svd_llm"},
         sweep=sweep,
     )
-    return Recorder(record, folder, Journal(quiet=True))
+    return Recorder(record, folder, Progress(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineRun, Reco
     (folder / "model" / "model.safetensors").write_bytes(b"weights")
     with recorder(folder, save_model=True, sweep=sweep) as made:
         made.track(WandbTracker(**{**SETTINGS, "log_model": True}))
-        with made.journal.stage("load"):
+        with made.progress.stage("load"):
             pass
         made.log({"dense/ppl/text": 10.5})
         made.log({"compressed/ppl/text": 12.25, "compressed/throughput/device": "cpu"})
@@ -195,7 +195,7 @@ def test_run_outlives_the_service(tmp_path: Path) -> None:
     program = """
 import sys, psutil, time
 from pathlib import Path
-from test_weights_and_biases import PLAN, SETTINGS, WandbTracker, recorder
+from tests.tracking.test_weights_and_biases import PLAN, SETTINGS, WandbTracker, recorder
 with recorder(Path(sys.argv[1])) as made:
     made.track(WandbTracker(**SETTINGS))
     made.log({"before": 1.0})
@@ -214,8 +214,7 @@ with recorder(Path(sys.argv[1])) as made:
         text=True,
         check=False,
         # A service that this very process has started would be shared.
-        env={k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
-        | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        env={k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     record = read_record(tmp_path)

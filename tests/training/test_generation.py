@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_recover import RECOVERY
 from torch import Tensor
 
 from bs_exp.cache import Cache
@@ -16,7 +15,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
 from bs_exp.training.generation import KIND, Generation
 from bs_exp.types import LoadedModel
-from tests.support.updates import QUIET, Interrupting, Tokens, same, updated, values
+from tests.support.updates import QUIET, RECOVERY, Interrupting, Tokens, same, updated, values
 
 TEXT = Tokens().windows(None).ids
 GENERATION = Generation(generated=12, prompt_length=4, generation_batch=5, seed=3)

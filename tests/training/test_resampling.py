@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_recover import RECOVERY
 from torch import Tensor
 
 from bs_exp.errors import ConfigError
@@ -15,7 +14,7 @@ from bs_exp.models.tiny import tiny_random
 from bs_exp.training.course import Course
 from bs_exp.training.resampling import cut_anew
 from bs_exp.update import recover
-from tests.support.updates import Tokens, same, updated, values
+from tests.support.updates import RECOVERY, Tokens, same, updated, values
 
 # Every token tells its place: token i of window w is 1000 w + i.
 PLACES = 1000 * torch.arange(7)[:, None] + torch.arange(50)

@@ -20,7 +20,7 @@ from bs_exp.models.saving import ADAPTER_FOLDER, save_model
 from bs_exp.models.surgery import to_dense
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.training.course import Course
@@ -179,9 +179,9 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(changes: dict[str, Any
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
             compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=steps))
-    journal = Journal(quiet=True)
-    resumed = compress(dense, recipe(update), Cache(tmp_path), journal)
-    assert "lora: 5 of 8 steps came from the cache" in journal.notes
+    progress = Progress(quiet=True)
+    resumed = compress(dense, recipe(update), Cache(tmp_path), progress)
+    assert "lora: 5 of 8 steps came from the cache" in progress.notes
     assert same(values(whole.module), values(resumed.module))
     assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
     again = compress(dense, recipe(replace(update, merge=False)), Cache(tmp_path), Interrupting(steps=0))
@@ -196,11 +196,11 @@ def test_without_held_out_windows_the_last_adapters_are_taken() -> None:
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_training_that_does_harm_is_left_out(merge: bool) -> None:
-    dense, journal = tiny_random(), Journal(quiet=True)
+    dense, progress = tiny_random(), Progress(quiet=True)
     harmful = replace(LORA, learning_rate=0.5, warmup=0.0, clip_norm=None, patience=2, merge=merge)
-    made = compress(dense, recipe(harmful), Cache(None), journal)
+    made = compress(dense, recipe(harmful), Cache(None), progress)
     assert same(values(made.module), values(updated(dense, NoUpdate()).module))
-    assert made.update["steps"] == 4 and any("stay as they were" in note for note in journal.notes)
+    assert made.update["steps"] == 4 and any("stay as they were" in note for note in progress.notes)
 
 
 def test_gains_that_rounding_takes_away_are_left_out() -> None:
@@ -259,9 +259,9 @@ def test_an_adapted_twin_holds_every_parameter_of_the_model(family: str, layout:
 
 @IN_LAYOUTS
 def test_a_rank_above_a_factors_smaller_side_is_that_side_at_the_same_scale(layout: Layout) -> None:
-    dense, journal = tiny_random(), Journal(quiet=True)
+    dense, progress = tiny_random(), Progress(quiet=True)
     made = compress(
-        dense, recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.01), layout=layout), Cache(None), journal
+        dense, recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.01), layout=layout), Cache(None), progress
     )
     plain = updated(dense, NoUpdate(), layout=layout).module
     adapted = adapted_twin(plain, find_factors(plain), rank=12, alpha=30.0, dropout=0.0, seed=0)
@@ -272,7 +272,7 @@ def test_a_rank_above_a_factors_smaller_side_is_that_side_at_the_same_scale(layo
     assert [adapter.scaling for adapter in adapted.adapters.values()] == pytest.approx([2.5] * len(sides))
     clipped = sum(side < 12 for side in sides.values())
     assert 0 < clipped < len(sides) and made.update["clipped_adapters"] == clipped
-    assert f"lora: {clipped} of {len(sides)} factors have a side below update.rank=12" in "; ".join(journal.notes)
+    assert f"lora: {clipped} of {len(sides)} factors have a side below update.rank=12" in "; ".join(progress.notes)
     assert made.update["held_out_loss_after"] < made.update["held_out_loss_before"]
     assert updated(dense, LORA, layout=layout).update["clipped_adapters"] == sum(side < 3 for side in sides.values())
 

@@ -17,7 +17,7 @@ from bs_exp.errors import CalibrationError, ConfigError, DataError
 from bs_exp.models.saving import save_model
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.training import objectives
@@ -26,34 +26,8 @@ from bs_exp.training.objectives import find_factors, kl_divergence
 from bs_exp.training.trainer import Training
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
-from bs_exp.update.recover import KIND, Recovery
-from tests.support.updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
-
-RECOVERY = Recovery(
-    blockwise_steps=0,
-    steps=8,
-    generated=0,
-    prompt_length=4,
-    generation_batch=5,
-    piece_length=6,
-    batch_size=4,
-    accumulation=1,
-    optimizer="soap",
-    renewal=3,
-    longest=256,
-    learning_rate=0.02,
-    schedule="cosine",
-    warmup=0.1,
-    weight_decay=0.0,
-    clip_norm=1.0,
-    temperature=1.0,
-    autocast="none",
-    holdout=0.2,
-    evaluate_every=2,
-    patience=None,
-    checkpoint_minutes=None,
-    seed=0,
-)
+from bs_exp.update.recover import KIND
+from tests.support.updates import LAYOUTS, QUIET, RECOVERY, Interrupting, Tokens, recipe, same, updated, values
 
 
 def recovered(
@@ -132,9 +106,9 @@ def test_blocks_first_then_predictions(tmp_path: Path) -> None:
     assert whole.update["held_out_kl_after"] < 0.95 * whole.update["held_out_kl_before"]
     with pytest.raises(KeyboardInterrupt):
         compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=2))
-    journal = Journal(quiet=True)
-    resumed = compress(dense, recipe(update), Cache(tmp_path), journal)
-    assert "recovering blocks: 2 of 4 steps came from the cache" in journal.notes
+    progress = Progress(quiet=True)
+    resumed = compress(dense, recipe(update), Cache(tmp_path), progress)
+    assert "recovering blocks: 2 of 4 steps came from the cache" in progress.notes
     assert same(values(whole.module), values(resumed.module))
 
 
@@ -165,19 +139,19 @@ def test_zero_steps_change_nothing() -> None:
 
 
 def test_a_dense_model_has_nothing_to_train() -> None:
-    journal = Journal(quiet=True)
-    made = compress(tiny_random(), replace(recipe(RECOVERY), retain_ratio=1.0), Cache(None), journal)
-    assert made.update["steps"] == 0 and "recovery: there are no factors to train" in journal.notes
+    progress = Progress(quiet=True)
+    made = compress(tiny_random(), replace(recipe(RECOVERY), retain_ratio=1.0), Cache(None), progress)
+    assert made.update["steps"] == 0 and "recovery: there are no factors to train" in progress.notes
 
 
 def test_training_that_does_harm_is_undone() -> None:
-    dense, journal = tiny_random(), Journal(quiet=True)
+    dense, progress = tiny_random(), Progress(quiet=True)
     harmful = replace(RECOVERY, learning_rate=10.0, warmup=0.0, schedule="constant", clip_norm=None, patience=2)
-    made = compress(dense, recipe(harmful), Cache(None), journal)
+    made = compress(dense, recipe(harmful), Cache(None), progress)
     assert same(values(made.module), values(recovered(dense, NoUpdate()).module))
     assert made.update["held_out_kl_after"] == made.update["held_out_kl_before"]
     assert made.update["steps"] == 4  # two evaluations without gain
-    assert any("stay as they were" in note for note in journal.notes)
+    assert any("stay as they were" in note for note in progress.notes)
 
 
 @pytest.mark.parametrize(
@@ -190,9 +164,9 @@ def test_an_interrupted_recovery_goes_on_to_the_same_bits(optimizer: str, dtype:
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
             compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=steps))
-    journal = Journal(quiet=True)
-    resumed = compress(dense, recipe(update), Cache(tmp_path), journal)
-    assert "recovery: 5 of 8 steps came from the cache" in journal.notes
+    progress = Progress(quiet=True)
+    resumed = compress(dense, recipe(update), Cache(tmp_path), progress)
+    assert "recovery: 5 of 8 steps came from the cache" in progress.notes
     assert same(values(whole.module), values(resumed.module))
     assert resumed.update["held_out_kl"] == whole.update["held_out_kl"]
     assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
@@ -289,7 +263,7 @@ def test_autocast_recovers_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_divergence_in_pieces(temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "_LOGITS", 20)  # pieces of two tokens, the last of one
+    monkeypatch.setattr(objectives, "_LOGITS", 20)  # pieces of two tokens, the last of one
     random = torch.Generator().manual_seed(0)
     logits, target = (3.0 * torch.randn(3, 3, 10, generator=random).to(dtype) for _ in range(2))
     logits.requires_grad_()
@@ -312,7 +286,7 @@ def test_a_divergence_that_is_not_a_number_names_the_step(monkeypatch: pytest.Mo
         return real(logits, target, temperature) * (float("nan") if calls == 5 else 1.0)
 
     dense = tiny_random()
-    monkeypatch.setattr(distillation, "kl_divergence", nan_later)
+    monkeypatch.setattr(objectives, "kl_divergence", nan_later)
     # One call measures the held-out windows before the first step.
     with pytest.raises(CalibrationError, match=r"loss of step 2 is nan\..*update\.learning_rate \(now 0\.02\)"):
         recovered(dense, replace(RECOVERY, accumulation=2))

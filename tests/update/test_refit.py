@@ -22,7 +22,7 @@ from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import exchange_factors, factors_of, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
-from bs_exp.progress import Journal
+from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.sharing.none import NoSharing
@@ -390,17 +390,17 @@ def test_grams_come_from_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("below", "applied"), [(0.4, False), (0.5, True), (None, True)])
 def test_the_rule_of_basis_sharing(below: float | None, applied: bool) -> None:
-    dense, journal = tiny_random(), Journal(quiet=True)
-    made = compress(dense, recipe(replace(OFFICIAL, below=below)), Cache(None), journal)
+    dense, progress = tiny_random(), Progress(quiet=True)
+    made = compress(dense, recipe(replace(OFFICIAL, below=below)), Cache(None), progress)
     assert made.update["applied"] == applied
     assert same(values(made.module), values(updated(dense, NoUpdate()).module)) != applied
-    assert any("above update.below=0.4" in note for note in journal.notes) != applied
+    assert any("above update.below=0.4" in note for note in progress.notes) != applied
 
 
 def test_a_dense_model_has_nothing_to_refit() -> None:
-    journal = Journal(quiet=True)
-    made = compress(tiny_random(), replace(recipe(OFFICIAL), retain_ratio=1.0), Cache(None), journal)
-    assert not made.update["applied"] and "refit: there are no factors to refit" in journal.notes
+    progress = Progress(quiet=True)
+    made = compress(tiny_random(), replace(recipe(OFFICIAL), retain_ratio=1.0), Cache(None), progress)
+    assert not made.update["applied"] and "refit: there are no factors to refit" in progress.notes
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
