@@ -1,10 +1,11 @@
 """Makes Transformers know models with shared bases as soon as it is imported, without `import bs_exp`.
 
 Transformers has no entry point for quantization plug-ins, so an import hook takes its place: right after the module
-that holds the table of quantizers was executed, `bs_exp.models.modeling_basis_sharing` is imported, which adds its
-own. An installation puts this file and the line in `bs_exp_autoload.pth` beside the package; Python runs that line
-whenever it starts. Nothing is imported by it: neither torch nor Transformers nor `bs_exp` before something else
-imports Transformers' quantizers. A module of its own, for the same reason: `bs_exp` must not be imported before a program says which one.
+that holds the table of quantizers was executed, `bs_exp.models.modeling_basis_sharing` is imported, which adds its own.
+An installation puts this file and the line in `bs_exp_autoload.pth` beside the package; Python runs that line whenever
+it starts. Nothing is imported by it: neither torch nor Transformers nor `bs_exp` before something else imports
+Transformers' quantizers. A module of its own, for the same reason: `bs_exp` must not be imported before a program says
+which one.
 
 Nothing here may stop a Python that has nothing to do with `bs_exp`: where the package is gone, nothing happens, and
 where it cannot be imported, a warning says why.
