@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from bs_exp.allocation.budget import check_retain_ratio, make_plan, share_out
-from bs_exp.cache import Cache
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.calibration.statistics import check_gatherable
 from bs_exp.corpora.windows import check_fits
@@ -36,6 +35,8 @@ from bs_exp.protocols import (
 )
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
+    NO_CALIBRATION,
+    CalibrationData,
     CompressedModel,
     LayerProfile,
     LoadedModel,
@@ -45,6 +46,7 @@ from bs_exp.types import (
     TokenWindows,
     WeightGroup,
 )
+from bs_exp.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,71 +89,76 @@ class Recipe:
         return bool(self.needs) or isinstance(self.allocation, MeasuredAllocation)
 
     @property
+    def reads_windows(self) -> bool:
+        """Whether any strategy looks at the calibration windows."""
+        return self.reads_text or self.update.reads_windows
+
+    @property
     def metric_needs(self) -> frozenset[Statistic]:
         """Those that the metric, and so every decomposition, depends on."""
         return self.whitening.needs | self.importance.needs
-
-
-@dataclass(eq=False)
-class ReadOnce:
-    """A calibration whose windows are cut and checked when they are first asked for, and not again."""
-
-    calibration: Calibration
-    model: LoadedModel
-    progress: Progress
-    _windows: TokenWindows | None = None
-
-    @property
-    def batch_size(self) -> int:
-        return self.calibration.batch_size
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Of the windows; empty if nobody asked for them."""
-        return self._windows.provenance if self._windows else {}
-
-    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        if self._windows is None:
-            with self.progress.stage("tokenise"):
-                try:
-                    windows = self.calibration.windows(tokenizer)
-                    check_fits(windows, self.model)
-                except BsExpError as error:
-                    error.add_note("This is about the calibration text and its windows (calibration=...).")
-                    raise
-            self._windows = windows
-        return self._windows
 
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
     """What a recipe makes of a model before any work: who shares with whom, and the calibration windows.
 
-    `dense` is the model as the sharing strategy sees it. Groups that depend on weights and statistics are not known
-    yet.
+    `dense` is the model as the sharing strategy sees it. `groups` is None where they depend on weights and statistics.
     """
 
     dense: LoadedModel
     groups: tuple[WeightGroup, ...] | None
-    calibration: ReadOnce
+    data: CalibrationData
 
 
-def prepare(dense: LoadedModel, recipe: Recipe, progress: Progress) -> Preparation:
-    """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work."""
+# Cuts the windows of a calibration: by its own method, or one that remembers what was cut before.
+CutWindows = Callable[[Calibration, PreTrainedTokenizerBase], TokenWindows]
+
+
+def cut_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+    """The windows of a calibration, cut now."""
+    return calibration.windows(tokenizer)
+
+
+def prepare(
+    dense: LoadedModel,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    cut: CutWindows = cut_windows,
+    reads_windows: bool = False,
+) -> Preparation:
+    """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work.
+
+    Windows are cut if a strategy of the recipe reads them, or if the caller does (`reads_windows`).
+    Raises ConfigError, ModelError or DataError.
+    """
     with progress.stage("group"):
         dense = recipe.sharing.view(dense)
         recipe.sharing.check(dense.architecture)
         groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
-    calibration = ReadOnce(recipe.calibration, dense, progress)
+    data = NO_CALIBRATION
+    if recipe.reads_windows or reads_windows:
+        with progress.stage("tokenise"):
+            data = CalibrationData(_windows(dense, recipe.calibration, cut), recipe.calibration.batch_size)
     if recipe.reads_text:
-        windows = calibration.windows(dense.tokenizer)
-        check_gatherable(dense, windows, _needs_by_strategy(recipe))
+        check_gatherable(dense, data, _needs_by_strategy(recipe))
         if isinstance(recipe.allocation, MeasuredAllocation):
-            check_measurable(dense, recipe.allocation.measured_by, windows)
-            recipe.allocation.check_search(_search_identity(dense, recipe, windows, kept=1.0))
-    recipe.update.check(dense, calibration)
-    return Preparation(dense, groups, calibration)
+            check_measurable(dense, recipe.allocation.measured_by, data.windows)
+            recipe.allocation.check_search(_search_identity(dense, recipe, data, kept=1.0))
+    recipe.update.check(dense, data)
+    return Preparation(dense, groups, data)
+
+
+def _windows(dense: LoadedModel, calibration: Calibration, cut: CutWindows) -> TokenWindows:
+    try:
+        windows = cut(calibration, dense.tokenizer)
+        check_fits(windows, dense)
+    except BsExpError as error:
+        error.add_note("This is about the calibration text and its windows (calibration=...).")
+        raise
+    return windows
 
 
 def _needs_by_strategy(recipe: Recipe) -> Mapping[str, frozenset[Statistic]]:
@@ -160,23 +167,22 @@ def _needs_by_strategy(recipe: Recipe) -> Mapping[str, frozenset[Statistic]]:
 
 
 def compress(
-    dense: LoadedModel, recipe: Recipe, cache: Cache, progress: Progress, preparation: Preparation | None = None
+    dense: LoadedModel, recipe: Recipe, workspace: Workspace, prepared: Preparation | None = None
 ) -> CompressedModel:
     """A compressed twin of `dense`, within the recipe's retain ratio; untouched parameters are shared with it.
 
     Every round of the schedule takes its statistics on the model compressed so far, and factorises the original
     weights.
     """
-    prepared = preparation or prepare(dense, recipe, progress)
-    whole, dense, calibration = dense, prepared.dense, prepared.calibration
-    windows = calibration.windows(dense.tokenizer) if recipe.reads_text else None
-    comparison = _comparison(dense, recipe, windows)
+    progress = workspace.progress
+    prepared = prepared or prepare(dense, recipe, progress)
+    whole, dense, data = dense, prepared.dense, prepared.data
+    comparison = _comparison(dense, recipe, data)
     profile = None
-    if windows and recipe.allocation.needs:
+    if recipe.allocation.needs:
         with progress.stage("profile"):
-            needs = recipe.allocation.needs
-            profile = profile_blocks(whole, windows, calibration, needs=needs, cache=cache, progress=progress)
-    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, progress)
+            profile = profile_blocks(whole, data, needs=recipe.allocation.needs, workspace=workspace)
+    measures = _measures(dense, dense, data, recipe, recipe.metric_needs | recipe.sharing.needs, workspace)
     groups = prepared.groups
     if groups is None:
         measures.gather()
@@ -185,7 +191,7 @@ def compress(
             recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
     rounds = [1.0]
     while True:
-        decompositions = decompose_groups(groups, measures, cache, progress)
+        decompositions = decompose_groups(groups, measures)
         with progress.stage("allocate"):
             score = None
             if comparison is not None:
@@ -193,9 +199,8 @@ def compress(
                     comparison=comparison,
                     decompositions=decompositions,
                     keys={group: measures.key(group) for group in groups},
-                    identity=_search_identity(dense, recipe, comparison.windows, kept=rounds[-1]),
-                    cache=cache,
-                    progress=progress,
+                    identity=_search_identity(dense, recipe, data, kept=rounds[-1]),
+                    workspace=workspace,
                 )
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
         with progress.stage("replace"):
@@ -205,24 +210,21 @@ def compress(
         rounds.append(plan.requested_ratio)
         if plan.requested_ratio <= recipe.retain_ratio:
             break
-        progress.note(
-            f"round {len(rounds) - 1}: {plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}"
-        )
+        told = f"{plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}"
+        progress.note(f"round {len(rounds) - 1}: {told}")
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
-        measures = _measures(dense, current, windows, recipe, recipe.metric_needs, cache, progress)
+        measures = _measures(dense, current, data, recipe, recipe.metric_needs, workspace)
     with progress.stage("update"):
-        report = recipe.update.apply(module, dense, plan, calibration, cache, progress)
+        report = recipe.update.apply(module, dense, plan, data, workspace)
     return CompressedModel(
-        module=module, plan=plan, calibration=calibration.provenance, rounds=tuple(rounds[1:]), update=report
+        module=module, plan=plan, calibration=data.windows.provenance, rounds=tuple(rounds[1:]), update=report
     )
 
 
-def measured_problem(prepared: Preparation, recipe: Recipe, cache: Cache, progress: Progress) -> SharingProblem:
-    """What a measured sharing strategy sees, for whoever else wants to look; statistics come from the cache."""
-    dense = prepared.dense
-    windows = prepared.calibration.windows(dense.tokenizer) if recipe.needs else None
-    measures = _measures(dense, dense, windows, recipe, recipe.metric_needs | recipe.sharing.needs, cache, progress)
-    return _sharing_problem(dense, recipe, measures)
+def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace) -> SharingProblem:
+    """What a measured sharing strategy is given, for an analysis; statistics come from the cache."""
+    dense, needs = prepared.dense, recipe.metric_needs | recipe.sharing.needs
+    return _sharing_problem(dense, recipe, _measures(dense, dense, prepared.data, recipe, needs, workspace))
 
 
 def _sharing_problem(dense: LoadedModel, recipe: Recipe, measures: GroupMeasures | None = None) -> SharingProblem:
@@ -232,44 +234,36 @@ def _sharing_problem(dense: LoadedModel, recipe: Recipe, measures: GroupMeasures
 def _measures(
     dense: LoadedModel,
     current: LoadedModel,
-    windows: TokenWindows | None,
+    data: CalibrationData,
     recipe: Recipe,
     needs: frozenset[Statistic],
-    cache: Cache,
-    progress: Progress,
+    workspace: Workspace,
 ) -> GroupMeasures:
     return GroupMeasures(
         dense=dense,
         current=current,
-        windows=windows if needs else None,
-        calibration=recipe.calibration,
+        data=data,
         needs=needs,
         whitening=recipe.whitening,
         importance=recipe.importance,
-        cache=cache,
-        progress=progress,
+        workspace=workspace,
     )
 
 
-def _comparison(dense: LoadedModel, recipe: Recipe, windows: TokenWindows | None) -> Comparison | None:
+def _comparison(dense: LoadedModel, recipe: Recipe, data: CalibrationData) -> Comparison | None:
     """What the allocation measures plans with; None if it does not."""
-    if windows is None or not isinstance(recipe.allocation, MeasuredAllocation):
+    if not isinstance(recipe.allocation, MeasuredAllocation):
         return None
-    return Comparison(
-        dense=dense,
-        windows=windows,
-        objective=recipe.allocation.measured_by,
-        batch_size=recipe.calibration.batch_size,
-    )
+    return Comparison(dense=dense, data=data, objective=recipe.allocation.measured_by)
 
 
-def _search_identity(dense: LoadedModel, recipe: Recipe, windows: TokenWindows, *, kept: float) -> dict[str, Any]:
+def _search_identity(dense: LoadedModel, recipe: Recipe, data: CalibrationData, *, kept: float) -> dict[str, Any]:
     """What the scores of a recipe's plans depend on, besides the plans; `kept` is what earlier rounds left."""
     strategies = ("sharing", "whitening", "importance", "layout", "schedule")
     return {
         "model": dense.fingerprint,
-        "windows": windows.provenance["sha256"],
-        "batch_size": recipe.calibration.batch_size,
+        "windows": data.windows.provenance["sha256"],
+        "batch_size": data.batch_size,
         **{name: repr(getattr(recipe, name)) for name in strategies},
         "retain_ratio": recipe.retain_ratio,
         "kept": kept,

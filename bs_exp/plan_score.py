@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from bs_exp.cache import Cache, content_key
+from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
-from bs_exp.progress import Progress
 from bs_exp.protocols import PlanObjective
-from bs_exp.types import LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
+from bs_exp.workspace import Workspace
 
 Item = TypeVar("Item")
 
@@ -87,9 +87,8 @@ class Comparison:
     """
 
     dense: LoadedModel
-    windows: TokenWindows
+    data: CalibrationData
     objective: PlanObjective
-    batch_size: int
 
     def measure(self, module: PreTrainedModel) -> float:
         """The objective of a twin of the dense model; infinity if its outputs are not finite."""
@@ -106,11 +105,11 @@ class Comparison:
 
     @cached_property
     def _batches(self) -> list[_Batch]:
-        ids = spread_windows(self.windows, self.objective.num_windows)
-        return [self._batch(part.to(self.dense.device)) for part in ids.split(self.batch_size)]
+        ids = spread_windows(self.data.windows, self.objective.num_windows)
+        return [self._batch(part.to(self.dense.device)) for part in ids.split(self.data.batch_size)]
 
     def _batch(self, ids: Tensor) -> _Batch:
-        feed = feeder(self.dense, self.windows.feeding)
+        feed = feeder(self.dense, self.data.windows.feeding)
         if self.dense.task is Task.ENCODER:
             return _Batch(feed.inputs(ids), None, torch.ones_like(ids, dtype=torch.bool))
         examples = feed.examples(ids)
@@ -176,8 +175,7 @@ class PlanScore:
     decompositions: Decompositions
     keys: Mapping[WeightGroup, str]
     identity: Mapping[str, Any]
-    cache: Cache
-    progress: Progress
+    workspace: Workspace
 
     def __call__(self, plan: RankPlan) -> float:
         *_, value = self.running(plan)
@@ -186,7 +184,7 @@ class PlanScore:
     def running(self, plan: RankPlan) -> Iterator[float]:
         """The score over the batches so far, after each of them; the last one is the score."""
         key = self._key(plan)
-        if entry := self.cache.find(KIND, key):
+        if entry := self.workspace.cache.find(KIND, key):
             yield from entry.tensor("running").tolist()
             return
         dense, values = self.comparison.dense, []
@@ -195,22 +193,22 @@ class PlanScore:
         for value in self.comparison.running(module):
             values.append(value)
             yield value
-        self.cache.store(KIND, key, {"running": torch.tensor(values, dtype=torch.float64)})
+        self.workspace.cache.store(KIND, key, {"running": torch.tensor(values, dtype=torch.float64)})
 
     def track(
         self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None
     ) -> Iterator[Item]:
         """The items, under a progress bar."""
-        return self.progress.track(iterable, label=label, total=total)
+        return self.workspace.progress.track(iterable, label=label, total=total)
 
     def _key(self, plan: RankPlan) -> str:
         comparison = self.comparison
         return content_key(
             model=comparison.dense.fingerprint,
             device=comparison.dense.device.type,
-            windows=comparison.windows.provenance["sha256"],
-            feeding=asdict(comparison.windows.feeding),
-            batch_size=comparison.batch_size,
+            windows=comparison.data.windows.provenance["sha256"],
+            feeding=asdict(comparison.data.windows.feeding),
+            batch_size=comparison.data.batch_size,
             objective=asdict(comparison.objective),
             ranks=[[self.keys[g.group], g.rank] for g in plan.groups if g.rank is not None],
         )

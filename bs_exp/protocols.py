@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bs_exp.cache import Cache
-from bs_exp.progress import Progress
 from bs_exp.types import (
     Architecture,
+    CalibrationData,
     GroupStatistics,
     LayerProfile,
     LoadedModel,
@@ -28,6 +27,7 @@ from bs_exp.types import (
     WeightGroup,
 )
 from bs_exp.validation import check_at_least, check_choice
+from bs_exp.workspace import Workspace
 
 Item = TypeVar("Item")
 
@@ -277,9 +277,15 @@ class Selection(Protocol):
 
 
 class Update(Protocol):
-    """What happens to the factors after truncation."""
+    """What happens to the factors after truncation.
 
-    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+    `reads_windows` says whether the calibration windows are read; where no strategy does, there are none.
+    """
+
+    @property
+    def reads_windows(self) -> bool: ...
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """An error for settings that do not fit model or text; asked before any work."""
 
     def apply(
@@ -287,9 +293,8 @@ class Update(Protocol):
         compressed: PreTrainedModel,
         dense: LoadedModel,
         plan: RankPlan,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> Mapping[str, Any]:
         """Changes the factors of the compressed model in place; plain data on what was done, empty for nothing.
 

@@ -168,6 +168,26 @@ class TokenWindows:
     feeding: Feeding = Feeding()
 
 
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """The windows on which statistics are gathered, and how many of them the model reads at once.
+
+    Made once, before the first stage. A recipe that reads no text has `NO_CALIBRATION`.
+    """
+
+    windows: TokenWindows
+    batch_size: int
+
+    @property
+    def batches(self) -> tuple[Int[Tensor, "batch length"], ...]:
+        """The ids of the windows, `batch_size` windows at a time; the last batch may be smaller."""
+        batches: tuple[Tensor, ...] = self.windows.ids.split(self.batch_size)
+        return batches
+
+
+NO_CALIBRATION = CalibrationData(TokenWindows(ids=torch.empty(0, 0, dtype=torch.long), provenance={}), batch_size=1)
+
+
 @dataclass(frozen=True, order=True)
 class WeightGroup:
     """Matrices of one type, one per layer, that share a basis. A single layer means: not shared.

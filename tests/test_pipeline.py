@@ -28,6 +28,7 @@ from bs_exp.whitening.diagonal import DiagonalWhitening
 from bs_exp.whitening.fisher_rows import FisherRowsWhitening
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
+from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE, RandomTokens
 
 
@@ -59,7 +60,7 @@ def test_predicted_losses_are_measured_in_the_compressed_model(family: str) -> N
     dense = tiny_random(family)
     dense.module.double()
     recipe = replace(RECIPE, calibration=RandomTokens(count=8))
-    compressed = compress(dense, recipe, Cache(None), Progress(quiet=True))
+    compressed = compress(dense, recipe, Workspace(Cache(None), Progress(quiet=True)))
     inputs = inputs_of_every_matrix(dense, recipe.calibration.windows(dense.tokenizer).ids)
     assert 0.5 < compressed.plan.retain_ratio <= 0.6
     for planned in compressed.plan.groups:
@@ -86,7 +87,7 @@ def test_predicted_losses_are_measured_in_the_compressed_model(family: str) -> N
 def test_the_unit_says_what_a_predicted_loss_is(changes: dict[str, Any], unit: str, tmp_path: Path) -> None:
     dense, recipe = tiny_random("llama", layers=2), replace(RECIPE, **changes)
     for _ in range(2):  # made, then read from the cache
-        plan = compress(dense, recipe, Cache(tmp_path), Progress(quiet=True)).plan.to_dict()
+        plan = compress(dense, recipe, Workspace(Cache(tmp_path), Progress(quiet=True))).plan.to_dict()
         assert {group["loss_unit"] for group in plan["groups"]} == {unit}
 
 
@@ -96,14 +97,14 @@ def test_weights_that_overflow_are_not_taken_for_a_silent_text() -> None:
     with torch.no_grad():
         dense.module.get_input_embeddings().weight.mul_(1e25)
     with pytest.raises(DecompositionError, match=r"weights before them are huge.*model\.dtype=float32"):
-        compress(dense, RECIPE, Cache(None), Progress(quiet=True))
+        compress(dense, RECIPE, Workspace(Cache(None), Progress(quiet=True)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_dense_model_is_untouched_and_shared(family: str) -> None:
     dense = tiny_random(family)
     before = {name: value.clone() for name, value in dense.module.state_dict().items()}
-    compressed = compress(dense, RECIPE, Cache(None), Progress(quiet=True))
+    compressed = compress(dense, RECIPE, Workspace(Cache(None), Progress(quiet=True)))
     after = dense.module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -112,9 +113,9 @@ def test_the_dense_model_is_untouched_and_shared(family: str) -> None:
 
 def test_a_group_of_one_is_plain_whitened_svd() -> None:
     dense, ids = tiny_random(), torch.arange(20)[None]
-    alone = compress(dense, replace(RECIPE, sharing=NoSharing()), Cache(None), Progress(quiet=True))
+    alone = compress(dense, replace(RECIPE, sharing=NoSharing()), Workspace(Cache(None), Progress(quiet=True)))
     of_one = AdjacentSharing(matrices=("q", "up"), group_size=1)
-    ones = compress(dense, replace(RECIPE, sharing=of_one), Cache(None), Progress(quiet=True))
+    ones = compress(dense, replace(RECIPE, sharing=of_one), Workspace(Cache(None), Progress(quiet=True)))
     assert alone.plan == ones.plan
     with torch.no_grad():
         assert torch.equal(alone.module(ids).logits, ones.module(ids).logits)
@@ -122,7 +123,7 @@ def test_a_group_of_one_is_plain_whitened_svd() -> None:
 
 def test_keeping_everything_is_the_dense_model() -> None:
     dense, ids = tiny_random(), torch.arange(20)[None]
-    compressed = compress(dense, replace(RECIPE, retain_ratio=1.0), Cache(None), Progress(quiet=True))
+    compressed = compress(dense, replace(RECIPE, retain_ratio=1.0), Workspace(Cache(None), Progress(quiet=True)))
     with torch.no_grad():
         assert torch.equal(compressed.module(ids).logits, dense.module(ids).logits)
 
@@ -131,7 +132,7 @@ def test_loss_falls_as_more_is_kept() -> None:
     dense, ids = tiny_random(), torch.arange(100).reshape(2, 50)
     cache = Cache(None)
     recipes = [replace(RECIPE, retain_ratio=ratio) for ratio in (0.3, 0.6, 0.9)]
-    models = [compress(dense, recipe, cache, Progress(quiet=True)).module for recipe in recipes]
+    models = [compress(dense, recipe, Workspace(cache, Progress(quiet=True))).module for recipe in recipes]
     with torch.no_grad():
         target = dense.module(ids).logits
         errors = [float((model(ids).logits - target).norm()) for model in models]
@@ -140,14 +141,14 @@ def test_loss_falls_as_more_is_kept() -> None:
 
 def test_another_ratio_decomposes_nothing_and_cached_equals_fresh(tmp_path: Path) -> None:
     dense, ids = tiny_random(), torch.arange(20)[None]
-    compress(dense, RECIPE, Cache(tmp_path), Progress(quiet=True))
+    compress(dense, RECIPE, Workspace(Cache(tmp_path), Progress(quiet=True)))
     second, progress = Cache(tmp_path), Progress(quiet=True)
     lower = replace(RECIPE, retain_ratio=0.4)
-    cached = compress(dense, lower, second, progress)
+    cached = compress(dense, lower, Workspace(second, progress))
     assert second.misses == {} and second.hits["decomposition"] == len(cached.plan.groups)
     assert "calibrate" not in progress.timings
     assert any("came from the cache" in note for note in progress.notes)
-    fresh = compress(dense, lower, Cache(None), Progress(quiet=True))
+    fresh = compress(dense, lower, Workspace(Cache(None), Progress(quiet=True)))
     assert cached.plan == fresh.plan
     with torch.no_grad():
         assert torch.equal(cached.module(ids).logits, fresh.module(ids).logits)
@@ -155,9 +156,9 @@ def test_another_ratio_decomposes_nothing_and_cached_equals_fresh(tmp_path: Path
 
 def test_another_sharing_reuses_the_grams(tmp_path: Path) -> None:
     dense = tiny_random()
-    compress(dense, RECIPE, Cache(tmp_path), Progress(quiet=True))
+    compress(dense, RECIPE, Workspace(Cache(tmp_path), Progress(quiet=True)))
     second = Cache(tmp_path)
-    compress(dense, replace(RECIPE, sharing=NoSharing()), second, Progress(quiet=True))
+    compress(dense, replace(RECIPE, sharing=NoSharing()), Workspace(second, Progress(quiet=True)))
     assert second.misses["gram"] == 0 and second.hits["gram"] > 0
     # o, down and the remainder layer are groups of one already, and the same groups are found again.
     assert second.hits["decomposition"] > 0 and second.misses["decomposition"] > 0
@@ -176,9 +177,9 @@ def test_another_sharing_reuses_the_grams(tmp_path: Path) -> None:
 )
 def test_what_decompositions_depend_on_is_in_their_key(tmp_path: Path, other: dict[str, object]) -> None:
     dense = tiny_random()
-    compress(dense, RECIPE, Cache(tmp_path), Progress(quiet=True))
+    compress(dense, RECIPE, Workspace(Cache(tmp_path), Progress(quiet=True)))
     second = Cache(tmp_path)
-    compress(dense, replace(RECIPE, **other), second, Progress(quiet=True))  # type: ignore[arg-type]
+    compress(dense, replace(RECIPE, **other), Workspace(second, Progress(quiet=True)))  # type: ignore[arg-type]
     assert second.hits["decomposition"] == 0
 
 
@@ -202,23 +203,23 @@ IMPORTANCES = [
 def test_every_metric_goes_all_the_way_and_another_ratio_is_free(family: str, change: dict[str, Any]) -> None:
     dense, cache, ids = tiny_random(family), Cache(None), torch.arange(20)[None]
     recipe = replace(RECIPE, **change)
-    plain = compress(dense, RECIPE, cache, Progress(quiet=True))
-    made = compress(dense, recipe, cache, Progress(quiet=True))
+    plain = compress(dense, RECIPE, Workspace(cache, Progress(quiet=True)))
+    made = compress(dense, recipe, Workspace(cache, Progress(quiet=True)))
     assert made.plan.retain_ratio == plain.plan.retain_ratio
     with torch.no_grad():
         logits = made.module(ids).logits
         assert bool(logits.isfinite().all()) and not torch.equal(logits, plain.module(ids).logits)
     misses = cache.misses.copy()
-    compress(dense, replace(recipe, retain_ratio=0.4), cache, Progress(quiet=True))
+    compress(dense, replace(recipe, retain_ratio=0.4), Workspace(cache, Progress(quiet=True)))
     assert cache.misses == misses
 
 
 def test_a_factor_of_one_is_no_importance() -> None:
     dense, ids = tiny_random(), torch.arange(20)[None]
-    plain = compress(dense, RECIPE, Cache(None), Progress(quiet=True))
+    plain = compress(dense, RECIPE, Workspace(Cache(None), Progress(quiet=True)))
     for form in ("one_sided", "two_sided"):
         off = ChannelImportance(p=0.1, a=1.0, form=form)
-        made = compress(dense, replace(RECIPE, importance=off), Cache(None), Progress(quiet=True))
+        made = compress(dense, replace(RECIPE, importance=off), Workspace(Cache(None), Progress(quiet=True)))
         assert made.plan == plain.plan
         with torch.no_grad():
             assert torch.equal(made.module(ids).logits, plain.module(ids).logits)
@@ -232,15 +233,15 @@ def test_importance_that_cannot_act_is_refused(importance: Any, whitening: Any) 
 
 
 def test_other_weights_are_another_key(tmp_path: Path) -> None:
-    compress(tiny_random(seed=0), RECIPE, Cache(tmp_path), Progress(quiet=True))
+    compress(tiny_random(seed=0), RECIPE, Workspace(Cache(tmp_path), Progress(quiet=True)))
     second = Cache(tmp_path)
-    compress(tiny_random(seed=1), RECIPE, second, Progress(quiet=True))
+    compress(tiny_random(seed=1), RECIPE, Workspace(second, Progress(quiet=True)))
     assert second.hits == {}
 
 
 def test_plain_svd_needs_no_calibration() -> None:
     progress, cache = Progress(quiet=True), Cache(None)
-    made = compress(tiny_random(), replace(RECIPE, whitening=IdentityWhitening()), cache, progress)
+    made = compress(tiny_random(), replace(RECIPE, whitening=IdentityWhitening()), Workspace(cache, progress))
     assert "calibrate" not in progress.timings and cache.misses["gram"] == 0 and made.calibration == {}
 
 
@@ -249,7 +250,7 @@ def test_nan_weights_name_the_matrix() -> None:
     with torch.no_grad():
         module_of(dense.module, dense.architecture.by_position["k", 2]).weight[0, 0] = float("nan")
     with pytest.raises(DecompositionError, match=r"k\[2\] \(model\.layers\.2\.self_attn\.k_proj\).*NaN"):
-        compress(dense, replace(RECIPE, whitening=IdentityWhitening()), Cache(None), Progress(quiet=True))
+        compress(dense, replace(RECIPE, whitening=IdentityWhitening()), Workspace(Cache(None), Progress(quiet=True)))
 
 
 def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +265,9 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Cache, "store", store_until_full)
         with pytest.raises(CacheError):
-            compress(dense, RECIPE, Cache(tmp_path), Progress(quiet=True))
+            compress(dense, RECIPE, Workspace(Cache(tmp_path), Progress(quiet=True)))
     resumed = Cache(tmp_path)
-    plan = compress(dense, RECIPE, resumed, Progress(quiet=True)).plan
+    plan = compress(dense, RECIPE, Workspace(resumed, Progress(quiet=True))).plan
     assert resumed.damaged == {} and resumed.misses["gram"] == 0
     assert (resumed.hits["decomposition"], resumed.misses["decomposition"]) == (done, len(plan.groups) - done)
 

@@ -23,7 +23,8 @@ from bs_exp.plan_score import Comparison, PlanScore, check_measurable, spread_wi
 from bs_exp.progress import Progress
 from bs_exp.protocols import OBJECTIVES, PlanObjective
 from bs_exp.sharing.none import singles
-from bs_exp.types import LoadedModel, PlannedGroup, RankPlan, Task, TokenWindows, WeightGroup
+from bs_exp.types import CalibrationData, LoadedModel, PlannedGroup, RankPlan, Task, TokenWindows, WeightGroup
+from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE, RandomTokens
 
 QUIET = Progress(quiet=True)
@@ -46,9 +47,8 @@ def windows(count: int = 5) -> TokenWindows:
 def comparison(dense: LoadedModel, objective: str, count: int | None = None) -> Comparison:
     return Comparison(
         dense=dense,
-        windows=windows(),
+        data=CalibrationData(windows(), batch_size=2),
         objective=PlanObjective(objective=objective, num_windows=count),
-        batch_size=2,
     )
 
 
@@ -77,15 +77,15 @@ def oracle(dense: LoadedModel, module: Any, objective: str, ids: Tensor) -> floa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_objective_is_what_its_formula_says_of_the_outputs(family: str, objective: str) -> None:
     dense = model_of(family)
-    made = compress(dense, RECIPE, Cache(None), QUIET)
+    made = compress(dense, RECIPE, Workspace(Cache(None), QUIET))
     judge = comparison(dense, objective)
     if dense.task is Task.ENCODER and objective != "cosine":
         with pytest.raises(ConfigError, match=rf"objective={objective} needs logits"):
-            check_measurable(dense, judge.objective, judge.windows)
+            check_measurable(dense, judge.objective, judge.data.windows)
         return
-    check_measurable(dense, judge.objective, judge.windows)
+    check_measurable(dense, judge.objective, judge.data.windows)
     assert judge.measure(made.module) == pytest.approx(
-        oracle(dense, made.module, objective, judge.windows.ids), rel=2e-4
+        oracle(dense, made.module, objective, judge.data.windows.ids), rel=2e-4
     )
 
 
@@ -99,11 +99,11 @@ def test_the_dense_model_is_no_way_from_itself(family: str) -> None:
 
 def test_running_values_are_those_of_the_first_windows() -> None:
     dense = tiny_random()
-    module = compress(dense, RECIPE, Cache(None), QUIET).module
+    module = compress(dense, RECIPE, Workspace(Cache(None), QUIET)).module
     judge = comparison(dense, "kl")
     found = list(judge.running(module))
     assert found == pytest.approx(
-        [oracle(dense, module, "kl", judge.windows.ids[:count]) for count in (2, 4, 5)], rel=1e-4
+        [oracle(dense, module, "kl", judge.data.windows.ids[:count]) for count in (2, 4, 5)], rel=1e-4
     )
     assert judge.measure(module) == found[-1]
 
@@ -132,7 +132,7 @@ def test_objectives_that_do_not_exist(settings: dict[str, Any], message: str) ->
 def test_outputs_that_are_not_finite_are_infinitely_far() -> None:
     dense = tiny_random()
     judge = comparison(dense, "kl")
-    module = compress(dense, RECIPE, Cache(None), QUIET).module
+    module = compress(dense, RECIPE, Workspace(Cache(None), QUIET)).module
     with torch.no_grad():
         module.get_submodule("model.layers.0.mlp.up_proj").weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
     assert judge.measure(module) == float("inf")
@@ -141,7 +141,7 @@ def test_outputs_that_are_not_finite_are_infinitely_far() -> None:
 @pytest.mark.parametrize(("family", "times"), [("llama", 1), ("gemma2", 2)])
 def test_the_dense_model_runs_once_where_its_hidden_states_say_all(family: str, times: int) -> None:
     dense = tiny_random(family)
-    module = compress(dense, RECIPE, Cache(None), QUIET).module
+    module = compress(dense, RECIPE, Workspace(Cache(None), QUIET)).module
     judge, passes = comparison(dense, "kl"), []
     first = judge.measure(module)
     handle = dense.module.register_forward_hook(lambda *_: passes.append(1))
@@ -160,15 +160,13 @@ def prepared() -> tuple[LoadedModel, tuple[WeightGroup, ...], GroupMeasures, Dec
     measures = GroupMeasures(
         dense=dense,
         current=dense,
-        windows=RECIPE.calibration.windows(dense.tokenizer),
-        calibration=RECIPE.calibration,
+        data=CalibrationData(RECIPE.calibration.windows(dense.tokenizer), RECIPE.calibration.batch_size),
         needs=RECIPE.metric_needs,
         whitening=RECIPE.whitening,
         importance=RECIPE.importance,
-        cache=cache,
-        progress=QUIET,
+        workspace=Workspace(cache, QUIET),
     )
-    return dense, groups, measures, decompose_groups(groups, measures, cache, QUIET), cache
+    return dense, groups, measures, decompose_groups(groups, measures), cache
 
 
 def plan_of(ranks: Mapping[WeightGroup, int | None]) -> RankPlan:
@@ -181,11 +179,15 @@ def test_a_plan_scores_as_the_model_that_it_makes(prepared: Any) -> None:
     dense, groups, measures, decompositions, _ = prepared
     for layout in (RECIPE.layout, PivotedLayout()):
         recipe = replace(RECIPE, sharing=type(RECIPE.sharing)(matrices=("q",), group_size=1), layout=layout)
-        made = compress(dense, recipe, Cache(None), QUIET)
+        made = compress(dense, recipe, Workspace(Cache(None), QUIET))
         judge = comparison(dense, "kl")
         keys = {group: measures.key(group) for group in groups}
         score = PlanScore(
-            comparison=judge, decompositions=decompositions, keys=keys, identity={}, cache=Cache(None), progress=QUIET
+            comparison=judge,
+            decompositions=decompositions,
+            keys=keys,
+            identity={},
+            workspace=Workspace(Cache(None), QUIET),
         )
         assert score(made.plan) == pytest.approx(judge.measure(made.module), rel=1e-4)
         *_, last = score.running(made.plan)
@@ -199,7 +201,7 @@ def test_scores_are_kept_by_what_they_depend_on(prepared: Any) -> None:
     def score(plan: RankPlan, **changes: Any) -> float:
         judge = replace(comparison(dense, "kl"), **changes)
         return PlanScore(
-            comparison=judge, decompositions=decompositions, keys=keys, identity={}, cache=cache, progress=QUIET
+            comparison=judge, decompositions=decompositions, keys=keys, identity={}, workspace=Workspace(cache, QUIET)
         )(plan)
 
     ranks: dict[WeightGroup, int | None] = dict.fromkeys(groups, None)
@@ -213,7 +215,7 @@ def test_scores_are_kept_by_what_they_depend_on(prepared: Any) -> None:
         score(plan_of({**ranks, groups[1]: 4})),
         score(one, objective=PlanObjective(objective="cosine", num_windows=None)),
         score(one, objective=PlanObjective(objective="kl", num_windows=2)),
-        score(one, windows=RandomTokens(seed=1, count=5).windows(None)),
+        score(one, data=CalibrationData(RandomTokens(seed=1, count=5).windows(None), batch_size=2)),
     }
     assert len(values) == 6 and cache.hits["score"] == 1
 
@@ -226,8 +228,7 @@ def test_an_interrupted_score_is_not_kept(prepared: Any) -> None:
         decompositions=decompositions,
         keys={group: measures.key(group) for group in groups},
         identity={},
-        cache=cache,
-        progress=QUIET,
+        workspace=Workspace(cache, QUIET),
     )
     plan = plan_of({group: 4 for group in groups})
     next(score.running(plan))

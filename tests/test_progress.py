@@ -15,7 +15,7 @@ def screen() -> io.StringIO:
     return io.StringIO()
 
 
-def _journal(screen: io.StringIO, *, terminal: bool) -> Progress:
+def _progress_on(screen: io.StringIO, *, terminal: bool) -> Progress:
     return Progress(_console=Console(file=screen, force_terminal=terminal, soft_wrap=True, highlight=False))
 
 
@@ -33,7 +33,7 @@ def test_a_stage_entered_twice_adds_up() -> None:
 
 
 def test_failure_remembers_its_innermost_stage(screen: io.StringIO) -> None:
-    progress = _journal(screen, terminal=False)
+    progress = _progress_on(screen, terminal=False)
     with pytest.raises(KeyboardInterrupt), progress.stage("compress"), progress.stage("calibrate"):
         raise KeyboardInterrupt
     assert progress.current == "calibrate"
@@ -42,19 +42,19 @@ def test_failure_remembers_its_innermost_stage(screen: io.StringIO) -> None:
 
 
 def test_notes_are_shown_and_kept(screen: io.StringIO) -> None:
-    progress = _journal(screen, terminal=False)
+    progress = _progress_on(screen, terminal=False)
     progress.note("16 of [16] came from the cache")
     assert progress.notes == ["16 of [16] came from the cache"]
     assert screen.getvalue() == "note: 16 of [16] came from the cache\n"
 
 
 def test_no_bar_without_a_terminal(screen: io.StringIO) -> None:
-    assert list(_journal(screen, terminal=False).track([1, 2], label="counting")) == [1, 2]
+    assert list(_progress_on(screen, terminal=False).track([1, 2], label="counting")) == [1, 2]
     assert screen.getvalue() == ""
 
 
 def test_bars_nest_and_go_away(screen: io.StringIO) -> None:
-    progress = _journal(screen, terminal=True)
+    progress = _progress_on(screen, terminal=True)
     for _ in progress.track(range(2), label="outer", total=2):
         assert list(progress.track("ab", label="inner")) == ["a", "b"]
     assert "outer" in screen.getvalue()
@@ -64,10 +64,10 @@ def test_bars_nest_and_go_away(screen: io.StringIO) -> None:
 
 
 def test_a_bar_that_ends_early_goes_away_too(screen: io.StringIO) -> None:
-    progress = _journal(screen, terminal=True)
+    progress = _progress_on(screen, terminal=True)
     for _ in progress.track(range(100), label="stopped"):
         break
-    assert progress._progress is None
+    assert progress._bars is None
     assert list(progress.track([1], label="again")) == [1]
 
 

@@ -14,7 +14,7 @@ from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import trunks
 from bs_exp.models.model_inputs import feeder
 from bs_exp.progress import Progress
-from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
+from bs_exp.types import CalibrationData, LoadedModel, Statistic, WeightMatrix
 
 
 class Accumulator(Protocol):
@@ -74,7 +74,7 @@ ACCUMULATORS: Mapping[Statistic, type[OutputGramSum] | type[SquaredGradientRows]
 
 
 def gather_gradients(
-    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, progress: Progress
+    model: LoadedModel, data: CalibrationData, statistics: Set[Statistic], *, progress: Progress
 ) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
     """Tensors by statistic (of `ACCUMULATORS`) and module, from gradients of the token loss.
 
@@ -86,8 +86,8 @@ def gather_gradients(
     matrices = model.architecture.matrices
     sums = {m.module: {s: ACCUMULATORS[s](m) for s in sorted(statistics)} for m in matrices}
     modules = {m.module: model.module.get_submodule(m.module) for m in matrices}
-    reader = feeder(model, windows.feeding)
-    batches = windows.ids.split(batch_size)
+    reader = feeder(model, data.windows.feeding)
+    batches = data.batches
     with _activation_gradients(model.module), recomputed_blocks(model) if is_large(model) else nullcontext():
         for batch in progress.track(batches, label="gradients", total=len(batches)):
             examples = reader.examples(batch.to(model.device))

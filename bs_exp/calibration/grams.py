@@ -15,19 +15,19 @@ from torch.utils.hooks import RemovableHandle
 from bs_exp.errors import CalibrationError
 from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.progress import Progress
-from bs_exp.types import LoadedModel, Statistic, TokenWindows, WeightMatrix
+from bs_exp.types import CalibrationData, LoadedModel, Statistic, WeightMatrix
 
 Grams = Mapping[str, Float[Tensor, "d_in d_in"]]
 
 
-def gather_grams(model: LoadedModel, windows: TokenWindows, *, batch_size: int, progress: Progress) -> Grams:
+def gather_grams(model: LoadedModel, data: CalibrationData, *, progress: Progress) -> Grams:
     """`X^T X` by input site, summed over all tokens; see `gather_inputs`."""
-    found = gather_inputs(model, windows, {Statistic.GRAM}, batch_size=batch_size, progress=progress)
+    found = gather_inputs(model, data, {Statistic.GRAM}, progress=progress)
     return {site: tensors["gram"] for site, tensors in found[Statistic.GRAM].items()}
 
 
 def gather_inputs(
-    model: LoadedModel, windows: TokenWindows, statistics: Set[Statistic], *, batch_size: int, progress: Progress
+    model: LoadedModel, data: CalibrationData, statistics: Set[Statistic], *, progress: Progress
 ) -> Mapping[Statistic, Mapping[str, Mapping[str, Tensor]]]:
     """Tensors by statistic (of `ACCUMULATORS`) and input site: products in fp32, accumulated in fp64, on the CPU.
 
@@ -38,8 +38,8 @@ def gather_inputs(
     for matrix in model.architecture.matrices:
         sites[matrix.input_site].append(matrix)
     sums = {site: {s: ACCUMULATORS[s](m[0].d_in) for s in sorted(statistics)} for site, m in sites.items()}
-    reader = feeder(model, windows.feeding)
-    batches = windows.ids.split(batch_size)
+    reader = feeder(model, data.windows.feeding)
+    batches = data.batches
     with torch.inference_mode(), _hooks(model.module, sites, sums):
         for batch in progress.track(batches, label="calibrating", total=len(batches)):
             hidden_states(model.module, reader.inputs(batch.to(model.device)))

@@ -10,40 +10,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bs_exp.cache import Cache, content_key
+from bs_exp.cache import content_key
 from bs_exp.calibration.checkpointing import is_large, recomputed_blocks
 from bs_exp.calibration.statistics import statistics_key
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import blocks_of, module_of
 from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration
-from bs_exp.types import LayerProfile, LoadedModel, Statistic, TokenWindows
+from bs_exp.types import CalibrationData, LayerProfile, LoadedModel, Statistic
+from bs_exp.workspace import Workspace
 
 OF_BLOCKS = frozenset({Statistic.SENSITIVITY, Statistic.BLOCK_OUTPUTS})
 
 
 def profile_blocks(
     model: LoadedModel,
-    windows: TokenWindows,
-    calibration: Calibration,
+    data: CalibrationData,
     *,
     needs: Set[Statistic],
-    cache: Cache,
-    progress: Progress,
+    workspace: Workspace,
 ) -> LayerProfile:
     """The needed statistics of a dense model's blocks; from the cache where it has them."""
-    key = statistics_key(model, windows, calibration.batch_size)
+    key = statistics_key(model, data)
 
     def found_or_gathered(statistic: Statistic, gather: Callable[..., Tensor]) -> Tensor | None:
         if statistic not in needs:
             return None
         # The targeted matrices are part of the key: roles can leave some of them out.
         entry_key = content_key(statistics=key, matrices=[m.module for m in model.architecture.matrices])
-        entry = cache.find(statistic, entry_key)
+        entry = workspace.cache.find(statistic, entry_key)
         if entry is None:
-            values = gather(model, windows, batch_size=calibration.batch_size, progress=progress)
-            entry = cache.store(statistic, entry_key, {"values": values})
+            values = gather(model, data, progress=workspace.progress)
+            entry = workspace.cache.store(statistic, entry_key, {"values": values})
         return entry.tensor("values")
 
     outputs = found_or_gathered(Statistic.BLOCK_OUTPUTS, gather_output_singular_values)
@@ -53,9 +51,7 @@ def profile_blocks(
     )
 
 
-def gather_sensitivity(
-    model: LoadedModel, windows: TokenWindows, *, batch_size: int, progress: Progress
-) -> Float[Tensor, " layers"]:
+def gather_sensitivity(model: LoadedModel, data: CalibrationData, *, progress: Progress) -> Float[Tensor, " layers"]:
     """`sum ||dLoss/dW||_F / ||W||_F` over each block's targeted matrices; the loss is a batch's mean token loss.
 
     Averaged over batches, as the official code does, so it depends on their size: the noise of a batch's gradient is
@@ -65,8 +61,8 @@ def gather_sensitivity(
     """
     sensitivity = torch.zeros(model.architecture.num_layers, dtype=torch.float64)
     layers = {module_of(model.module, m).weight: m.layer for m in model.architecture.matrices}
-    reader = feeder(model, windows.feeding)
-    batches = windows.ids.split(batch_size)
+    reader = feeder(model, data.windows.feeding)
+    batches = data.batches
 
     def measure(weight: Tensor) -> None:
         assert weight.grad is not None
@@ -90,7 +86,7 @@ def gather_sensitivity(
 
 
 def gather_output_singular_values(
-    model: LoadedModel, windows: TokenWindows, *, batch_size: int, progress: Progress
+    model: LoadedModel, data: CalibrationData, *, progress: Progress
 ) -> Float[Tensor, "layers channels"]:
     """Singular values, falling, of every block's outputs (all tokens x channels), from their Gram in fp64.
 
@@ -100,8 +96,8 @@ def gather_output_singular_values(
     """
     blocks = blocks_of(model.module)
     grams: dict[int, Tensor] = {}
-    reader = feeder(model, windows.feeding)
-    batches = windows.ids.split(batch_size)
+    reader = feeder(model, data.windows.feeding)
+    batches = data.batches
     with torch.inference_mode(), _outputs(blocks, grams):
         for batch in progress.track(batches, label="block outputs", total=len(batches)):
             hidden_states(model.module, reader.inputs(batch.to(model.device)))

@@ -9,23 +9,22 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from bs_exp.cache import Cache, Entry, content_key
+from bs_exp.cache import Entry, content_key
 from bs_exp.calibration import gradients, grams
 from bs_exp.models.model_inputs import check_has_logits, feeder
-from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration
 from bs_exp.types import (
     Architecture,
+    CalibrationData,
     GroupStatistics,
     InputMoments,
     LoadedModel,
     Statistic,
     Task,
-    TokenWindows,
     WeightGradient,
     WeightGroup,
     WeightMatrix,
 )
+from bs_exp.workspace import Workspace
 
 WITH_LOSS = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT, Statistic.SENSITIVITY})
 
@@ -69,41 +68,39 @@ class CalibrationStats:
         )
 
 
-def check_gatherable(model: LoadedModel, windows: TokenWindows, needs: Mapping[str, Set[Statistic]]) -> None:
+def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[str, Set[Statistic]]) -> None:
     """ConfigError if a strategy (name -> what it needs) asks for loss gradients of a model that has no loss.
 
     ModelError if it has one, but its tokenizer lacks what that takes. Asked before any work.
     """
     if asking := [name for name, statistics in needs.items() if statistics & WITH_LOSS]:
         check_has_logits(model, f"{' and '.join(asking)}, made from gradients of the loss,")
-        feeder(model, windows.feeding).examples(windows.ids[:1])
+        feeder(model, data.windows.feeding).examples(data.windows.ids[:1])
 
 
-def statistics_key(model: LoadedModel, windows: TokenWindows, batch_size: int) -> str:
+def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
     """Hash of what the statistics depend on. The batch size changes the order of summation, hence the last bits."""
     # Models that predict the next token ignore how others are fed.
-    feeding = None if model.task is Task.CAUSAL_LM else asdict(windows.feeding)
+    feeding = None if model.task is Task.CAUSAL_LM else asdict(data.windows.feeding)
     return content_key(
         model=model.fingerprint,
         task=model.task,
         device=model.device.type,
-        windows=windows.provenance["sha256"],
+        windows=data.windows.provenance["sha256"],
         feeding=feeding,
-        batch_size=batch_size,
+        batch_size=data.batch_size,
     )
 
 
 def calibrate(
     model: LoadedModel,
-    windows: TokenWindows,
-    calibration: Calibration,
+    data: CalibrationData,
     *,
     needs: Set[Statistic],
-    cache: Cache,
-    progress: Progress,
+    workspace: Workspace,
 ) -> CalibrationStats:
     """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
-    key = statistics_key(model, windows, calibration.batch_size)
+    key, cache = statistics_key(model, data), workspace.cache
     matrices = model.architecture.matrices
     entries: dict[Statistic, Mapping[str, Entry]] = {}
     for gather, offered, names in (
@@ -118,13 +115,13 @@ def calibrate(
             if len(entries[statistic]) < len(keys):
                 missing.add(statistic)
         if missing:
-            gathered = gather(model, windows, missing, batch_size=calibration.batch_size, progress=progress)
+            gathered = gather(model, data, missing, progress=workspace.progress)
             for statistic, by_name in gathered.items():
                 entries[statistic] = {name: cache.store(statistic, keys[name], t) for name, t in by_name.items()}
-    count, length = windows.ids.shape
-    predictions = count * feeder(model, windows.feeding).predictions(length)
+    count, length = data.windows.ids.shape
+    predictions = count * feeder(model, data.windows.feeding).predictions(length)
     return CalibrationStats(
-        architecture=model.architecture, tokens=windows.ids.numel(), predictions=predictions, entries=entries
+        architecture=model.architecture, tokens=data.windows.ids.numel(), predictions=predictions, entries=entries
     )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from bs_exp.cache import Cache, Entry
+from bs_exp.cache import Entry
 from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
 from bs_exp.linalg.decomposition import corrections_of, decompose, split_by_layer
-from bs_exp.progress import Progress
 from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 
 KIND = "decomposition"
@@ -46,14 +45,13 @@ class Decompositions:
         return corrections_of(group, basis_t, coefficients, metric, rank)
 
 
-def decompose_groups(
-    groups: Iterable[WeightGroup], measures: GroupMeasures, cache: Cache, progress: Progress
-) -> Decompositions:
+def decompose_groups(groups: Iterable[WeightGroup], measures: GroupMeasures) -> Decompositions:
     """The decompositions of groups, from the cache where it has them; the others are made one at a time and stored.
 
     Statistics are gathered only if some decomposition is missing.
     Raises DecompositionError, with the group's name, if its weights or its Gram cannot be factorised.
     """
+    cache, progress = measures.workspace.cache, measures.workspace.progress
     keys = {group: measures.key(group) for group in groups}
     entries = {group: cache.find(KIND, key) for group, key in keys.items()}
     missing = [group for group, entry in entries.items() if entry is None]

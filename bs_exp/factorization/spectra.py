@@ -10,14 +10,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.cache import Cache, Entry, content_key
+from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistics_key
 from bs_exp.errors import DecompositionError
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
-from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration, Importance, Whitening
-from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, TokenWindows, WeightGroup
+from bs_exp.protocols import Importance, Whitening
+from bs_exp.types import (
+    CalibrationData,
+    GroupStatistics,
+    LoadedModel,
+    LossUnit,
+    Metric,
+    Spectrum,
+    Statistic,
+    WeightGroup,
+)
+from bs_exp.workspace import Workspace
 
 SPECTRUM = "spectrum"
 _UNITS = tuple(LossUnit)
@@ -26,21 +35,18 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 
 @dataclass(eq=False, kw_only=True)
 class GroupMeasures:
-    """Groups of the weights of `dense`, in the metric that the statistics of `current` give.
+    """Groups of the weights of `dense`, in the metric that the statistics of `current` on `data` give.
 
-    Statistics are gathered when something first asks for them, all that are in `needs` at once; without windows there
-    are none.
+    Statistics are gathered when something first asks for them, all that are in `needs` at once.
     """
 
     dense: LoadedModel
     current: LoadedModel
-    windows: TokenWindows | None
-    calibration: Calibration
+    data: CalibrationData
     needs: Set[Statistic]
     whitening: Whitening
     importance: Importance
-    cache: Cache
-    progress: Progress
+    workspace: Workspace
 
     def gather(self) -> None:
         """Gathers the statistics now, rather than when something asks for them."""
@@ -70,18 +76,18 @@ class GroupMeasures:
     def spectrum(self, group: WeightGroup) -> Spectrum:
         """The spectrum of a group from eigenvalues alone, from the cache where it has it."""
         key = self.key(group)
-        entry = self.cache.find(SPECTRUM, key)
+        entry = self.workspace.cache.find(SPECTRUM, key)
         if entry is None:
             try:
                 found = spectrum_of(group, self.weight(group), self.metric(group))
             except (DecompositionError, LinAlgError) as error:
                 raise self.failure(group, error) from error
-            entry = self.cache.store(SPECTRUM, key, spectrum_tensors(found))
+            entry = self.workspace.cache.store(SPECTRUM, key, spectrum_tensors(found))
         return read_spectrum(group, entry)
 
     def track(self, groups: Sequence[WeightGroup], label: str) -> Iterator[WeightGroup]:
         """The groups one by one, under a progress bar."""
-        return self.progress.track(groups, label=label, total=len(groups))
+        return self.workspace.progress.track(groups, label=label, total=len(groups))
 
     def key(self, group: WeightGroup) -> str:
         """Hash of the weights, the statistics, and the strategies that make the metric from them."""
@@ -102,23 +108,16 @@ class GroupMeasures:
     @cached_property
     def _statistics_key(self) -> str | None:
         # What a sharing strategy asks for besides does not change a decomposition.
-        if self.windows is None or not self.whitening.needs | self.importance.needs:
+        if not self.needs or not self.whitening.needs | self.importance.needs:
             return None
-        return statistics_key(self.current, self.windows, self.calibration.batch_size)
+        return statistics_key(self.current, self.data)
 
     @cached_property
     def _statistics(self) -> CalibrationStats | None:
-        if self.windows is None:
+        if not self.needs:
             return None
-        with self.progress.stage("calibrate"):
-            return calibrate(
-                self.current,
-                self.windows,
-                self.calibration,
-                needs=self.needs,
-                cache=self.cache,
-                progress=self.progress,
-            )
+        with self.workspace.progress.stage("calibrate"):
+            return calibrate(self.current, self.data, needs=self.needs, workspace=self.workspace)
 
 
 def _same_gram(one: GroupStatistics, other: GroupStatistics) -> bool:

@@ -76,10 +76,6 @@ class DenseStore:
         self._measured = [(known, found) for known, found in self._measured if known != evaluator]
         self._measured.append((evaluator, Measurement(dict(metrics), run_id)))
 
-    def calibration(self, calibration: Calibration) -> Calibration:
-        """The calibration, whose windows are cut once for all runs that share the kept model and its tokenizer."""
-        return _CutOnce(calibration, self)
-
     def windows(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
         """The windows of a calibration, as they were cut when they were first asked for."""
         for known, windows in self._windows:
@@ -102,21 +98,6 @@ class DenseStore:
 
 # That of all points which a process runs in one sweep; `__main__` empties it at the end.
 OF_SWEEP = DenseStore()
-
-
-@dataclass(frozen=True, eq=False)
-class _CutOnce:
-    """A calibration that asks the store for its windows."""
-
-    calibration: Calibration
-    store: DenseStore
-
-    @property
-    def batch_size(self) -> int:
-        return self.calibration.batch_size
-
-    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        return self.store.windows(self.calibration, tokenizer)
 
 
 def _is_unchanged(kept: _Kept) -> bool:

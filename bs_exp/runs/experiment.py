@@ -26,6 +26,7 @@ from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
+from bs_exp.workspace import Workspace
 
 MODEL_FOLDER = "model"
 _PERPLEXITIES = ("ppl/", "masked_ppl/", "seq2seq_ppl/")
@@ -83,8 +84,10 @@ class Experiment:
         self.cache.check()
         dense = self._load(recorder)
         self._check_evaluators(dense, recorder)
-        recipe = replace(self.recipe, calibration=self.dense.calibration(self.recipe.calibration))
-        preparation = prepare(dense, recipe, recorder.progress)
+        recipe, workspace = self.recipe, Workspace(self.cache, recorder.progress)
+        # A selection compares its candidates on the windows, whether or not the recipe reads them.
+        compares = bool(self.selection.candidates)
+        preparation = prepare(dense, recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
         check_candidates(dense, recipe, self.selection, preparation, recorder.progress)
         self.analysis.check(preparation.dense.architecture)
         dense_metrics = self._evaluate_dense(dense, recorder)
@@ -92,10 +95,10 @@ class Experiment:
         # Global generators start here, whether the work so far was done or taken from an earlier run.
         transformers.set_seed(self.seed)
         with recorder.progress.stage("compress"):
-            selected = select(dense, recipe, self.selection, preparation, self.cache, recorder.progress)
+            selected = select(dense, recipe, self.selection, preparation, workspace)
             recipe, preparation = selected.recipe, selected.preparation
             recorder.update(selection=dict(selected.report))
-            compressed = compress(dense, recipe, self.cache, recorder.progress, preparation)
+            compressed = compress(dense, recipe, workspace, preparation)
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
             update=dict(compressed.update),
@@ -203,7 +206,7 @@ class Experiment:
 
     def _analyse(self, preparation: Preparation, recipe: Recipe, recorder: Recorder) -> None:
         with recorder.progress.stage("analyse"):
-            problem = measured_problem(preparation, recipe, self.cache, recorder.progress)
+            problem = measured_problem(preparation, recipe, Workspace(self.cache, recorder.progress))
             for path in self.analysis.save(problem, recorder.folder):
                 recorder.progress.note(f"analysis: {path.name}")
 

@@ -8,28 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, CalibrationError
 from bs_exp.pipeline import Preparation, Recipe, compress, prepare
 from bs_exp.plan_score import Comparison, check_measurable
 from bs_exp.progress import Progress
 from bs_exp.protocols import Contest, Selection
 from bs_exp.schedule.single import SingleRound
-from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.types import CalibrationData, LoadedModel, TokenWindows
 from bs_exp.update.none import NoUpdate
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class GivenWindows:
-    """A calibration on windows that are there already."""
-
-    given: TokenWindows
-    batch_size: int
-
-    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        return self.given
+from bs_exp.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,29 +29,24 @@ class Selected:
 
 
 def check_candidates(
-    dense: LoadedModel, recipe: Recipe, selection: Selection, preparation: Preparation, progress: Progress
+    dense: LoadedModel, recipe: Recipe, selection: Selection, prepared: Preparation, progress: Progress
 ) -> None:
     """An error for a candidate that does not fit model or text, before the long work."""
     if not selection.candidates:
         return
     with progress.stage("check candidates"):
-        contest = _contest(dense, selection, preparation)
+        contest = selection.contest(prepared.data.windows)
         check_measurable(dense, contest.objective, contest.held_out)
         for name in selection.candidates:
             try:
-                prepare(dense, _judged(recipe, selection, name, contest), Progress(quiet=True))
+                _prepared(dense, _candidate(recipe, selection, name, contest), contest.training)
             except BsExpError as error:
                 error.add_note(f"This is about the candidate selection.candidates.{name}.")
                 raise
 
 
 def select(
-    dense: LoadedModel,
-    recipe: Recipe,
-    selection: Selection,
-    preparation: Preparation,
-    cache: Cache,
-    progress: Progress,
+    dense: LoadedModel, recipe: Recipe, selection: Selection, prepared: Preparation, workspace: Workspace
 ) -> Selected:
     """The recipe of the candidate that does best on the held-out windows.
 
@@ -72,21 +54,18 @@ def select(
     has finite outputs.
     """
     if not selection.candidates:
-        return Selected(recipe, preparation)
-    begun = time.perf_counter()
+        return Selected(recipe, prepared)
+    begun, progress = time.perf_counter(), workspace.progress
     with progress.stage("select"):
-        contest = _contest(dense, selection, preparation)
-        comparison = Comparison(
-            dense=dense,
-            windows=contest.held_out,
-            objective=contest.objective,
-            batch_size=recipe.calibration.batch_size,
-        )
+        contest = selection.contest(prepared.data.windows)
+        held_out = CalibrationData(contest.held_out, prepared.data.batch_size)
+        comparison = Comparison(dense=dense, data=held_out, objective=contest.objective)
         judged: dict[str, dict[str, Any]] = {}
         for name in selection.candidates:
             start = time.perf_counter()
             with progress.stage(f"candidate {name}"):
-                made = compress(dense, _judged(recipe, selection, name, contest), cache, progress)
+                candidate = _candidate(recipe, selection, name, contest)
+                made = compress(dense, candidate, workspace, _prepared(dense, candidate, contest.training))
                 value = comparison.measure(made.module)
             judged[name] = {
                 "value": value,
@@ -117,22 +96,18 @@ def select(
         f"selection: {chosen} stays closest to the dense model ({contest.objective.objective} on "
         f"{len(contest.held_out.ids)} held-out windows: {shown})"
     )
+    winner = replace(recipe, **selection.candidates[chosen])
     # Read and checked before: the windows are not cut again.
-    calibration = preparation.calibration if contest.recalibrate else _given(contest, preparation)
-    winner = replace(recipe, **selection.candidates[chosen], calibration=calibration)
-    return Selected(winner, prepare(dense, winner, Progress(quiet=True)), report)
+    windows = prepared.data.windows if contest.recalibrate else contest.training
+    return Selected(winner, _prepared(dense, winner, windows), report)
 
 
-def _contest(dense: LoadedModel, selection: Selection, preparation: Preparation) -> Contest:
-    return selection.contest(preparation.calibration.windows(dense.tokenizer))
-
-
-def _judged(recipe: Recipe, selection: Selection, name: str, contest: Contest) -> Recipe:
-    """A candidate as it is judged."""
-    calibration = GivenWindows(given=contest.training, batch_size=recipe.calibration.batch_size)
-    candidate = replace(recipe, **selection.candidates[name], calibration=calibration, update=NoUpdate())
+def _candidate(recipe: Recipe, selection: Selection, name: str, contest: Contest) -> Recipe:
+    """A candidate as it is compared: without an update, and after one round where the contest says so."""
+    candidate = replace(recipe, **selection.candidates[name], update=NoUpdate())
     return replace(candidate, schedule=SingleRound()) if contest.single_round else candidate
 
 
-def _given(contest: Contest, preparation: Preparation) -> GivenWindows:
-    return GivenWindows(given=contest.training, batch_size=preparation.calibration.batch_size)
+def _prepared(dense: LoadedModel, recipe: Recipe, windows: TokenWindows) -> Preparation:
+    """The preparation of a recipe on windows that are there already."""
+    return prepare(dense, recipe, Progress(quiet=True), cut=lambda calibration, tokenizer: windows)

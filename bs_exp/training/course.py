@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bs_exp.cache import Cache, Entry
+from bs_exp.cache import Entry
 from bs_exp.errors import DataError
-from bs_exp.progress import Progress
 from bs_exp.training.trainer import Training
 from bs_exp.validation import check_at_least, check_choice, check_number, check_positive, check_share
+from bs_exp.workspace import Workspace
 
 SCHEDULES = ("cosine", "linear", "constant")
 AUTOCAST = ("none", "bfloat16")
@@ -141,26 +141,28 @@ class Run:
         windows: Int[Tensor, "windows length"],
         *,
         label: str,
-        cache: Cache,
         kind: str,
         key: str,
-        progress: Progress,
+        workspace: Workspace,
     ) -> None:
         """The whole course; the parameters are the best ones afterwards.
 
         With a cache folder, an interrupted training goes on from its last checkpoint, to the same bits, and a finished
         one is not repeated.
         """
+        cache = workspace.cache
         stored = None if cache.folder is None else cache.find(kind, key)
         if stored is not None:
             self._resume(stored)
-            progress.note(f"{label}: {self.step} of {self.course.steps} steps came from the cache")
+            workspace.progress.note(f"{label}: {self.step} of {self.course.steps} steps came from the cache")
         else:
             self._evaluate()
         if not self.finished:
             saved = time.perf_counter()
             batches = self.course.batches(len(windows))[self.step :]
-            for batch in progress.track(batches, label=lambda: f"{label}, loss {self.loss:.4f}", total=len(batches)):
+            for batch in workspace.progress.track(
+                batches, label=lambda: f"{label}, loss {self.loss:.4f}", total=len(batches)
+            ):
                 self._advance(windows[batch])
                 if self.finished:
                     break

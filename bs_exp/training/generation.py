@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from bs_exp.cache import Cache, content_key
+from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
-from bs_exp.progress import Progress
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_at_least
+from bs_exp.workspace import Workspace
 
 KIND = "generated"
 
@@ -53,7 +53,7 @@ class Generation:
             )
 
     def windows(
-        self, dense: LoadedModel, text: Int[Tensor, "windows length"], cache: Cache, progress: Progress
+        self, dense: LoadedModel, text: Int[Tensor, "windows length"], workspace: Workspace
     ) -> Int[Tensor, "generated length"]:
         """The windows, as long as those of `text`; from the cache if they were drawn before."""
         if not self.generated:
@@ -61,7 +61,7 @@ class Generation:
         length, end = text.shape[1], cast("Any", dense.module.generation_config).eos_token_id
         batches = self._prompts(text).split(self.generation_batch)
         drawn = []
-        for number, prompts in enumerate(progress.track(batches, label="generating", total=len(batches))):
+        for number, prompts in enumerate(workspace.progress.track(batches, label="generating", total=len(batches))):
             key = content_key(
                 dense=dense.fingerprint,
                 device=dense.device.type,
@@ -72,9 +72,9 @@ class Generation:
                 number=number,
             )
             # Batch by batch: what was drawn before an interruption is kept.
-            stored = cache.find(KIND, key)
+            stored = workspace.cache.find(KIND, key)
             if stored is None:
-                stored = cache.store(KIND, key, {"ids": self._draw(dense, prompts, length, number)})
+                stored = workspace.cache.store(KIND, key, {"ids": self._draw(dense, prompts, length, number)})
             drawn.append(stored.tensor("ids"))
         return torch.cat(drawn)
 

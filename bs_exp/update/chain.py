@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
-from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration, Update
-from bs_exp.types import LoadedModel, RankPlan
+from bs_exp.protocols import Update
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan
 from bs_exp.validation import is_plain
+from bs_exp.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +29,25 @@ class UpdateChain:
         if not self.updates:
             raise ConfigError("updates is empty: name some, or use update=none.")
 
-    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+    @property
+    def reads_windows(self) -> bool:
+        """Whether one of the updates reads the calibration windows."""
+        return any(update.reads_windows for update in self.updates.values())
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         for update in self.updates.values():
-            update.check(dense, calibration)
+            update.check(dense, data)
 
     def apply(
         self,
         compressed: PreTrainedModel,
         dense: LoadedModel,
         plan: RankPlan,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> Mapping[str, Any]:
         """What each update reports, by its name."""
         report = {}
         for name, update in self.updates.items():
-            report[name] = dict(update.apply(compressed, dense, plan, calibration, cache, progress))
+            report[name] = dict(update.apply(compressed, dense, plan, data, workspace))
         return {"strategy": "chain", **report}

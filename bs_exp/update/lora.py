@@ -12,20 +12,20 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.cache import Cache, content_key
+from bs_exp.cache import content_key
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
-from bs_exp.progress import Progress
 from bs_exp.protocols import Calibration
 from bs_exp.training.course import Course, Run
 from bs_exp.training.objectives import LogitDivergence, find_factors
 from bs_exp.training.trainer import Objective, Training, trainable
-from bs_exp.types import LoadedModel, RankPlan, TokenWindows
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows
 from bs_exp.validation import check_at_least, check_choice, check_positive, check_share
+from bs_exp.workspace import Workspace
 
 KIND = "lora"
 FACTORS = {"coefficients": ("weight",), "basis": ("basis",), "both": ("basis", "weight")}
@@ -80,7 +80,12 @@ class LoRA:
         check_positive(alpha=self.alpha, temperature=self.temperature)
         check_share(dropout=self.dropout)
 
-    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+    @property
+    def reads_windows(self) -> bool:
+        """Whether adapters are trained on the calibration windows, and not on data of their own."""
+        return self.data is None and self.steps > 0
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """Matrix types that the model has, text that fits, and a model that predicts something."""
         unknown = sorted(set(self.matrices or ()) - set(dense.architecture.matrix_types))
         if unknown or self.matrices == ():
@@ -89,7 +94,7 @@ class LoRA:
                 f"got {list(self.matrices or ())}."
             )
         if self.steps:
-            windows = self._windows(dense, calibration)
+            windows = self._windows(dense, data)
             Course.of(self).split(windows.ids)
             feeder(dense, windows.feeding).examples(windows.ids[:1])
 
@@ -98,9 +103,8 @@ class LoRA:
         compressed: PreTrainedModel,
         dense: LoadedModel,
         plan: RankPlan,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> Mapping[str, Any]:
         """Trains, then changes the factors in place or puts the adapters on the model; reports cost and losses.
 
@@ -109,11 +113,11 @@ class LoRA:
         """
         factors = self._factors(compressed, dense)
         if not factors or not self.steps:
-            progress.note("lora: no steps asked for" if factors else "lora: there are no factors to adapt")
+            workspace.progress.note("lora: no steps asked for" if factors else "lora: there are no factors to adapt")
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
-        windows = self._windows(dense, calibration)
+        windows = self._windows(dense, data)
         training, held_out = Course.of(self).split(windows.ids)
-        key = "" if cache.folder is None else self._key(compressed, dense, windows)
+        key = "" if workspace.cache.folder is None else self._key(compressed, dense, windows)
         with trainable((), chain(compressed.parameters(), dense.module.parameters())):
             adapted = adapted_twin(
                 compressed, factors, rank=self.rank, alpha=self.alpha, dropout=self.dropout, seed=self.seed
@@ -122,12 +126,12 @@ class LoRA:
                 parameter.requires_grad_(True)
             clipped = sum(adapter.rank < self.rank for adapter in adapted.adapters.values())
             if clipped:
-                progress.note(
+                workspace.progress.note(
                     f"lora: {clipped} of {len(adapted.adapters)} factors have a side below update.rank={self.rank}, "
                     "and adapters of its rank"
                 )
             run = Run(Course.of(self), self._training(adapted, dense, windows), held_out)
-            run.follow(training, label=KIND, cache=cache, kind=KIND, key=key, progress=progress)
+            run.follow(training, label=KIND, kind=KIND, key=key, workspace=workspace)
             report = {
                 "strategy": KIND,
                 "merged": self.merge,
@@ -151,7 +155,7 @@ class LoRA:
                 for parameter in adapted.parameters.values():
                     parameter.requires_grad_(False)
                 attach(compressed, adapted, rank=self.rank, alpha=self.alpha)
-        progress.note(_summary(report))
+        workspace.progress.note(_summary(report))
         return report
 
     def _merge(self, adapted: AdaptedTwin, run: Run, held_out: Tensor) -> dict[str, Any]:
@@ -185,10 +189,10 @@ class LoRA:
                 found.append(name)
         return found
 
-    def _windows(self, dense: LoadedModel, calibration: Calibration) -> TokenWindows:
+    def _windows(self, dense: LoadedModel, data: CalibrationData) -> TokenWindows:
         """The windows to train on, those of calibration unless other data is named."""
         if self.data is None:
-            return calibration.windows(dense.tokenizer)
+            return data.windows
         try:
             windows = self.data.windows(dense.tokenizer)
             check_fits(windows, dense)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from bs_exp.cache import Cache
-from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration
-from bs_exp.types import LoadedModel, RankPlan
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan
+from bs_exp.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoUpdate:
     """Nothing is updated."""
 
-    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+    reads_windows: ClassVar[bool] = False
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         pass
 
     def apply(
@@ -26,8 +26,7 @@ class NoUpdate:
         compressed: PreTrainedModel,
         dense: LoadedModel,
         plan: RankPlan,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> Mapping[str, Any]:
         return {}

@@ -13,20 +13,19 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bs_exp.cache import Cache, content_key
+from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
 from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
-from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration
 from bs_exp.training.course import Course, Run
 from bs_exp.training.generation import Generation
 from bs_exp.training.objectives import BlockOutputs, LogitDivergence, find_factors
 from bs_exp.training.resampling import cut_anew
 from bs_exp.training.trainer import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
-from bs_exp.types import LoadedModel, RankPlan, TokenWindows
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows
 from bs_exp.validation import check_at_least, check_choice, check_positive
+from bs_exp.workspace import Workspace
 
 KIND = "recovery"
 
@@ -77,10 +76,15 @@ class Recovery:
         if self.holdout == 0.0:
             raise ConfigError("holdout must be above 0: without held-out windows nobody knows when training does harm.")
 
-    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+    @property
+    def reads_windows(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self.steps or self.blockwise_steps)
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """Windows enough to hold some out, and a model that predicts something."""
-        if self.steps or self.blockwise_steps:
-            windows = calibration.windows(dense.tokenizer)
+        if self.reads_windows:
+            windows = data.windows
             training, _ = Course.of(self).split(windows.ids)
             feeder(dense, windows.feeding).examples(windows.ids[:1])
             self._generation().check(dense, training)
@@ -90,9 +94,8 @@ class Recovery:
         compressed: PreTrainedModel,
         dense: LoadedModel,
         plan: RankPlan,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> Mapping[str, Any]:
         """Trains in place; reports the cost, and the held-out KL in nats per token at temperature 1.
 
@@ -100,13 +103,15 @@ class Recovery:
         one is not repeated.
         """
         factors = find_factors(compressed)
-        if not factors or not (self.steps or self.blockwise_steps):
-            progress.note("recovery: no steps asked for" if factors else "recovery: there are no factors to train")
+        if not factors or not self.reads_windows:
+            workspace.progress.note(
+                "recovery: no steps asked for" if factors else "recovery: there are no factors to train"
+            )
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
-        windows = calibration.windows(dense.tokenizer)
+        windows = data.windows
         text, held_out = Course.of(self).split(windows.ids)
         start = time.perf_counter()
-        whole = torch.cat([text, self._generation().windows(dense, text, cache, progress)])
+        whole = torch.cat([text, self._generation().windows(dense, text, workspace)])
         generation_seconds = time.perf_counter() - start
         feed = feeder(dense, windows.feeding)
         predictions = LogitDivergence(
@@ -121,8 +126,8 @@ class Recovery:
             course = Course.of(self, steps=steps)
             training = torch.cat([whole, self._cut(whole, steps)])
             run = Run(course, self._training(dense, factors, course, objective), held_out)
-            key = "" if cache.folder is None else self._key(compressed, dense, windows, label)
-            run.follow(training, label=label, cache=cache, kind=KIND, key=key, progress=progress)
+            key = "" if workspace.cache.folder is None else self._key(compressed, dense, windows, label)
+            run.follow(training, label=label, kind=KIND, key=key, workspace=workspace)
             return run, run.report() | {"training_windows": len(training), "cut_windows": len(training) - len(whole)}
 
         report: dict[str, Any] = {"strategy": KIND}
@@ -157,7 +162,7 @@ class Recovery:
             "held_out_kl_after": min(run.best_loss, before),
             "held_out_kl": [[step, value] for step, value in run.history],
         }
-        progress.note(_summary(report))
+        workspace.progress.note(_summary(report))
         return report
 
     def _generation(self) -> Generation:

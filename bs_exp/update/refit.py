@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.cache import Cache
 from bs_exp.calibration.statistics import calibrate
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.decomposition import pivoted_form, plain_form
@@ -24,18 +23,18 @@ from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.progress import Progress
-from bs_exp.protocols import Calibration
 from bs_exp.types import (
+    CalibrationData,
     LoadedModel,
     PivotedFactors,
     RankPlan,
     Statistic,
     StoredFactors,
-    TokenWindows,
     WeightGroup,
     WeightMatrix,
 )
 from bs_exp.validation import check_choice, check_number, check_unit, is_number
+from bs_exp.workspace import Workspace
 
 MODES = ("one_shot", "sequential")
 TARGETS = ("compressed_inputs", "dense_outputs", "mixed")
@@ -94,60 +93,60 @@ class Refit:
         """Whether blocks are run one at a time; else Grams of one model, which the cache may have, are all it takes."""
         return self.mode == "sequential" or (self.inputs == "compressed" and self.target != "compressed_inputs")
 
-    def check(self, dense: LoadedModel, calibration: Calibration) -> None:
+    @property
+    def reads_windows(self) -> bool:
+        """Always: the refit is made of moments of the layers' inputs."""
+        return True
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """Windows that fit, and blocks that can be run one at a time where that is needed."""
-        windows = calibration.windows(dense.tokenizer)
         if self.streams:
-            batches = windows.ids.split(1)[:2]
-            BlockStream(dense, feeder(dense, windows.feeding), block_paths(dense.module), batches)
+            batches = data.windows.ids.split(1)[:2]
+            BlockStream(dense, feeder(dense, data.windows.feeding), block_paths(dense.module), batches)
 
     def apply(
         self,
         compressed: PreTrainedModel,
         dense: LoadedModel,
         plan: RankPlan,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> Mapping[str, Any]:
         """Refits in place; reports the loss `||X B C - T||_F` before and after, by group and in all, and the cost."""
         report: dict[str, Any] = {"strategy": "refit", "applied": False, "seconds": 0.0}
         if self.below is not None and plan.requested_ratio > self.below:
-            progress.note(
+            workspace.progress.note(
                 f"refit: not at a retained share of {plan.requested_ratio:g}, above update.below={self.below:g}"
             )
             return report
         groups = [planned.group for planned in plan.groups if planned.rank is not None]
         if not groups:
-            progress.note("refit: there are no factors to refit")
+            workspace.progress.note("refit: there are no factors to refit")
             return report
         start = time.perf_counter()
-        windows = calibration.windows(dense.tokenizer)
         work = _Work(self, compressed, dense)
         if self.streams:
-            self._stream(work, groups, windows, calibration.batch_size, progress)
+            self._stream(work, groups, data, workspace.progress)
         else:
-            self._from_grams(work, groups, windows, calibration, cache, progress)
+            self._from_grams(work, groups, data, workspace)
         report |= work.report() | {"applied": True, "seconds": round(time.perf_counter() - start, 3)}
-        progress.note(_summary(report))
+        workspace.progress.note(_summary(report))
         return report
 
     def _from_grams(
         self,
         work: _Work,
         groups: Sequence[WeightGroup],
-        windows: TokenWindows,
-        calibration: Calibration,
-        cache: Cache,
-        progress: Progress,
+        data: CalibrationData,
+        workspace: Workspace,
     ) -> None:
         """All layers from the Grams of one pass, of which one group's are in memory if the cache has a folder."""
         source = work.dense
         if self.inputs == "compressed":
             provenance = {**source.provenance, "fingerprint": fingerprint(work.compressed)}
             source = replace(source, module=work.compressed, provenance=provenance)
-        stats = calibrate(source, windows, calibration, needs={Statistic.GRAM}, cache=cache, progress=progress)
-        for group in progress.track(groups, label="refitting", total=len(groups)):
+        stats = calibrate(source, data, needs={Statistic.GRAM}, workspace=workspace)
+        for group in workspace.progress.track(groups, label="refitting", total=len(groups)):
             device = work.device(group)
             if self.gram == "group":
                 gram = stats.of(group, device).gram
@@ -159,12 +158,10 @@ class Refit:
                 assert gram is not None
                 work.refit(group, (layer,), InputPairs(gram))
 
-    def _stream(
-        self, work: _Work, groups: Sequence[WeightGroup], windows: TokenWindows, batch_size: int, progress: Progress
-    ) -> None:
+    def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, progress: Progress) -> None:
         """Block by block: gathers one block's moments, refits, and carries the windows on."""
-        paths, batches = block_paths(work.dense.module), windows.ids.split(batch_size)
-        feed = feeder(work.dense, windows.feeding)
+        paths, batches = block_paths(work.dense.module), data.batches
+        feed = feeder(work.dense, data.windows.feeding)
         current = BlockStream(replace(work.dense, module=work.compressed), feed, paths, batches, check=False)
         original = None
         if self.target != "compressed_inputs":

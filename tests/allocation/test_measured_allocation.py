@@ -23,7 +23,9 @@ from bs_exp.records.record import read_record
 from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.none import NoSharing
+from bs_exp.types import CalibrationData
 from bs_exp.whitening.identity import IdentityWhitening
+from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE, RandomTokens
 
 Cli = Callable[..., Any]
@@ -56,14 +58,12 @@ SENSITIVITY = SensitivitySearch(ratios=(0.4, 0.7), unit="block", objective="perp
 def test_the_model_scores_what_the_search_says(sharing: Any) -> None:
     dense, cache = tiny_random(), Cache(None)
     recipe = replace(RECIPE, sharing=sharing, allocation=search())
-    made = compress(dense, recipe, cache, Progress(quiet=True))
-    windows = recipe.calibration.windows(dense.tokenizer)
-    judge = Comparison(
-        dense=dense, windows=windows, objective=PlanObjective(objective="kl", num_windows=8), batch_size=8
-    )
+    made = compress(dense, recipe, Workspace(cache, Progress(quiet=True)))
+    data = CalibrationData(recipe.calibration.windows(dense.tokenizer), batch_size=8)
+    judge = Comparison(dense=dense, data=data, objective=PlanObjective(objective="kl", num_windows=8))
     assert judge.measure(made.module) == pytest.approx(made.plan.search["best_value"], rel=1e-4)
     uniform = replace(recipe, allocation=UniformAllocation(fill=True))
-    assert judge.measure(compress(dense, uniform, cache, Progress(quiet=True)).module) == pytest.approx(
+    assert judge.measure(compress(dense, uniform, Workspace(cache, Progress(quiet=True))).module) == pytest.approx(
         made.plan.search["warm_starts"]["uniform"], rel=1e-4
     )
     assert made.plan.retain_ratio <= 0.6
@@ -72,9 +72,9 @@ def test_the_model_scores_what_the_search_says(sharing: Any) -> None:
 @pytest.mark.parametrize("allocation", [search(), SENSITIVITY], ids=["bayesopt", "sensitivity"])
 def test_a_repeated_search_measures_nothing_again(tmp_path: Path, allocation: Any) -> None:
     dense, recipe = tiny_random(), replace(RECIPE, allocation=allocation)
-    made = compress(dense, recipe, Cache(tmp_path), Progress(quiet=True))
+    made = compress(dense, recipe, Workspace(Cache(tmp_path), Progress(quiet=True)))
     again = Cache(tmp_path)
-    assert compress(dense, recipe, again, Progress(quiet=True)).plan == made.plan
+    assert compress(dense, recipe, Workspace(again, Progress(quiet=True))).plan == made.plan
     assert again.misses == {} and again.hits["score"] > 0
 
 
@@ -82,7 +82,7 @@ def test_plain_svd_is_searched_too() -> None:
     """No statistics are needed, but windows to measure on are."""
     recipe = replace(RECIPE, whitening=IdentityWhitening(), allocation=search())
     progress = Progress(quiet=True)
-    made = compress(tiny_random(), recipe, Cache(None), progress)
+    made = compress(tiny_random(), recipe, Workspace(Cache(None), progress))
     assert made.plan.search["plans"] == 4 and "calibrate" not in progress.timings
     assert made.calibration["sha256"] == "random-0-24"
 
@@ -90,7 +90,7 @@ def test_plain_svd_is_searched_too() -> None:
 def test_every_round_is_searched_on_its_own_decompositions() -> None:
     cache = Cache(None)
     recipe = replace(RECIPE, allocation=search(), schedule=EqualSteps(size=0.2))
-    made = compress(tiny_random(), recipe, cache, Progress(quiet=True))
+    made = compress(tiny_random(), recipe, Workspace(cache, Progress(quiet=True)))
     assert made.rounds == (0.8, 0.6)
     assert (cache.hits["score"], cache.misses["score"]) == (0, 2 * 4)
     assert made.plan.requested_ratio == 0.6 and made.plan.search["plans"] == 4
@@ -99,7 +99,9 @@ def test_every_round_is_searched_on_its_own_decompositions() -> None:
 def test_a_schedule_that_asks_for_predictions_starts_no_search() -> None:
     cache = Cache(None)
     steps = AdaptiveSteps(max_loss=50.0, min_size=0.05, max_size=0.3)
-    made = compress(tiny_random(), replace(RECIPE, allocation=search(), schedule=steps), cache, Progress(quiet=True))
+    made = compress(
+        tiny_random(), replace(RECIPE, allocation=search(), schedule=steps), Workspace(cache, Progress(quiet=True))
+    )
     assert made.rounds[-1] == 0.6 and len(made.rounds) > 1
     assert cache.misses["score"] + cache.hits["score"] == 4 * len(made.rounds)
 
@@ -132,7 +134,7 @@ def test_a_study_of_other_scores_is_refused_before_any_work(
 ) -> None:
     mine = search(storage=str(tmp_path / "search.log"), study_name="mine", trials=1)
     recipe = replace(RECIPE, allocation=mine)
-    compress(tiny_random(), recipe, Cache(None), Progress(quiet=True))
+    compress(tiny_random(), recipe, Workspace(Cache(None), Progress(quiet=True)))
     prepare(tiny_random(), recipe, Progress(quiet=True))
     with pytest.raises(ConfigError, match=difference):
         prepare(tiny_random(), replace(recipe, **change), Progress(quiet=True))
@@ -140,7 +142,7 @@ def test_a_study_of_other_scores_is_refused_before_any_work(
 
 def test_a_study_of_another_model_is_refused_before_any_work(tmp_path: Path) -> None:
     recipe = replace(RECIPE, allocation=search(storage=str(tmp_path / "s.log"), study_name="mine", trials=1))
-    compress(tiny_random(), recipe, Cache(None), Progress(quiet=True))
+    compress(tiny_random(), recipe, Workspace(Cache(None), Progress(quiet=True)))
     with pytest.raises(ConfigError, match=r"What differs:\n  model: \w+ in the study, \w+ here\nSet another"):
         prepare(tiny_random(seed=1), recipe, Progress(quiet=True))
 

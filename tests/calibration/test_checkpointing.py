@@ -13,7 +13,7 @@ from bs_exp.calibration.gradients import gather_gradients
 from bs_exp.calibration.profile import gather_sensitivity
 from bs_exp.models.tiny import tiny_random
 from bs_exp.progress import Progress
-from bs_exp.types import Statistic, TokenWindows
+from bs_exp.types import CalibrationData, Statistic, TokenWindows
 
 WINDOWS = TokenWindows(
     ids=torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0)), provenance={"sha256": "x"}
@@ -32,9 +32,9 @@ def test_the_same_statistics_bit_for_bit(family: str, everything_is_large: pytes
     model = tiny_random(family)
 
     def statistics() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        found = gather_gradients(model, WINDOWS, BOTH, batch_size=2, progress=Progress(quiet=True))
+        found = gather_gradients(model, CalibrationData(WINDOWS, 2), BOTH, progress=Progress(quiet=True))
         flat = {f"{s}/{m}/{k}": t for s, by in found.items() for m, ts in by.items() for k, t in ts.items()}
-        return flat, gather_sensitivity(model, WINDOWS, batch_size=2, progress=Progress(quiet=True))
+        return flat, gather_sensitivity(model, CalibrationData(WINDOWS, 2), progress=Progress(quiet=True))
 
     recomputed, sensitivity = statistics()
     everything_is_large.undo()

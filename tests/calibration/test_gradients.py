@@ -14,14 +14,14 @@ from bs_exp.calibration.gradients import gather_gradients
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
 from bs_exp.progress import Progress
-from bs_exp.types import LoadedModel, Statistic, TokenWindows
+from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
 
 BOTH = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT})
 
 
 def gather(model: LoadedModel, ids: Tensor, statistics: Set[Statistic] = BOTH, batch_size: int = 2) -> Any:
     windows = TokenWindows(ids=ids, provenance={})
-    return gather_gradients(model, windows, statistics, batch_size=batch_size, progress=Progress(quiet=True))
+    return gather_gradients(model, CalibrationData(windows, batch_size), statistics, progress=Progress(quiet=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])

@@ -26,10 +26,11 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.none import NoSharing
-from bs_exp.types import LayerProfile, LoadedModel, RankPlan, Statistic, TokenWindows, WeightGroup
+from bs_exp.types import CalibrationData, LayerProfile, LoadedModel, RankPlan, Statistic, TokenWindows, WeightGroup
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
+from bs_exp.workspace import Workspace
 
 FAMILIES = ["llama", "gpt2", "opt", "phi3", "bloom", "falcon", "gpt_neox", "mixtral"]
 
@@ -81,7 +82,7 @@ def recipe(**dials: object) -> Recipe:
 
 
 def run(gather: Callable[..., Tensor], model: LoadedModel, batch_size: int = 2) -> Tensor:
-    return gather(model, tokens(), batch_size=batch_size, progress=Progress(quiet=True))
+    return gather(model, CalibrationData(tokens(), batch_size), progress=Progress(quiet=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,13 +155,17 @@ def test_the_profile_is_gathered_once_and_reaches_the_allocator_past_the_cache(
     whitening: object, tmp_path: Path
 ) -> None:
     dense = tiny_random()
-    compress(dense, recipe(whitening=whitening, allocation=UniformAllocation()), Cache(tmp_path), Progress(quiet=True))
+    compress(
+        dense,
+        recipe(whitening=whitening, allocation=UniformAllocation()),
+        Workspace(Cache(tmp_path), Progress(quiet=True)),
+    )
     first, progress = Cache(tmp_path), Progress(quiet=True)
-    made = compress(dense, recipe(whitening=whitening), first, progress)
+    made = compress(dense, recipe(whitening=whitening), Workspace(first, progress))
     assert first.misses == {"sensitivity": 1, "block_outputs": 1}  # the decompositions are those of the other run
     assert "profile" in progress.timings and "calibrate" not in progress.timings
     second = Cache(tmp_path)
-    again = compress(dense, recipe(whitening=whitening), second, Progress(quiet=True))
+    again = compress(dense, recipe(whitening=whitening), Workspace(second, Progress(quiet=True)))
     assert second.misses == {} and again.plan == made.plan
     assert made.plan.retain_ratio == pytest.approx(0.6, abs=0.005)
 
@@ -168,7 +173,7 @@ def test_the_profile_is_gathered_once_and_reaches_the_allocator_past_the_cache(
 def test_an_allocator_that_needs_nothing_gets_nothing() -> None:
     seen: list[LayerProfile | None] = []
     progress, cache = Progress(quiet=True), Cache(None)
-    compress(tiny_random(), recipe(allocation=Recording(wants=frozenset(), seen=seen)), cache, progress)
+    compress(tiny_random(), recipe(allocation=Recording(wants=frozenset(), seen=seen)), Workspace(cache, progress))
     assert seen == [None] * len(seen) and "profile" not in progress.timings and cache.misses["sensitivity"] == 0
 
 
@@ -176,28 +181,28 @@ def test_only_what_is_needed_is_gathered() -> None:
     seen: list[LayerProfile | None] = []
     wanted = Recording(wants=frozenset({Statistic.BLOCK_OUTPUTS}), seen=seen)
     cache = Cache(None)
-    compress(tiny_random(), recipe(allocation=wanted), cache, Progress(quiet=True))
+    compress(tiny_random(), recipe(allocation=wanted), Workspace(cache, Progress(quiet=True)))
     assert cache.misses["block_outputs"] == 1 and cache.misses["sensitivity"] == 0
     profile = seen[0]
     assert profile is not None and profile.sensitivity is None and len(profile.output_singular_values or {}) == 3
 
 
 def test_other_windows_and_weights_are_other_profiles(tmp_path: Path) -> None:
-    compress(tiny_random(), recipe(), Cache(tmp_path), Progress(quiet=True))
+    compress(tiny_random(), recipe(), Workspace(Cache(tmp_path), Progress(quiet=True)))
     for model, calibration in ((tiny_random(seed=1), FixedTokens()), (tiny_random(), FixedTokens(batch_size=5))):
         cache = Cache(tmp_path)
-        compress(model, recipe(calibration=calibration), cache, Progress(quiet=True))
+        compress(model, recipe(calibration=calibration), Workspace(cache, Progress(quiet=True)))
         assert cache.hits["sensitivity"] == 0 and cache.misses["sensitivity"] == 1
 
 
 def test_several_rounds_use_the_profile_of_the_dense_model() -> None:
     cache = Cache(None)
-    made = compress(tiny_random(), recipe(schedule=EqualSteps(size=0.2)), cache, Progress(quiet=True))
+    made = compress(tiny_random(), recipe(schedule=EqualSteps(size=0.2)), Workspace(cache, Progress(quiet=True)))
     assert made.rounds == (0.8, 0.6) and cache.misses["sensitivity"] == 1
 
 
 def test_an_impossible_budget_is_refused_before_calibration() -> None:
     progress = Progress(quiet=True)
     with pytest.raises(ValueError, match=r"retain_ratio 0\.03 is below"):
-        compress(tiny_random(), replace(recipe(), retain_ratio=0.03), Cache(None), progress)
+        compress(tiny_random(), replace(recipe(), retain_ratio=0.03), Workspace(Cache(None), progress))
     assert progress.timings.keys() <= {"group"}

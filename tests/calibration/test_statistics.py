@@ -12,7 +12,8 @@ from bs_exp.calibration import gradients, grams
 from bs_exp.calibration.statistics import CalibrationStats, calibrate
 from bs_exp.models.tiny import tiny_random
 from bs_exp.progress import Progress
-from bs_exp.types import Statistic, TokenWindows, WeightGroup
+from bs_exp.types import CalibrationData, Statistic, TokenWindows, WeightGroup
+from bs_exp.workspace import Workspace
 
 WINDOWS = TokenWindows(
     ids=torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0)), provenance={"sha256": "random"}
@@ -21,18 +22,15 @@ OF_MATRICES = frozenset(grams.ACCUMULATORS) | frozenset(gradients.ACCUMULATORS)
 CPU = torch.device("cpu")
 
 
-class Batches:
-    """The windows above, two at a time."""
-
-    batch_size = 2
-
-    def windows(self, tokenizer: object) -> TokenWindows:
-        return WINDOWS
+DATA = CalibrationData(WINDOWS, batch_size=2)
 
 
 def gathered(*needs: Statistic, cache: Cache | None = None) -> CalibrationStats:
     return calibrate(
-        tiny_random(), WINDOWS, Batches(), needs=set(needs), cache=cache or Cache(None), progress=Progress(quiet=True)
+        tiny_random(),
+        DATA,
+        needs=set(needs),
+        workspace=Workspace(cache or Cache(None), Progress(quiet=True)),
     )
 
 
@@ -83,7 +81,7 @@ def test_statistics_of_one_pass_come_from_one_pass(monkeypatch: pytest.MonkeyPat
 
     model = tiny_random()
     handle = model.module.get_input_embeddings().register_forward_hook(count)
-    calibrate(model, WINDOWS, Batches(), needs=OF_MATRICES, cache=Cache(None), progress=Progress(quiet=True))
+    calibrate(model, DATA, needs=OF_MATRICES, workspace=Workspace(Cache(None), Progress(quiet=True)))
     handle.remove()
     assert len(passes) == 2 * 3  # forward, and forward with backward, in three batches each
 

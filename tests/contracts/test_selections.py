@@ -17,6 +17,7 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import Selection
 from bs_exp.runs.recipe_selection import Selected, check_candidates, select
 from bs_exp.types import Feeding
+from bs_exp.workspace import Workspace
 from tests.support.options import option_of, options, strategy
 from tests.support.recipes import RECIPE
 
@@ -34,9 +35,9 @@ EVERY = pytest.mark.parametrize("row", ROWS, ids=[row[:40] for row in ROWS])
 def chosen(row: str) -> tuple[Selected, Cache]:
     """What the strategy makes of the recipe of the tests, and what was computed for it."""
     dense, selection, cache, progress = tiny_random(), strategy(row), Cache(None), Progress(quiet=True)
-    preparation = prepare(dense, RECIPE, progress)
+    preparation = prepare(dense, RECIPE, progress, reads_windows=True)
     check_candidates(dense, RECIPE, selection, preparation, progress)
-    return select(dense, RECIPE, selection, preparation, cache, progress), cache
+    return select(dense, RECIPE, selection, preparation, Workspace(cache, progress)), cache
 
 
 def test_every_option_has_a_row() -> None:
@@ -77,7 +78,7 @@ def test_the_recipe_that_is_used_is_a_candidates(row: str) -> None:
     assert all(getattr(found.recipe, part) == value for part, value in parts.items())
     untouched = {field.name for field in dataclasses.fields(RECIPE)} - parts.keys() - {"calibration"}
     assert all(getattr(found.recipe, part) == getattr(RECIPE, part) for part in untouched)
-    made = compress(tiny_random(), found.recipe, cache, Progress(quiet=True), found.preparation)
+    made = compress(tiny_random(), found.recipe, Workspace(cache, Progress(quiet=True)), found.preparation)
     assert made.plan.requested_ratio == RECIPE.retain_ratio
 
 

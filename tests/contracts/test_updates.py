@@ -20,6 +20,7 @@ from bs_exp.protocols import Layout
 from bs_exp.training.objectives import find_factors
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
+from bs_exp.workspace import Workspace
 from tests.support.options import option_of, options, strategy
 from tests.support.updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
@@ -121,13 +122,13 @@ def test_same_bits_twice_and_a_report_of_plain_data(row: str, layout: Layout) ->
 
 @EVERY
 def test_a_check_changes_nothing(row: str) -> None:
-    strategy(row).check(dense(), Tokens())
+    strategy(row).check(dense(), Tokens().data())
     assert same(values(dense().module), values(tiny_random().module))
 
 
 @EVERY
 def test_a_model_without_factors_stays_as_it_is(row: str) -> None:
-    found = compress(dense(), replace(recipe(strategy(row)), retain_ratio=1.0), statistics(), QUIET)
+    found = compress(dense(), replace(recipe(strategy(row)), retain_ratio=1.0), Workspace(statistics(), QUIET))
     assert same(values(found.module), values(dense().module))
     assert json.loads(json.dumps(found.update, allow_nan=False)) == found.update
 

@@ -33,6 +33,7 @@ from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from bs_exp.workspace import Workspace
 
 SVD_LLM = Recipe(
     calibration=CalibrationSet(
@@ -84,7 +85,7 @@ def perplexity(demo: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> C
 
     def measure(recipe: Recipe | None) -> float:
         if repr(recipe) not in known:
-            module = compress(demo, recipe, cache, Progress(quiet=True)).module if recipe else demo.module
+            module = compress(demo, recipe, Workspace(cache, Progress(quiet=True))).module if recipe else demo.module
             known[repr(recipe)] = float(judge.evaluate(replace(demo, module=module))["ppl/docs"])
         return known[repr(recipe)]
 
@@ -130,7 +131,7 @@ def test_basis_sharing_visibly_hurts(perplexity: Callable[[Recipe | None], float
 def test_the_pivoted_layout_loses_nothing(demo: LoadedModel, sharing: Sharing) -> None:
     """The same factors in both layouts: the same logits and right answers, and k^2 fewer numbers."""
     recipe = replace(SVD_LLM, sharing=sharing, whitening=IdentityWhitening())
-    made = compress(demo, recipe, Cache(None), Progress(quiet=True))
+    made = compress(demo, recipe, Workspace(Cache(None), Progress(quiet=True)))
     groups = [planned for planned in made.plan.groups if planned.rank is not None]
     pivoted = twin(demo.module)
     arranged = [PivotedLayout().arrange(_factors(made.module, demo, planned.group)) for planned in groups]

@@ -48,11 +48,21 @@ from bs_exp.pipeline import Recipe, compress, prepare
 from bs_exp.progress import Progress
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
-from bs_exp.types import Feeding, LoadedModel, SharedFactors, Statistic, Task, TokenWindows, WeightGroup
+from bs_exp.types import (
+    CalibrationData,
+    Feeding,
+    LoadedModel,
+    SharedFactors,
+    Statistic,
+    Task,
+    TokenWindows,
+    WeightGroup,
+)
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.fisher_rows import FisherRowsWhitening
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from bs_exp.workspace import Workspace
 
 ALL = (*ENCODERS, *ENCODER_DECODERS)
 QUIET = Progress(quiet=True)
@@ -219,7 +229,7 @@ def test_other_families_are_known_by_their_names(family: str, settings: dict[str
     auto = find_auto_class(config, own_code=False)
     assert auto is not None
     model = assemble(auto.loader.from_config(config), byte_tokenizer(), None, source="", name="", task=auto.task)
-    found = gather_inputs(model, RandomTokens().windows(), {Statistic.GRAM}, batch_size=4, progress=QUIET)
+    found = gather_inputs(model, CalibrationData(RandomTokens().windows(), 4), {Statistic.GRAM}, progress=QUIET)
     assert found[Statistic.GRAM].keys() == {m.input_site for m in model.architecture.matrices}
     assert {"o", "down"} <= set(model.architecture.matrix_types)
 
@@ -305,7 +315,12 @@ def test_every_matrix_has_the_gram_of_its_own_input(family: str) -> None:
     model, calibration = tiny_random(family), RandomTokens(feeding=Feeding(source_share=0.75))
     windows = calibration.windows()
     inputs, _ = watched(model, windows.ids, windows.feeding)
-    stats = calibrate(model, windows, calibration, needs={Statistic.GRAM}, cache=Cache(None), progress=QUIET)
+    stats = calibrate(
+        model,
+        CalibrationData(windows, calibration.batch_size),
+        needs={Statistic.GRAM},
+        workspace=Workspace(Cache(None), QUIET),
+    )
     for matrix in model.architecture.matrices:
         group = WeightGroup(matrix.matrix, (matrix.layer,), matrix.d_in, matrix.d_out)
         found = stats.of(group, torch.device("cpu"))
@@ -332,7 +347,7 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
         found = torch.autograd.grad(loss, [module.weight for module in modules.values()])
         return {matrix: g.double() for matrix, g in zip(modules, found, strict=True)}
 
-    found = gather_gradients(model, windows, {Statistic.WEIGHT_GRADIENT}, batch_size=2, progress=QUIET)
+    found = gather_gradients(model, CalibrationData(windows, 2), {Statistic.WEIGHT_GRADIENT}, progress=QUIET)
     expected = {m: torch.zeros(m.d_in).double() for m in modules}
     for window in windows.ids:
         for matrix, gradient in gradients(window[None], "sum").items():
@@ -340,7 +355,7 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
     for matrix, rows in expected.items():
         torch.testing.assert_close(found[Statistic.WEIGHT_GRADIENT][matrix.module]["rows"], rows, rtol=1e-3, atol=1e-8)
 
-    sensitivity = gather_sensitivity(model, windows, batch_size=2, progress=QUIET)
+    sensitivity = gather_sensitivity(model, CalibrationData(windows, 2), progress=QUIET)
     by_layer = torch.zeros(model.architecture.num_layers).double()
     for ids in windows.ids.split(2):
         for matrix, gradient in gradients(ids, "mean").items():
@@ -349,7 +364,9 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
 
 
 def test_block_outputs_cover_encoder_and_decoder() -> None:
-    values = gather_output_singular_values(tiny_random("t5"), RandomTokens().windows(), batch_size=4, progress=QUIET)
+    values = gather_output_singular_values(
+        tiny_random("t5"), CalibrationData(RandomTokens().windows(), 4), progress=QUIET
+    )
     assert values.shape == (6, 32)
     assert (values[:, 0] > 0).all()
 
@@ -362,7 +379,9 @@ def test_nats_are_counted_per_predicted_token() -> None:
     model, calibration = tiny_random("bert", layers=1), RandomTokens()
     windows = calibration.windows()
     needs = TwoSidedWhitening(ridge=0.0, damping=0.0, temper=1.0).needs
-    stats = calibrate(model, windows, calibration, needs=needs, cache=Cache(None), progress=QUIET)
+    stats = calibrate(
+        model, CalibrationData(windows, calibration.batch_size), needs=needs, workspace=Workspace(Cache(None), QUIET)
+    )
     matrix = model.architecture.by_position["up", 0]
     found = stats.of(WeightGroup("up", (0,), matrix.d_in, matrix.d_out), torch.device("cpu"))
     assert (found.tokens, found.predictions) == (12 * 24, 12 * 4)
@@ -381,7 +400,7 @@ def test_statistics_of_other_feedings_are_not_taken_from_the_cache() -> None:
     def gradient(feeding: Feeding) -> Tensor:
         calibration = RandomTokens(feeding=feeding)
         stats = calibrate(
-            model, calibration.windows(), calibration, needs={Statistic.OUTPUT_GRAM}, cache=cache, progress=QUIET
+            model, calibration.windows(), calibration, needs={Statistic.OUTPUT_GRAM}, workspace=Workspace(cache, QUIET)
         )
         grams = stats.of(WeightGroup("up", (0,), 32, 48), torch.device("cpu")).output_grams
         assert grams is not None
@@ -416,7 +435,7 @@ def test_full_rank_changes_nothing(family: str) -> None:
 def test_predicted_losses_are_measured_and_encoder_and_decoder_share_nothing(family: str) -> None:
     model = bare_encoder() if family == "bare" else tiny_random(family)
     recipe = replace(RECIPE, sharing=replace(RECIPE.sharing, group_size=1 if family == "bare" else 2))
-    compressed = compress(model, recipe, Cache(None), QUIET)
+    compressed = compress(model, recipe, Workspace(Cache(None), QUIET))
     inputs, _ = watched(model, RandomTokens().windows().ids)
     dense = to_dense(compressed.module)
     for planned in compressed.plan.groups:
@@ -463,7 +482,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family, layout in (*((family, PlainLayout()) for family in (*ALL, "bare")), ("t5", PivotedLayout())):
         model = bare_encoder() if family == "bare" else tiny_random(family)
         sharing = replace(RECIPE.sharing, group_size=1 if family == "bare" else 2)
-        module = compress(model, replace(RECIPE, sharing=sharing, layout=layout), Cache(None), QUIET).module
+        module = compress(model, replace(RECIPE, sharing=sharing, layout=layout), Workspace(Cache(None), QUIET)).module
         inputs = {k: v for k, v in feeder(model).inputs(torch.arange(24).view(2, 12)).items() if k != "use_cache"}
         for kind, made in (("compressed", module), ("dense", to_dense(module))):
             path = f"{family}-{layout.name}-{kind}"

@@ -149,7 +149,7 @@ def test_what_ends_a_run_is_recorded_and_goes_on(
     assert record.error is not None
     assert record.error["type"] == type(error).__name__
     assert record.error["stage"] == "calibrate"
-    assert "test_records.py" in record.error["traceback"]
+    assert "test_record.py" in record.error["traceback"]
 
 
 class BrokenTracker:

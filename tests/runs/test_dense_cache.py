@@ -211,9 +211,9 @@ def test_measurements_and_windows_are_known_by_their_settings() -> None:
     assert found is not None and (found.metrics, found.run_id) == ({"setting": 1.0}, "first")
     assert store.measurement(_Evaluator(2)) is None
     for seed, cut in ((0, 1), (0, 1), (1, 2)):
-        windows = store.calibration(_Calibration(seed, calls)).windows(model.tokenizer)
+        windows = store.windows(_Calibration(seed, calls), model.tokenizer)
         assert (windows.provenance["seed"], calls.count) == (seed, cut)
     store.forget()
     assert store.measurement(_Evaluator(1)) is None
-    store.calibration(_Calibration(0, calls)).windows(model.tokenizer)
+    store.windows(_Calibration(0, calls), model.tokenizer)
     assert calls.count == 3

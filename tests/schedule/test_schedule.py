@@ -24,6 +24,7 @@ from bs_exp.types import LossUnit
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE
 from tests.support.schedules import rounds
 
@@ -77,7 +78,7 @@ def test_a_block_that_was_added_as_zeros_gives_its_parameters_to_the_others(layo
         update=update,
         retain_ratio=0.6,
     )
-    made = compress(dense, recipe, Cache(None), Progress(quiet=True))
+    made = compress(dense, recipe, Workspace(Cache(None), Progress(quiet=True)))
     ranks = {layer: [g.rank for g in made.plan.groups if g.group.layers == (layer,)] for layer in range(3)}
     assert set(ranks[1]) == {1} and all(rank is None or rank > 1 for rank in ranks[0] + ranks[2])
     ids = torch.arange(20)[None]
@@ -95,12 +96,12 @@ def test_every_round_has_statistics_of_its_own_and_is_found_again(tmp_path: obje
         retain_ratio=0.8,
     )
     dense, cache = tiny_random(), Cache(None)
-    made = compress(dense, recipe, cache, Progress(quiet=True))
+    made = compress(dense, recipe, Workspace(cache, Progress(quiet=True)))
     assert made.rounds == (0.9, 0.8)
     assert all(group.loss_unit is LossUnit.NATS for group in made.plan.groups)
     once = cache.misses["decomposition"]
     assert once == 2 * len(made.plan.groups)
-    again = compress(dense, recipe, cache, Progress(quiet=True))
+    again = compress(dense, recipe, Workspace(cache, Progress(quiet=True)))
     assert again.plan == made.plan and cache.misses["decomposition"] == once
-    single = compress(dense, replace(recipe, schedule=SingleRound()), cache, Progress(quiet=True))
+    single = compress(dense, replace(recipe, schedule=SingleRound()), Workspace(cache, Progress(quiet=True)))
     assert single.plan != made.plan

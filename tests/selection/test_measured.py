@@ -19,14 +19,15 @@ from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress, prepare
 from bs_exp.progress import Progress
 from bs_exp.records.record import read_record
-from bs_exp.runs.recipe_selection import GivenWindows, check_candidates, select
+from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.selection.measured import MeasuredSelection
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
-from bs_exp.types import LoadedModel
+from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.identity import IdentityWhitening
+from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE, RandomTokens
 
 Cli = Callable[..., Any]
@@ -51,11 +52,20 @@ def measured(candidates: Mapping[str, Mapping[str, Any]] = GROUPINGS, **dials: A
     return MeasuredSelection(candidates=candidates, **{**settings, **dials})
 
 
+QUIET = Progress(quiet=True)
+
+
+def on_windows(dense: LoadedModel, recipe: Recipe, windows: TokenWindows, cache: Cache) -> CompressedModel:
+    """The model that a recipe makes from these windows."""
+    prepared = prepare(dense, recipe, QUIET, cut=lambda calibration, tokenizer: windows)
+    return compress(dense, recipe, Workspace(cache, QUIET), prepared)
+
+
 def chosen(dense: LoadedModel, selection: Any, recipe: Recipe = RECIPE, cache: Cache | None = None) -> Any:
     progress = Progress(quiet=True)
-    preparation = prepare(dense, recipe, progress)
+    preparation = prepare(dense, recipe, progress, reads_windows=True)
     check_candidates(dense, recipe, selection, preparation, progress)
-    return select(dense, recipe, selection, preparation, cache or Cache(None), progress)
+    return select(dense, recipe, selection, preparation, Workspace(cache or Cache(None), progress))
 
 
 def divergence(dense: LoadedModel, module: Any, ids: Tensor) -> float:
@@ -73,8 +83,8 @@ def test_the_candidate_that_stays_closest_wins(family: str, candidates: Mapping[
     contest = selection.contest(WINDOWS)
     oracle = {}
     for name, parts in candidates.items():
-        recipe = replace(RECIPE, **parts, calibration=GivenWindows(given=contest.training, batch_size=8))
-        made = compress(dense, recipe, Cache(None), Progress(quiet=True))
+        recipe = replace(RECIPE, **parts)
+        made = on_windows(dense, recipe, contest.training, Cache(None))
         oracle[name] = divergence(dense, made.module, contest.held_out.ids)
     found = chosen(dense, selection)
     assert {name: c["value"] for name, c in found.report["candidates"].items()} == pytest.approx(oracle, rel=1e-4)
@@ -93,8 +103,7 @@ def test_held_out_windows_enter_no_statistics() -> None:
     dense, cache = tiny_random(), Cache(None)
     chosen(dense, measured(recalibrate=False), cache=cache)
     grams = cache.misses["gram"]
-    alone = replace(RECIPE, calibration=GivenWindows(given=contest.training, batch_size=8))
-    compress(dense, alone, cache, Progress(quiet=True))
+    on_windows(dense, RECIPE, contest.training, cache)
     assert cache.misses["gram"] == grams
 
 
@@ -103,14 +112,14 @@ def test_the_winner_sees_all_windows_or_those_that_it_was_chosen_on(recalibrate:
     dense, cache = tiny_random(), Cache(None)
     found = chosen(dense, measured(recalibrate=recalibrate), cache=cache)
     misses = cache.misses["decomposition"]
-    made = compress(dense, found.recipe, cache, Progress(quiet=True), found.preparation)
+    made = compress(dense, found.recipe, Workspace(cache, Progress(quiet=True)), found.preparation)
     contest = measured().contest(WINDOWS)
     expected = WINDOWS if recalibrate else contest.training
     assert made.calibration["sha256"] == expected.provenance["sha256"]
     assert (cache.misses["decomposition"] > misses) == recalibrate
     direct = replace(found.recipe, calibration=RECIPE.calibration)
     if recalibrate:
-        assert made.plan == compress(dense, direct, Cache(None), Progress(quiet=True)).plan
+        assert made.plan == compress(dense, direct, Workspace(Cache(None), Progress(quiet=True))).plan
 
 
 def test_candidates_share_statistics_and_decompositions() -> None:

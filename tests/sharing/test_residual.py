@@ -39,6 +39,7 @@ from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
+from bs_exp.workspace import Workspace
 from tests.support.measures import architecture, problem
 
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
@@ -73,7 +74,7 @@ RECIPE = Recipe(
 
 
 def compressed(dense: LoadedModel, **changes: Any) -> Any:
-    return compress(dense, replace(RECIPE, **changes), Cache(None), Progress(quiet=True))
+    return compress(dense, replace(RECIPE, **changes), Workspace(Cache(None), Progress(quiet=True)))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from bs_exp.layout.plain import PlainLayout
 from bs_exp.pipeline import Recipe
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
-from bs_exp.types import TokenWindows
+from bs_exp.types import CalibrationData, TokenWindows
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
 
@@ -28,6 +28,9 @@ class RandomTokens:
     def windows(self, tokenizer: object) -> TokenWindows:
         ids = torch.randint(0, 256, (self.count, 32), generator=torch.Generator().manual_seed(self.seed))
         return TokenWindows(ids=ids, provenance={"sha256": f"random-{self.seed}-{self.count}"})
+
+    def data(self) -> CalibrationData:
+        return CalibrationData(self.windows(None), self.batch_size)
 
 
 RECIPE = Recipe(

@@ -20,9 +20,10 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
-from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
+from bs_exp.types import CalibrationData, CompressedModel, LoadedModel, TokenWindows
 from bs_exp.update.recover import Recovery
 from bs_exp.whitening.gram import GramWhitening
+from bs_exp.workspace import Workspace
 
 QUIET = Progress(quiet=True)
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
@@ -65,6 +66,9 @@ class Tokens:
         ids = torch.randint(0, 256, (self.count, 24), generator=torch.Generator().manual_seed(1))
         return TokenWindows(ids=ids, provenance={"sha256": f"tokens-{self.count}"})
 
+    def data(self) -> CalibrationData:
+        return CalibrationData(self.windows(None), self.batch_size)
+
 
 def recipe(update: Any, layout: Layout = LAYOUTS[0]) -> Recipe:
     return Recipe(
@@ -82,7 +86,7 @@ def recipe(update: Any, layout: Layout = LAYOUTS[0]) -> Recipe:
 
 def updated(dense: LoadedModel, update: Any, cache: Cache | None = None, **options: Any) -> CompressedModel:
     """The model at half its parameters, with the update."""
-    return compress(dense, recipe(update, **options), cache or Cache(None), QUIET)
+    return compress(dense, recipe(update, **options), Workspace(cache or Cache(None), QUIET))
 
 
 def values(module: PreTrainedModel) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
 from bs_exp.training.generation import KIND, Generation
 from bs_exp.types import LoadedModel
+from bs_exp.workspace import Workspace
 from tests.support.updates import QUIET, RECOVERY, Interrupting, Tokens, same, updated, values
 
 TEXT = Tokens().windows(None).ids
@@ -22,7 +23,7 @@ GENERATION = Generation(generated=12, prompt_length=4, generation_batch=5, seed=
 
 
 def written(dense: LoadedModel, settings: Generation = GENERATION, text: Tensor = TEXT) -> Tensor:
-    return settings.windows(dense, text, Cache(None), QUIET)
+    return settings.windows(dense, text, Workspace(Cache(None), QUIET))
 
 
 def test_windows_continue_the_text() -> None:
@@ -66,22 +67,22 @@ def test_same_in_same_out_whatever_the_model_would_generate_with() -> None:
 
 def test_what_was_written_is_found_again(tmp_path: Path) -> None:
     dense = tiny_random()
-    first = GENERATION.windows(dense, TEXT, Cache(tmp_path), QUIET)
+    first = GENERATION.windows(dense, TEXT, Workspace(Cache(tmp_path), QUIET))
     again = Cache(tmp_path)
-    assert torch.equal(GENERATION.windows(dense, TEXT, again, QUIET), first)
+    assert torch.equal(GENERATION.windows(dense, TEXT, Workspace(again, QUIET)), first)
     assert (again.hits[KIND], again.misses[KIND]) == (3, 0)  # batches of 5 of 12
     for other in (replace(GENERATION, seed=4), replace(GENERATION, prompt_length=5)):
-        other.windows(dense, TEXT, again, QUIET)
-    GENERATION.windows(dense, TEXT[:, :20], again, QUIET)
+        other.windows(dense, TEXT, Workspace(again, QUIET))
+    GENERATION.windows(dense, TEXT[:, :20], Workspace(again, QUIET))
     assert (again.hits[KIND], again.misses[KIND]) == (3, 9)
 
 
 def test_an_interrupted_writing_goes_on(tmp_path: Path) -> None:
     dense = tiny_random()
     with pytest.raises(KeyboardInterrupt):
-        GENERATION.windows(dense, TEXT, Cache(tmp_path), Interrupting(steps=2, label="generating"))
+        GENERATION.windows(dense, TEXT, Workspace(Cache(tmp_path), Interrupting(steps=2, label="generating")))
     cache = Cache(tmp_path)
-    assert torch.equal(GENERATION.windows(dense, TEXT, cache, QUIET), written(dense))
+    assert torch.equal(GENERATION.windows(dense, TEXT, Workspace(cache, QUIET)), written(dense))
     assert (cache.hits[KIND], cache.misses[KIND]) == (2, 1)
 
 
@@ -105,6 +106,6 @@ def test_settings_out_of_range_name_themselves(wrong: dict[str, Any]) -> None:
 def test_what_cannot_be_is_said_before_any_work() -> None:
     too_long = replace(RECOVERY, generated=4, prompt_length=24)
     with pytest.raises(ConfigError, match="prompt_length must be below the 24 tokens"):
-        too_long.check(tiny_random(), Tokens())
+        too_long.check(tiny_random(), Tokens().data())
     with pytest.raises(ConfigError, match=r"^generated must be 0 for a BertForMaskedLM.* got 4"):
-        replace(RECOVERY, generated=4).check(tiny_random("bert"), Tokens())
+        replace(RECOVERY, generated=4).check(tiny_random("bert"), Tokens().data())

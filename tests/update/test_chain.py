@@ -19,6 +19,8 @@ from tests.support.updates import same, updated, values
 class Times:
     """Multiplies and adds, so that the order matters."""
 
+    reads_windows = False
+
     def __init__(self, factor: float, extra: float) -> None:
         self.factor, self.extra, self.checked = factor, extra, 0
 

@@ -28,6 +28,7 @@ from bs_exp.training.objectives import find_factors
 from bs_exp.types import Task
 from bs_exp.update.lora import KIND, LoRA
 from bs_exp.update.none import NoUpdate
+from bs_exp.workspace import Workspace
 from tests.support.updates import LAYOUTS, QUIET, Interrupting, Tokens, recipe, same, updated, values
 
 LORA = LoRA(
@@ -178,13 +179,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(changes: dict[str, Any
     whole = updated(dense, update)
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
-            compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=steps))
+            compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=steps)))
     progress = Progress(quiet=True)
-    resumed = compress(dense, recipe(update), Cache(tmp_path), progress)
+    resumed = compress(dense, recipe(update), Workspace(Cache(tmp_path), progress))
     assert "lora: 5 of 8 steps came from the cache" in progress.notes
     assert same(values(whole.module), values(resumed.module))
     assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
-    again = compress(dense, recipe(replace(update, merge=False)), Cache(tmp_path), Interrupting(steps=0))
+    again = compress(dense, recipe(replace(update, merge=False)), Workspace(Cache(tmp_path), Interrupting(steps=0)))
     assert again.update["steps"] == 8 and len(list((tmp_path / KIND).iterdir())) == 1
 
 
@@ -198,7 +199,7 @@ def test_without_held_out_windows_the_last_adapters_are_taken() -> None:
 def test_training_that_does_harm_is_left_out(merge: bool) -> None:
     dense, progress = tiny_random(), Progress(quiet=True)
     harmful = replace(LORA, learning_rate=0.5, warmup=0.0, clip_norm=None, patience=2, merge=merge)
-    made = compress(dense, recipe(harmful), Cache(None), progress)
+    made = compress(dense, recipe(harmful), Workspace(Cache(None), progress))
     assert same(values(made.module), values(updated(dense, NoUpdate()).module))
     assert made.update["steps"] == 4 and any("stay as they were" in note for note in progress.notes)
 
@@ -221,7 +222,7 @@ def test_other_text_may_be_trained_on() -> None:
 def test_nothing_to_do(changes: dict[str, Any]) -> None:
     dense = tiny_random()
     ratio = 0.5 if changes else 1.0
-    made = compress(dense, replace(recipe(replace(LORA, **changes)), retain_ratio=ratio), Cache(None), QUIET)
+    made = compress(dense, replace(recipe(replace(LORA, **changes)), retain_ratio=ratio), Workspace(Cache(None), QUIET))
     assert made.update["steps"] == 0 and not has_adapters(made.module)
 
 

@@ -27,6 +27,7 @@ from bs_exp.training.trainer import Training
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.recover import KIND
+from bs_exp.workspace import Workspace
 from tests.support.updates import LAYOUTS, QUIET, RECOVERY, Interrupting, Tokens, recipe, same, updated, values
 
 
@@ -105,9 +106,9 @@ def test_blocks_first_then_predictions(tmp_path: Path) -> None:
     assert whole.update["tokens"] == 12 * 4 * 24
     assert whole.update["held_out_kl_after"] < 0.95 * whole.update["held_out_kl_before"]
     with pytest.raises(KeyboardInterrupt):
-        compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=2))
+        compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=2)))
     progress = Progress(quiet=True)
-    resumed = compress(dense, recipe(update), Cache(tmp_path), progress)
+    resumed = compress(dense, recipe(update), Workspace(Cache(tmp_path), progress))
     assert "recovering blocks: 2 of 4 steps came from the cache" in progress.notes
     assert same(values(whole.module), values(resumed.module))
 
@@ -140,14 +141,14 @@ def test_zero_steps_change_nothing() -> None:
 
 def test_a_dense_model_has_nothing_to_train() -> None:
     progress = Progress(quiet=True)
-    made = compress(tiny_random(), replace(recipe(RECOVERY), retain_ratio=1.0), Cache(None), progress)
+    made = compress(tiny_random(), replace(recipe(RECOVERY), retain_ratio=1.0), Workspace(Cache(None), progress))
     assert made.update["steps"] == 0 and "recovery: there are no factors to train" in progress.notes
 
 
 def test_training_that_does_harm_is_undone() -> None:
     dense, progress = tiny_random(), Progress(quiet=True)
     harmful = replace(RECOVERY, learning_rate=10.0, warmup=0.0, schedule="constant", clip_norm=None, patience=2)
-    made = compress(dense, recipe(harmful), Cache(None), progress)
+    made = compress(dense, recipe(harmful), Workspace(Cache(None), progress))
     assert same(values(made.module), values(recovered(dense, NoUpdate()).module))
     assert made.update["held_out_kl_after"] == made.update["held_out_kl_before"]
     assert made.update["steps"] == 4  # two evaluations without gain
@@ -163,15 +164,15 @@ def test_an_interrupted_recovery_goes_on_to_the_same_bits(optimizer: str, dtype:
     whole = recovered(dense, update)
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
-            compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=steps))
+            compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=steps)))
     progress = Progress(quiet=True)
-    resumed = compress(dense, recipe(update), Cache(tmp_path), progress)
+    resumed = compress(dense, recipe(update), Workspace(Cache(tmp_path), progress))
     assert "recovery: 5 of 8 steps came from the cache" in progress.notes
     assert same(values(whole.module), values(resumed.module))
     assert resumed.update["held_out_kl"] == whole.update["held_out_kl"]
     assert all(p.requires_grad and p.grad is None for p in dense.module.parameters())
     # Once finished, it is found: nothing is trained again, and only the result stays on disk.
-    again = compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=0))
+    again = compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=0)))
     assert same(values(whole.module), values(again.module))
     [file] = (tmp_path / KIND).iterdir()
     stored = sum(f.numel() * f.element_size() for f in find_factors(whole.module).values())
@@ -187,8 +188,8 @@ def test_fp16_steps_that_overflow_are_taken_again(tmp_path: Path) -> None:
     whole = recovered(dense, update)
     assert whole.update["held_out_kl_after"] < whole.update["held_out_kl_before"]
     with pytest.raises(KeyboardInterrupt):
-        compress(dense, recipe(update), Cache(tmp_path), Interrupting(steps=1))
-    resumed = compress(dense, recipe(update), Cache(tmp_path), QUIET)
+        compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=1)))
+    resumed = compress(dense, recipe(update), Workspace(Cache(tmp_path), QUIET))
     assert same(values(whole.module), values(resumed.module))
 
 
@@ -313,7 +314,7 @@ def test_every_training_window_is_seen_once_per_epoch_and_no_held_out_one() -> N
 
 def test_one_window_is_too_few() -> None:
     with pytest.raises(DataError, match="at least 2 calibration windows"):
-        compress(tiny_random(), replace(recipe(RECOVERY), calibration=Tokens(count=1)), Cache(None), QUIET)
+        compress(tiny_random(), replace(recipe(RECOVERY), calibration=Tokens(count=1)), Workspace(Cache(None), QUIET))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from bs_exp.sharing.residual import ResidualSharing
 from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightGroup, WeightMatrix
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
+from bs_exp.workspace import Workspace
 from tests.support.updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 OFFICIAL = Refit(
@@ -193,7 +194,7 @@ def test_corrections_of_single_layers_stay(layout: Layout) -> None:
     sharing = ResidualSharing(matrices=("q", "up"), group_size=2, residual_rank=2)
     update = replace(OFFICIAL, mode="sequential", gram="layer", target="dense_outputs", ridge=0.0)
     plain, made = (
-        compress(dense, replace(recipe(u, layout=layout), sharing=sharing), Cache(None), QUIET).module
+        compress(dense, replace(recipe(u, layout=layout), sharing=sharing), Workspace(Cache(None), QUIET)).module
         for u in (NoUpdate(), update)
     )
     m = dense.architecture.by_position["q", 0]
@@ -280,7 +281,7 @@ def test_sequential_is_one_shot_for_one_layer(target: str) -> None:
     dense = in_fp64(layers=1)
     one_shot = replace(OFFICIAL, gram="layer", target=target)
     first, second = (
-        compress(dense, replace(recipe(update), sharing=NoSharing()), Cache(None), QUIET)
+        compress(dense, replace(recipe(update), sharing=NoSharing()), Workspace(Cache(None), QUIET))
         for update in (one_shot, replace(one_shot, mode="sequential"))
     )
     for name, value in values(first.module).items():
@@ -330,7 +331,7 @@ def test_pivoted_and_plain_factors_are_refitted_alike(update: Refit) -> None:
     replace_matrices(pivoted, dense.architecture, map(pivoted_form, stored), layout="pivoted")
     calibration = Tokens()
     for module in (plain.module, pivoted):
-        update.apply(module, dense, plan, calibration, Cache(None), QUIET)
+        update.apply(module, dense, plan, calibration.data(), Workspace(Cache(None), QUIET))
     ids = calibration.windows(None).ids
     with torch.no_grad():
         torch.testing.assert_close(pivoted(ids).logits, plain.module(ids).logits, rtol=1e-7, atol=1e-8)
@@ -391,7 +392,7 @@ def test_grams_come_from_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("below", "applied"), [(0.4, False), (0.5, True), (None, True)])
 def test_the_rule_of_basis_sharing(below: float | None, applied: bool) -> None:
     dense, progress = tiny_random(), Progress(quiet=True)
-    made = compress(dense, recipe(replace(OFFICIAL, below=below)), Cache(None), progress)
+    made = compress(dense, recipe(replace(OFFICIAL, below=below)), Workspace(Cache(None), progress))
     assert made.update["applied"] == applied
     assert same(values(made.module), values(updated(dense, NoUpdate()).module)) != applied
     assert any("above update.below=0.4" in note for note in progress.notes) != applied
@@ -399,7 +400,7 @@ def test_the_rule_of_basis_sharing(below: float | None, applied: bool) -> None:
 
 def test_a_dense_model_has_nothing_to_refit() -> None:
     progress = Progress(quiet=True)
-    made = compress(tiny_random(), replace(recipe(OFFICIAL), retain_ratio=1.0), Cache(None), progress)
+    made = compress(tiny_random(), replace(recipe(OFFICIAL), retain_ratio=1.0), Workspace(Cache(None), progress))
     assert not made.update["applied"] and "refit: there are no factors to refit" in progress.notes
 
 
@@ -411,7 +412,7 @@ def test_other_tasks(family: str) -> None:
     assert made.update["loss_after"] < made.update["loss_before"]
     sequential = recipe(KINDS["sequential"])
     if family == "bert":
-        assert compress(dense, sequential, Cache(None), QUIET).update["applied"]
+        assert compress(dense, sequential, Workspace(Cache(None), QUIET)).update["applied"]
     else:
         with pytest.raises(ModelError, match=r"cannot be run one at a time: .*update\.mode=one_shot"):
             prepare(dense, sequential, QUIET)
