@@ -34,7 +34,8 @@ KNOW_HYDRA = {
 FLOORS = (
     {"errors", "types"},
     {"cache", "linalg", "progress", "validation"},
-    {"protocols", "records"},
+    {"records", "workspace"},
+    {"protocols"},
     {"models", "rank_budget", "search", "demo"},
     {"corpora", *(set(STRATEGIES) - {"update"})},
     {"calibration", "evaluation", "training"},

@@ -398,10 +398,8 @@ def test_statistics_of_other_feedings_are_not_taken_from_the_cache() -> None:
     model, cache = tiny_random("bert"), Cache(None)
 
     def gradient(feeding: Feeding) -> Tensor:
-        calibration = RandomTokens(feeding=feeding)
-        stats = calibrate(
-            model, calibration.windows(), calibration, needs={Statistic.OUTPUT_GRAM}, workspace=Workspace(cache, QUIET)
-        )
+        data = CalibrationData(RandomTokens(feeding=feeding).windows(), RandomTokens.batch_size)
+        stats = calibrate(model, data, needs={Statistic.OUTPUT_GRAM}, workspace=Workspace(cache, QUIET))
         grams = stats.of(WeightGroup("up", (0,), 32, 48), torch.device("cpu")).output_grams
         assert grams is not None
         return grams[0]
