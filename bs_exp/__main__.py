@@ -17,7 +17,9 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 from bs_exp.cli.commands import COMMANDS, run_command
-from bs_exp.cli.config import build, describe, explain, in_sweep, root_folder
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.config import build, describe, in_sweep
+from bs_exp.cli.explain import explain
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.progress import Progress
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress

@@ -13,7 +13,9 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bs_exp.allocation.uniform import UniformAllocation
-from bs_exp.cli.config import RootConfig, build, config_hash, explain, root_folder
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.config import RootConfig, build, config_hash
+from bs_exp.cli.explain import explain
 from bs_exp.errors import ConfigError
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing

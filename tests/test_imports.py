@@ -24,6 +24,7 @@ STRATEGIES = (
 )
 KNOW_HYDRA = {
     "bs_exp.cli.config",
+    "bs_exp.cli.explain",
     "bs_exp.cli.multirun",
     "bs_exp.cli.plugins.hydra_plugins._bs_exp_submitit",
     "bs_exp.cli.plugins.hydra_plugins.bs_exp_optuna",

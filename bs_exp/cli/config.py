@@ -7,33 +7,25 @@ What imports torch is imported when a run begins, so that a slip in a setting is
 
 from __future__ import annotations
 
-import difflib
-import errno
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    InstantiationException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.explain import INTERNAL_KEYS, list_options
+from bs_exp.errors import ConfigError
 from bs_exp.records.record import RunRecord
 from bs_exp.records.sweep import point_folder, shown_settings
 
@@ -41,22 +33,10 @@ if TYPE_CHECKING:
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 # What does not change a result, and so not the hash of its configuration either.
 _NOT_HASHED = frozenset({"name", "cache", "debug", "force", "save_model", "tracking"})
-# What the system says where no folder or file can be made.
-_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR})
-# In a node, but no dials.
-_INTERNAL_KEYS = frozenset({"hydra", "_target_"})
-# What Hydra says of a launcher or sweeper whose package is not there.
-_MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
 # A folder's name that says what was set is better than a hash, as long as it is short and plain.
 _PLAIN_NAME = re.compile(r"[\w.,=+-]{1,80}")
-
-
-def root_folder() -> Path:
-    """The folder that holds `conf/` and `sweeps/`: inside an installed package, at the top of a source checkout."""
-    return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent
 
 
 @dataclass
@@ -149,7 +129,7 @@ def _objective(value: Any) -> str | tuple[str, ...] | None:
 def _check_complete(cfg: DictConfig) -> None:
     known = RootConfig.__dataclass_fields__.keys()
     if unknown := [str(key) for key in cfg if key not in known]:  # added with `+`: nothing would read it
-        raise ConfigError(f"{unknown[0]} does not exist. {_options('Keys there', unknown[0], known)}")
+        raise ConfigError(f"{unknown[0]} does not exist. {list_options('Keys there', unknown[0], known)}")
     if missing := _missing(OmegaConf.to_container(cfg, resolve=False)):
         raise ConfigError(f"{', '.join(missing)} must be set, as in {missing[0]}=VALUE.")
 
@@ -161,7 +141,7 @@ def _parts(evaluation: DictConfig) -> list[str]:
         return names
     if unknown := [str(part) for part in evaluation.parts if part not in names]:
         raise ConfigError(
-            f"evaluation.parts: {unknown[0]} is no part of this evaluation. {_options('Parts', unknown[0], names)}"
+            f"evaluation.parts: {unknown[0]} is no part of this evaluation. {list_options('Parts', unknown[0], names)}"
         )
     return [name for name in names if name in evaluation.parts]
 
@@ -242,7 +222,7 @@ def in_sweep() -> bool:
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """Every setting as plain data, without Hydra's own."""
     # A copy: in the whole, resolving would ask Hydra for the folder, whose name depends on the result.
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _INTERNAL_KEYS])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in INTERNAL_KEYS])
     plain = OmegaConf.to_container(own, resolve=False)
     # A value that is missing cannot be resolved; `build` says so, and the record of the failure must exist.
     config = plain if _missing(plain) else OmegaConf.to_container(own, resolve=True, enum_to_str=True)
@@ -280,79 +260,3 @@ def config_hash(config: Mapping[Any, Any]) -> str:
 def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """The part of a configuration that can change a result."""
     return {key: value for key, value in config.items() if key not in _NOT_HASHED}
-
-
-def explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
-    """What went wrong in a user's words: the full key, the value, what is allowed, the closest match.
-
-    With the arguments of the command line, also the option that lacks a key, which a preset may have chosen.
-    """
-    return "\n".join([_explain(error, arguments), *getattr(error, "__notes__", [])])
-
-
-def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
-    cause = error.__cause__
-    match error:
-        case BsExpError():
-            return str(error)
-        case MissingConfigException(missing_cfg_file=str(file), options=[*options]):
-            group, _, option = file.rpartition("/")
-            # Of an option in a folder (experiment=best_without/steps) Hydra tells those of the group around it.
-            inside = sorted(path.stem for path in (root_folder() / "conf" / group).glob("[!_]*.yaml"))
-            known = options if set(inside) & set(options) else inside or options
-            return f"{group}={option} does not exist. {_options(f'Options of {group}', option, known)}"
-        case ConfigCompositionException() if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-            keys = [str(key) for key in cause.parent_node if key not in _INTERNAL_KEYS]
-            where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)
-            return f"{cause.full_key} does not exist{where}. {_options('Keys there', str(cause.key), keys)}"
-        case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
-            return _explain(cause)
-        case OmegaConfBaseException():
-            return f"{error.full_key}: {str(error).splitlines()[0]}."
-        case OverrideParseException():
-            return f"{error.override!r} is not understood; settings have the form key=value. {error.message}"
-        case InstantiationException() if cause is not None:
-            return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
-        case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
-            return (
-                f"{missing[1]} is not installed. Launchers come with an extra: pip install '.[cluster]'. "
-                "Without one, points run one after the other."
-            )
-        case HydraException():
-            return str(error)
-        case KeyboardInterrupt():
-            return "interrupted."
-        case SystemExit():
-            return f"told to stop ({error.code})."
-        case OSError() if error.errno in _UNWRITABLE and error.filename:
-            return (
-                f"cannot write {error.filename}: {error.strerror}. Runs and caches go into ./outputs: start in a "
-                "folder that can be written, or set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and "
-                "cache.dir=DIR."
-            )
-        case OSError() | MemoryError():
-            return f"{type(error).__name__}: {error}"
-        case _:
-            return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
-
-
-def _option_of(group: str, arguments: Sequence[str]) -> str:
-    """` in GROUP=OPTION`, as the command line or its preset chooses; empty if it chooses nothing that exists."""
-    conf = root_folder() / "conf"
-    choices = [a for a in arguments if a.startswith("sweeps=") or (conf / a.partition("=")[0]).is_dir()]
-    try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            cfg = compose("config", choices, return_hydra_config=True)
-    except HydraException:
-        return ""
-    option = cfg.hydra.runtime.choices.get(group)
-    return "" if option is None else f" in {group}={option}"
-
-
-def _options(title: str, wrong: str, options: Iterable[str]) -> str:
-    # What starts with an underscore is a part of options, and none itself.
-    names = sorted(name for name in options if not name.startswith("_"))
-    if not names:
-        return f"{title}: none."
-    close = difflib.get_close_matches(wrong, names, n=1)
-    return (f"Did you mean {close[0]}? " if close else "") + f"{title}: {', '.join(names)}."

@@ -17,7 +17,7 @@ from hydra.core.plugins import Plugins
 from hydra_plugins.hydra_joblib_launcher.config import JobLibLauncherConf
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 
-from bs_exp.cli.config import root_folder
+from bs_exp.cli.conf_root import root_folder
 from bs_exp.records.record import Status, read_record
 
 Tiny = tuple[str, ...]

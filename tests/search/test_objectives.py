@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from bs_exp.cli.config import build, root_folder
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.config import build
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import SIZES
 from bs_exp.records.record import read_record

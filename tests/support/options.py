@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-from bs_exp.cli.config import root_folder
+from bs_exp.cli.conf_root import root_folder
 
 _CONF = root_folder() / "conf"
 

@@ -13,7 +13,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from bs_exp.cli.config import build, root_folder
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.config import build
 from bs_exp.corpora.windows import cut_windows
 from bs_exp.demo.documentation import read_python_docs
 from bs_exp.records.record import Status, read_record

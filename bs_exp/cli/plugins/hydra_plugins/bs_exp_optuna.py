@@ -22,7 +22,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import explain, result_settings
+from bs_exp.cli.config import result_settings
+from bs_exp.cli.explain import explain
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives

@@ -1,0 +1,104 @@
+"""What went wrong, in a user's words: the full key, the value, what is allowed, the closest match."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import re
+from collections.abc import Iterable, Sequence
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.errors import BsExpError
+
+# What the system says where no folder or file can be made.
+_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR})
+# What Hydra says of a launcher or sweeper whose package is not there.
+_MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
+# In a node, but no dials.
+INTERNAL_KEYS = frozenset({"hydra", "_target_"})
+
+
+def explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
+    """What went wrong in a user's words: the full key, the value, what is allowed, the closest match.
+
+    With the arguments of the command line, also the option that lacks a key, which a preset may have chosen.
+    """
+    return "\n".join([_explain(error, arguments), *getattr(error, "__notes__", [])])
+
+
+def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
+    cause = error.__cause__
+    match error:
+        case BsExpError():
+            return str(error)
+        case MissingConfigException(missing_cfg_file=str(file), options=[*options]):
+            group, _, option = file.rpartition("/")
+            # Of an option in a folder (experiment=best_without/steps) Hydra tells those of the group around it.
+            inside = sorted(path.stem for path in (root_folder() / "conf" / group).glob("[!_]*.yaml"))
+            known = options if set(inside) & set(options) else inside or options
+            return f"{group}={option} does not exist. {list_options(f'Options of {group}', option, known)}"
+        case ConfigCompositionException() if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            keys = [str(key) for key in cause.parent_node if key not in INTERNAL_KEYS]
+            where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)
+            return f"{cause.full_key} does not exist{where}. {list_options('Keys there', str(cause.key), keys)}"
+        case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
+            return _explain(cause)
+        case OmegaConfBaseException():
+            return f"{error.full_key}: {str(error).splitlines()[0]}."
+        case OverrideParseException():
+            return f"{error.override!r} is not understood; settings have the form key=value. {error.message}"
+        case InstantiationException() if cause is not None:
+            return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
+        case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
+            return (
+                f"{missing[1]} is not installed. Launchers come with an extra: pip install '.[cluster]'. "
+                "Without one, points run one after the other."
+            )
+        case HydraException():
+            return str(error)
+        case KeyboardInterrupt():
+            return "interrupted."
+        case SystemExit():
+            return f"told to stop ({error.code})."
+        case OSError() if error.errno in _UNWRITABLE and error.filename:
+            return (
+                f"cannot write {error.filename}: {error.strerror}. Runs and caches go into ./outputs: start in a "
+                "folder that can be written, or set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and "
+                "cache.dir=DIR."
+            )
+        case OSError() | MemoryError():
+            return f"{type(error).__name__}: {error}"
+        case _:
+            return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
+
+
+def _option_of(group: str, arguments: Sequence[str]) -> str:
+    """` in GROUP=OPTION`, as the command line or its preset chooses; empty if it chooses nothing that exists."""
+    conf = root_folder() / "conf"
+    choices = [a for a in arguments if a.startswith("sweeps=") or (conf / a.partition("=")[0]).is_dir()]
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            cfg = compose("config", choices, return_hydra_config=True)
+    except HydraException:
+        return ""
+    option = cfg.hydra.runtime.choices.get(group)
+    return "" if option is None else f" in {group}={option}"
+
+
+def list_options(title: str, wrong: str, options: Iterable[str]) -> str:
+    # What starts with an underscore is a part of options, and none itself.
+    names = sorted(name for name in options if not name.startswith("_"))
+    if not names:
+        return f"{title}: none."
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return (f"Did you mean {close[0]}? " if close else "") + f"{title}: {', '.join(names)}."
