@@ -17,14 +17,21 @@ from bs_exp.errors import ConfigError, DataError
 
 _DECOMPRESS = {".xz": lzma.decompress, ".gz": gzip.decompress, ".bz2": bz2.decompress}
 _BROKEN_ARCHIVE = (lzma.LZMAError, zlib.error, EOFError, OSError, ValueError)
+_JSON_LINES = frozenset({".jsonl", ".ndjson"})
+_JSON = ".json"
+# Files without a suffix are text too.
+_PROSE = frozenset({"", ".txt", ".text", ".md", ".rst", ".tex", ".raw", ".tokens", ".log"})
+_CODE = frozenset({".c", ".cc", ".cpp", ".go", ".h", ".hpp", ".java", ".js", ".py", ".rs", ".sh", ".sql", ".ts"})
+_READ = "text (.txt, .md, .rst, .tex, .raw, .tokens, .log, source code, no suffix), .jsonl, .ndjson and .json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Local UTF-8 text: a single plain file exactly as it is, several joined by `joiner`.
+    """Local UTF-8 text: plain files as `open()` reads them, several joined by `joiner`.
 
-    `.jsonl` files hold one document per line, its text in `field`; documents are joined like files.
-    `.xz`, `.gz` and `.bz2` files are unpacked. Relative paths start at the working directory.
+    The suffix says what a file holds, in capitals too. `.jsonl` and `.ndjson` hold one document per line, its text in
+    `field`; `.json` likewise, or one array of documents. Documents are joined like files. `.xz`, `.gz` and `.bz2` are
+    unpacked. Relative paths start at the working directory, `~` is the home folder.
     """
 
     files: Sequence[str]
@@ -35,71 +42,116 @@ class TextFiles:
         files = (self.files,) if isinstance(self.files, str) else tuple(self.files or ())
         if not files:
             raise ConfigError("files is empty; name at least one text file, for example files=[notes.txt].")
+        if wrong := [name for name in files if not isinstance(name, str)]:
+            raise ConfigError(f"files must be names of text files, got {wrong[0]!r}.")
         object.__setattr__(self, "files", files)
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
-        """The text of all files in order; DataError if one is missing, empty or not text."""
-        text = self.joiner.join(self._read_file(Path(name)) for name in self.files)
+        """The text of all files in order; DataError if one is missing, empty, or of another format."""
+        text = self.joiner.join(self._read_file(Path(name).expanduser()) for name in self.files)
         return text, describe("text", text, files=list(self.files))
 
     def _read_file(self, path: Path) -> str:
+        kind = _kind(path)
         text = _decode(path, _read_bytes(path))
-        if ".jsonl" in path.suffixes:
-            text = self.joiner.join(self._documents(path, text))
+        if kind in _JSON_LINES or kind == _JSON:
+            text = self.joiner.join(self._documents(path, text, one_value=kind == _JSON))
         if not text.strip():
             raise DataError(f"{path} holds no text; remove it from files, or fill it.")
         return text
 
-    def _documents(self, path: Path, text: str) -> list[str]:
-        """The field of every line that is not blank."""
+    def _documents(self, path: Path, text: str, *, one_value: bool) -> list[str]:
+        """The field of every row: of every line that is not blank, or of the elements of one array."""
         # Not splitlines: a JSON string may hold U+2028, which is no end of line in JSON Lines.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [self._document(path, number, line) for number, line in lines]
+        # C4 calls its JSON Lines .json: an array begins with a bracket, and its first line alone is no object.
+        if one_value and lines and lines[0][1].lstrip().startswith("["):
+            rows = _parse(text, str(path))
+            return [self._document(f"{path}, element {n}", row) for n, row in enumerate(rows, start=1)]
+        places = ((f"{path}, line {number}", line) for number, line in lines)
+        return [self._document(place, _parse(line, place)) for place, line in places]
 
-    def _document(self, path: Path, number: int, line: str) -> str:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+    def _document(self, place: str, row: object) -> str:
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object with the key {self.field!r}, got {line[:80]}.")
+            raise DataError(f"{place}: expected an object with the key {self.field!r}, got {json.dumps(row)[:80]}.")
         document = row.get(self.field)
         if not isinstance(document, str):
             found = "nothing" if document is None else type(document).__name__
             raise DataError(
-                f"{path}, line {number}: the key {self.field!r} must hold text, found {found}; "
-                f"the line's keys are {', '.join(row) or 'none'}. Set `field` of the corpus to the one "
+                f"{place}: the key {self.field!r} must hold text, found {found}; "
+                f"its keys are {', '.join(row) or 'none'}. Set `field` of the corpus to the one "
                 "that holds the text (calibration.corpus.field=NAME)."
             )
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: the key {self.field!r} holds half of a surrogate pair "
+                f"({document[error.start]!a} at character {error.start}), which is no text. Write the whole character, "
+                "or take the row out."
+            ) from error
         return document
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what the file holds, without that of its packing, in small letters.
+
+    Raises DataError for formats that are not read: markup and tables would be calibrated on as if they were prose.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _DECOMPRESS:
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in _PROSE | _CODE | _JSON_LINES | {_JSON}:
+        raise DataError(
+            f"{path}: files that end in {kind} are not read. Read are {_READ}, each also as "
+            f"{', '.join(_DECOMPRESS)}. Convert it; if it is plain text, name it .txt; tables and data sets (.csv, "
+            ".parquet) are read by a corpus of `datasets`, with path=csv or path=parquet and data_files=[FILE] "
+            "(see conf/corpus/wikitext2.yaml)."
+        )
+    return kind
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not JSON ({error}).") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: JSON nested too deeply to be a document.") from error
 
 
 def _read_bytes(path: Path) -> bytes:
     """The file's unpacked content."""
     try:
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise DataError(f"{path} cannot be read ({what}); files must name text files.")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist (looked in {Path.cwd()}); files must name text files.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); files must name text files.") from error
-    decompress = _DECOMPRESS.get(path.suffix)
+    suffix = path.suffix.lower()
+    decompress = _DECOMPRESS.get(suffix)
     if decompress is None:
         return content
     try:
         return decompress(content)
     except _BROKEN_ARCHIVE as error:
-        raise DataError(f"{path} is no complete {path.suffix} file ({error}); make or copy it anew.") from error
+        raise DataError(f"{path} is no complete {suffix} file ({error}); make or copy it anew.") from error
 
 
 def _decode(path: Path, content: bytes) -> str:
-    """UTF-8 text, its line ends and any other character untouched."""
+    """UTF-8 text without a byte-order mark, its line ends as `open()` gives them: CRLF and CR become LF."""
     zero = content.find(b"\0")
     if zero >= 0:
         raise DataError(f"{path} is a binary file (a zero byte at offset {zero:,}); text must be UTF-8.")
     try:
-        return content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start:,}. "
             "Convert it to UTF-8, for example with iconv."
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
