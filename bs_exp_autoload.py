@@ -8,7 +8,7 @@ Transformers' quantizers. A module of its own, for the same reason: `bs_exp` mus
 which one.
 
 Nothing here may stop a Python that has nothing to do with `bs_exp`: where the package is gone, nothing happens, and
-where it cannot be imported, a warning says why.
+where it cannot be imported, whatever the error, a line on stderr says why.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ def _import_plugin_after(loader: Loader) -> None:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        execute(module)
-        _import_plugin()
+        try:
+            execute(module)
+            _import_plugin()
+        except BaseException:  # such as Ctrl-C: the import fails, and its next try must find the hook again
+            sys.meta_path.insert(0, PluginFinder())
+            raise
 
     # On the instance, which loads this module only: it stays the loader that others know how to ask for the source.
     loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -65,17 +69,12 @@ def _import_plugin_after(loader: Loader) -> None:
 def _import_plugin() -> None:
     try:
         __import__(PLUGIN)
-    except ModuleNotFoundError as error:
+    except Exception as error:  # whatever it is: the program that imports Transformers has nothing to do with it
         # An environment from which the package was removed by hand; a dependency that is missing is another matter.
-        if (error.name or "").partition(".")[0] != PACKAGE:
-            _warn(error)
-    except ImportError as error:
-        _warn(error)
-
-
-def _warn(error: ImportError) -> None:
-    import warnings  # only now: most starts of Python need it not
-
-    warnings.warn(
-        f"Models that bs_exp compressed cannot be loaded: {PLUGIN} cannot be imported ({error}).", stacklevel=2
-    )
+        gone = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == PACKAGE
+        if not gone:
+            # Not a warning: with `-W error` that would be raised.
+            sys.stderr.write(
+                "bs_exp: models that it compressed cannot be loaded here, since "
+                f"{PLUGIN} cannot be imported ({type(error).__name__}: {error}).\n"
+            )

@@ -87,14 +87,46 @@ def test_without_bs_exp_everything_else_works(site_folder: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
-def test_a_broken_bs_exp_stops_nothing_and_says_so(site_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("import absent_dependency", "ModuleNotFoundError: No module named 'absent_dependency'"),
+        ("def cut(", "SyntaxError: "),
+        ("len(5)", "TypeError: object of type 'int' has no len()"),
+        ("raise RuntimeError('no')", "RuntimeError: no"),
+    ],
+)
+@pytest.mark.parametrize("warnings", ["", "import warnings; warnings.simplefilter('error'); "], ids=["", "-W error"])
+def test_a_broken_bs_exp_stops_nothing_and_says_so(
+    site_folder: Path, tmp_path: Path, content: str, error: str, warnings: str
+) -> None:
     (tmp_path / "bs_exp").mkdir()
-    (tmp_path / "bs_exp" / "__init__.py").write_text("import absent_dependency\n")
-    done = start(site_folder, QUICK + "print(colorsys.rgb_to_hsv(0, 0, 0)[2])", package=tmp_path)
+    (tmp_path / "bs_exp" / "__init__.py").write_text(content + "\n")
+    done = start(site_folder, warnings + QUICK + "print(colorsys.rgb_to_hsv(0, 0, 0)[2])", package=tmp_path)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
-    assert (
-        "bs_exp.models.modeling_basis_sharing cannot be imported (No module named 'absent_dependency')" in done.stderr
-    )
+    assert f"bs_exp.models.modeling_basis_sharing cannot be imported ({error}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupted_import_is_tried_again(site_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of the plug-in's import ends that import; the next one finds the hook again."""
+    models = tmp_path / "bs_exp" / "models"
+    models.mkdir(parents=True)
+    (tmp_path / "bs_exp" / "__init__.py").write_text("")
+    (models / "__init__.py").write_text("import sys\nif not hasattr(sys, 'again'):\n    raise KeyboardInterrupt\n")
+    (models / "modeling_basis_sharing.py").write_text("print('registered')\n")
+    program = """
+import bs_exp_autoload as hook
+hook.TRIGGER = "colorsys"
+try:
+    import colorsys
+except KeyboardInterrupt:
+    print("interrupted")
+sys.again = True
+import colorsys
+"""
+    done = start(site_folder, program, package=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "interrupted\nregistered\n"), done.stderr
 
 
 def test_plain_from_pretrained_in_a_fresh_process(
