@@ -1,19 +1,22 @@
 """Reading a checkpoint through the real `from_pretrained`, with every way to fail turned into a message.
 
-A weight that the checkpoint lacks is an error, never a random layer.
+A weight that the checkpoint lacks is an error, never a random layer. So is a weight of another shape, and a weight of
+the blocks that the model has no place for.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -40,6 +43,18 @@ _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGH
 _READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError)
 
 
+_ATTENTION = re.compile(r"attn_implementation|attention implementation|flash.?att|flex.?att", re.IGNORECASE)
+
+
+class ReadCheckpoint(NamedTuple):
+    """What a checkpoint holds; `unused` names the weights that the model has no place for."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    unused: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A folder or a name on the hub, and how to read it; `hint` says what to do when that fails."""
@@ -50,6 +65,7 @@ class Checkpoint:
     revision: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    allow_unused: bool = False
 
     def pinned(self) -> Checkpoint:
         """The same checkpoint at the commit that its revision stands for now, so that all files belong together."""
@@ -57,13 +73,17 @@ class Checkpoint:
             file = cached_file(self.place, CONFIG_NAME, revision=self.revision)
         return replace(self, revision=extract_commit_hash(file, None) or self.revision)
 
-    def read(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
-        """The model, on the CPU, its tokenizer, and what it was trained to do."""
+    def read(self) -> ReadCheckpoint:
+        """The model, on the CPU, its tokenizer, what it was trained to do, and the weights that were not used.
+
+        Raises ModelError, which tells names and shapes, if the checkpoint does not fit the model.
+        """
         config = self._read_config()
         self._require_dense(config)
         auto = self._find_auto_class(config)
         tokenizer = self._read_tokenizer()
-        return self._read_model(config, auto), tokenizer, auto.task
+        module, unused = self._read_model(config, auto)
+        return ReadCheckpoint(module, tokenizer, auto.task, unused)
 
     def _read_config(self) -> PreTrainedConfig:
         with self._reading("configuration"):
@@ -82,7 +102,7 @@ class Checkpoint:
             raise ModelError(f"{self.place} has no tokenizer files (tokenizer.json, ...). {self.hint}")
         return tokenizer
 
-    def _read_model(self, config: PreTrainedConfig, auto: AutoClass) -> PreTrainedModel:
+    def _read_model(self, config: PreTrainedConfig, auto: AutoClass) -> tuple[PreTrainedModel, tuple[str, ...]]:
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         with self._reading("weights"):
             loaded: Any = auto.loader.from_pretrained(
@@ -92,17 +112,34 @@ class Checkpoint:
                 dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                # Told below, with names and shapes: Transformers' own report goes to its log.
+                ignore_mismatched_sizes=True,
                 **options,
             )
         module: PreTrainedModel
         module, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        model = type(module).__name__
+        if mismatched := sorted(info["mismatched_keys"]):
+            shapes = [f"{name} is {_shape(stored)}, needed is {_shape(needed)}" for name, stored, needed in mismatched]
             raise ModelError(
-                f"The checkpoint {self.place} lacks {len(missing)} weights of {type(module).__name__}: {shown}. "
+                f"{len(mismatched)} weights of the checkpoint {self.place} do not have the shapes of {model}: "
+                f"{_some(shapes)}. config.json and weights do not belong together: check its sizes (hidden_size, "
+                f"num_attention_heads, num_key_value_heads, ...). {self.hint}"
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"The checkpoint {self.place} lacks {len(missing)} weights of {model}: {_some(missing)}. "
                 f"They would be random. {self.hint}"
             )
-        return module
+        unused = tuple(sorted(info["unexpected_keys"]))
+        foreign = [name for name in unused if _belongs_to_blocks(name, module)]
+        if foreign and not self.allow_unused:
+            raise ModelError(
+                f"{model} has no place for {len(foreign)} weights of the checkpoint {self.place}: {_some(foreign)}. "
+                "Without them it computes something else: config.json describes another model (fewer layers, no "
+                "biases, ...). Correct it, or set model.allow_unused=true if these weights are meant to be left out."
+            )
+        return module, unused
 
     def _require_dense(self, config: PreTrainedConfig) -> None:
         quantization = getattr(config, "quantization_config", None)
@@ -131,8 +168,38 @@ class Checkpoint:
             yield
         except _READ_ERRORS as error:
             raise ModelError(
-                f"Cannot read the {what} of {self.place}: {type(error).__name__}: {error}\n{self.hint}"
+                f"Cannot read the {what} of {self.place}: {type(error).__name__}: {error}\n{self._remedy(error)}"
             ) from error
+
+    def _remedy(self, error: Exception) -> str:
+        """What to do about an error: another kind of attention where that is what fails, else the checkpoint's hint."""
+        if self.attn_implementation is not None and _ATTENTION.search(str(error)):
+            return (
+                f"model.attn_implementation is {self.attn_implementation!r}: install what it needs, or set it to "
+                "null, sdpa or eager."
+            )
+        return self.hint
+
+
+def _belongs_to_blocks(name: str, module: nn.Module) -> bool:
+    """Whether an unused weight would change what the model computes.
+
+    So does one of a layer that the model has (a bias), and one of a block beyond its last. Heads and poolers are not
+    used by every task.
+    """
+    parent = dict(module.named_modules()).get(name.rpartition(".")[0])
+    if parent is not None and any(True for _ in parent.parameters(recurse=False)):
+        return True
+    stacks = [path for path, part in module.named_modules() if isinstance(part, nn.ModuleList)]
+    return any(re.match(rf"{re.escape(path)}\.\d+\.", name) for path in stacks)
+
+
+def _shape(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def require_checkpoint(folder: Path, hint: str) -> None:

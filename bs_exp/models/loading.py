@@ -5,7 +5,7 @@ Every source ends in `assemble`: eval mode, discovered matrices, fingerprint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class LocalModel:
     device: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    allow_unused: bool = False
     roles: Roles | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class LocalModel:
             dtype=resolve_dtype(self.dtype),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            allow_unused=self.allow_unused,
             hint=_SAVE_ANEW,
         )
         return _load(checkpoint, self.device, self.roles, source="local", name=str(folder))
@@ -91,6 +93,7 @@ class HubModel:
     device: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    allow_unused: bool = False
     roles: Roles | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class HubModel:
             dtype=resolve_dtype(self.dtype),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            allow_unused=self.allow_unused,
             hint="Without a network use model=demo, model=local model.path=DIR, or a machine's filled cache "
             "(HF_HOME=CACHE HF_HUB_OFFLINE=1). Gated models need a token (HF_TOKEN).",
         ).pinned()
@@ -135,8 +139,14 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}.") from error
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, got {name!r}.") from error
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, got {name!r}.")
+    if device.type in ("mps", "xpu") and not getattr(torch, device.type).is_available():
+        raise ConfigError(
+            f"device is {name!r}, which torch {torch.__version__} does not have here. Use model.device=cpu or auto."
+        )
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(
             f"device is {name!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here. "
@@ -173,6 +183,12 @@ def assemble(
 
 
 def _load(checkpoint: Checkpoint, device: str, roles: Roles | None, *, source: str, name: str) -> LoadedModel:
-    module, tokenizer, task = checkpoint.read()
-    module.to(resolve_device(device))  # type: ignore[arg-type]
-    return assemble(module, tokenizer, roles, source=source, name=name, task=task, revision=checkpoint.revision)
+    found = checkpoint.read()
+    found.module.to(resolve_device(device))  # type: ignore[arg-type]
+    revision = checkpoint.revision
+    loaded = assemble(
+        found.module, found.tokenizer, roles, source=source, name=name, task=found.task, revision=revision
+    )
+    if not found.unused:
+        return loaded
+    return replace(loaded, provenance={**loaded.provenance, "unused_weights": list(found.unused)})

@@ -129,6 +129,9 @@ class Experiment:
                 dense = self.model.load()
                 self.dense.keep(self.model, dense, recorder.record.run_id)
         recorder.update(provenance={"model": {**dense.provenance, "loaded_by": self.dense.loaded_by}})
+        if unused := dense.provenance.get("unused_weights"):
+            shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
         return dense
 
     def _check_evaluators(self, dense: LoadedModel, recorder: Recorder) -> None:

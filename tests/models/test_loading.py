@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaModel
@@ -17,6 +18,7 @@ from bs_exp.models.loading import DemoModel, HubModel, LocalModel
 from bs_exp.models.tiny import FAMILIES, byte_tokenizer, tiny_random
 
 WEIGHTS = "model.safetensors"
+BIAS = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
 
 
 def _save(folder: Path, family: str = "llama") -> Path:
@@ -117,7 +119,19 @@ def _lose_a_shard(folder: Path) -> None:
         ),
         (
             lambda folder: _edit_weights(folder, lambda w: w.update({"model.norm.weight": torch.ones(31)})),
-            r"Cannot read the weights of .*RuntimeError",
+            r"1 weights of .* not have the shapes of LlamaForCausalLM: model\.norm\.weight is 31, needed is 32\.",
+        ),
+        (
+            lambda folder: _edit_config(folder, num_key_value_heads=1),
+            r"6 weights .*layers\.0\.self_attn\.k_proj\.weight is 16 x 32, needed is 8 x 32, .*num_key_value_heads",
+        ),
+        (
+            lambda folder: _edit_weights(folder, lambda w: w.update(BIAS)),
+            r"no place for 1 weights of .*: model\.layers\.0\.self_attn\.q_proj\.bias\. .*model\.allow_unused=true",
+        ),
+        (
+            lambda folder: _edit_config(folder, num_hidden_layers=1),
+            r"no place for 18 weights of .*model\.layers\.1\.input_layernorm\.weight, .* and 13 more\.",
         ),
         (
             lambda folder: _edit_weights(folder, lambda w: w["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan)),
@@ -207,10 +221,54 @@ def test_a_hub_name_that_is_a_folder_is_refused(monkeypatch: pytest.MonkeyPatch,
 def test_wrong_dials_are_refused_before_anything_is_read(source: Callable[..., object]) -> None:
     with pytest.raises(ConfigError, match="dtype must be one of float32, float16, bfloat16, auto, got 'half'"):
         source(dtype="half")
-    with pytest.raises(ConfigError, match="device must be"):
-        source(device="tpu9")
+    for device in ("tpu9", "meta", ""):
+        with pytest.raises(ConfigError, match=f"device must be .*, got '{device}'"):
+            source(device=device)
     with pytest.raises(BsExpError, match=r"model\.roles"):
         source(roles={"q_proj": "p"})
+
+
+def test_unused_weights_are_allowed_on_request_and_heads_are_told(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    _edit_weights(_save(tmp_path / "llama"), lambda w: w.update(BIAS))
+    loaded = LocalModel(path=str(tmp_path / "llama"), device="cpu", allow_unused=True).load()
+    assert loaded.fingerprint == tiny_random().fingerprint
+    assert loaded.provenance["unused_weights"] == list(BIAS)
+    (tmp_path / "bert").mkdir()
+    head = {"cls.seq_relationship.weight": torch.zeros(2, 32)}
+    _edit_weights(_save(tmp_path / "bert", "bert"), lambda w: w.update(head))
+    assert LocalModel(path=str(tmp_path / "bert"), device="cpu").load().provenance["unused_weights"] == list(head)
+
+
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path: Path) -> None:
+    """As Llama 1 and 2 come: `tokenizer.model`, and no `tokenizer.json`."""
+    tiny_random().module.save_pretrained(tmp_path)
+    lines = iter([f"the model reads text number {i} and learns which word may follow" for i in range(200)])
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=file, vocab_size=60, model_type="bpe", minloglevel=2
+        )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = LocalModel(path=str(tmp_path), device="cpu").load().tokenizer
+    ids = tokenizer("the model reads", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "the model reads"
+
+
+def test_attention_that_is_not_installed_blames_its_setting(tmp_path: Path) -> None:
+    source = LocalModel(path=str(_save(tmp_path)), device="cpu", attn_implementation="flash_attention_2")
+    with pytest.raises(
+        ModelError, match=r"model\.attn_implementation is 'flash_attention_2': install .* sdpa or eager"
+    ):
+        source.load()
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_accelerators_are_taken_where_torch_has_them(device: str) -> None:
+    if getattr(torch, device).is_available():
+        assert DemoModel(device=device).device == device
+    else:
+        with pytest.raises(ConfigError, match=f"device is '{device}', which torch .* does not have here"):
+            DemoModel(device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
