@@ -32,13 +32,15 @@ _NEED_LOGITS = ("perplexity", "kl")
 
 
 def check_measurable(model: LoadedModel, objective: PlanObjective, windows: TokenWindows) -> None:
-    """ConfigError if the model lacks the outputs that the objective compares, or there are too few windows."""
+    """ConfigError if the model lacks the outputs that the objective compares, or windows are too few or too short."""
     if objective.objective in _NEED_LOGITS:
         try:
             check_has_logits(model, f"objective={objective.objective}")
         except ConfigError as error:
             error.add_note("objective=cosine compares the hidden states of a model without a head.")
             raise
+    if model.task is not Task.ENCODER:
+        feeder(model, windows.feeding).examples(windows.ids[:1])
     wanted, available = objective.num_windows, len(windows.ids)
     if wanted is not None and wanted > available:
         raise ConfigError(

@@ -136,6 +136,7 @@ class CausalFeeder:
         return {"input_ids": ids, "use_cache": False}
 
     def examples(self, ids: Tensor) -> Examples:
+        _require_two_tokens(ids)
         return Examples(self.inputs(ids), functional.pad(ids[:, 1:], (0, 1), value=IGNORED))
 
     def predictions(self, length: int) -> int:
@@ -214,6 +215,7 @@ class ContinuationFeeder:
         return self.examples(ids).inputs
 
     def examples(self, ids: Tensor) -> Examples:
+        _require_two_tokens(ids)
         cut = self._cut(ids.shape[1])
         return _source_and_target(ids[:, :cut], ids[:, cut:], self._start)
 
@@ -251,6 +253,7 @@ class SpansFeeder:
         return self.examples(ids).inputs
 
     def examples(self, ids: Tensor) -> Examples:
+        _require_two_tokens(ids)
         pairs = [self._split(window) for window in ids.cpu()]
         source, target = (torch.stack(part).to(ids.device) for part in zip(*pairs, strict=True))
         return _source_and_target(source, target, self._start)
@@ -299,6 +302,15 @@ _FEEDERS: Mapping[Task, Callable[[LoadedModel, Feeding], Feeder]] = {
     Task.SEQ2SEQ_LM: lambda model, feeding: _TARGETS[feeding.target](model, feeding),
     Task.ENCODER: EncoderFeeder,
 }
+
+
+def _require_two_tokens(ids: Int[Tensor, "windows length"]) -> None:
+    """ConfigError for windows in which no token is predicted from another."""
+    if ids.shape[1] < 2:
+        raise ConfigError(
+            f"sequence_length is {ids.shape[1]}: in such windows no token is predicted from another, so there is no "
+            "loss and nothing to compare. Set it to 2 or more (calibration.sequence_length)."
+        )
 
 
 def _source_and_target(source: Tensor, target: Tensor, start: int) -> Examples:

@@ -177,3 +177,9 @@ def test_the_wrong_task_is_told_what_to_use() -> None:
         r"language model\. Use evaluation=encoder\.",
     ):
         check_task(tiny_random("bert"), "This", Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_windows_of_one_token_predict_nothing(family: str) -> None:
+    with pytest.raises(ConfigError, match=r"sequence_length is 1: .*Set it to 2 or more"):
+        feeder(tiny_random(family)).examples(torch.zeros(3, 1, dtype=torch.long))
