@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
+from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build, describe, in_sweep
@@ -39,6 +41,8 @@ if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:  # comes with
         Plugins.instance().register(getattr(import_module("hydra_plugins._bs_exp_submitit"), launcher))
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+# Of a scheduler, and of a terminal that is closed.
+_ORDERS_TO_STOP = (signal.SIGTERM, signal.SIGHUP)
 
 
 class ErrorPrinter:
@@ -120,11 +124,17 @@ def main() -> None:
     _errors.tracebacks = os.environ.get(_FULL_ERROR) == "1"
     # Hydra then hands errors on, instead of printing them in its own way.
     os.environ[_FULL_ERROR] = "1"
-    signal.signal(signal.SIGTERM, _stop)
+    for order in _ORDERS_TO_STOP:
+        signal.signal(order, _stop)
+    # A terminal that lacks a character of the table gets another in its place, and not an error after all the work.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         if sys.argv[1:2] and sys.argv[1] in COMMANDS:
             run_command(sys.argv[1:])
         else:
+            sys.argv[1:] = for_hydra(sys.argv[1:])
             run()
     except SystemExit:
         raise

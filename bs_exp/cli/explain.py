@@ -17,6 +17,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from bs_exp.cli.arguments import quoted
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.errors import BsExpError
 
@@ -38,6 +39,8 @@ def explain(error: BaseException, arguments: Sequence[str] | None = None) -> str
 
 def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> str:
     cause = error.__cause__
+    if _was_interrupted(error):
+        return "interrupted."
     match error:
         case BsExpError():
             return str(error)
@@ -56,7 +59,7 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
         case OmegaConfBaseException():
             return f"{error.full_key}: {str(error).splitlines()[0]}."
         case OverrideParseException():
-            return f"{error.override!r} is not understood; settings have the form key=value. {error.message}"
+            return _not_understood(str(error.override), str(error.message))
         case InstantiationException() if cause is not None:
             return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
         case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
@@ -66,8 +69,8 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             )
         case HydraException():
             return str(error)
-        case KeyboardInterrupt():
-            return "interrupted."
+        case ValueError() if empty := _group_without_option(arguments or ()):
+            return empty
         case SystemExit():
             return f"told to stop ({error.code})."
         case OSError() if error.errno in _UNWRITABLE and error.filename:
@@ -76,10 +79,47 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
                 "folder that can be written, or set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and "
                 "cache.dir=DIR."
             )
+        case OSError(errno=errno.ENOSPC):
+            place = f" while writing {error.filename}" if error.filename else ""
+            return (
+                f"the disk is full{place} ({error.strerror}). Runs and caches go into ./outputs: free some space, or "
+                "set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and cache.dir=DIR. The same command goes on."
+            )
         case OSError() | MemoryError():
             return f"{type(error).__name__}: {error}"
         case _:
             return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is at the bottom of an error: a library that it stops midway may raise something else."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def _not_understood(override: str, message: str) -> str:
+    if (line := quoted(override)) is not None:
+        return (
+            f"{override!r} is not understood: a value with blanks, letters beyond ASCII, quotes, or one of "
+            f"= ( ) [ ] {{ }} : , # ~ stands in quotes of its own, and these in the shell's: {line}"
+        )
+    return f"{override!r} is not understood; settings have the form key=value. {message.splitlines()[0]}"
+
+
+def _group_without_option(arguments: Sequence[str]) -> str | None:
+    """What to say of `GROUP=null`, which Hydra refuses without naming it; None if no group has been given it."""
+    for group, sign, option in (argument.partition("=") for argument in arguments):
+        folder = root_folder() / "conf" / group
+        if sign and option in ("null", "") and group and folder.is_dir():
+            known = list_options(f"Options of {group}", "none", [path.stem for path in folder.glob("[!_]*.yaml")])
+            return f"{group}={option}: a group needs one of its options. {known}"
+    return None
 
 
 def _option_of(group: str, arguments: Sequence[str]) -> str:

@@ -1,0 +1,51 @@
+"""The arguments of the command line, made into what Hydra takes; and how to quote one that it does not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+_FLAGS = ("-m", "--multirun")
+# Behind the sign of an assignment, a quote, or where an element of a list begins.
+_HOME = re.compile(r"(?<=[=\[,'\"])~(?=/|$)")
+
+
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Flags without a value first, wherever they stood (argparse wants settings in one run), and `~/` expanded.
+
+    A shell expands `~` in the beginning of a word alone, and Hydra's grammar has another use for it.
+    """
+    flags = [argument for argument in arguments if argument in _FLAGS]
+    others = [argument for argument in arguments if argument not in _FLAGS]
+    return flags + [_HOME.sub(str(Path.home()), argument) if "=" in argument else argument for argument in others]
+
+
+def quoted(override: str) -> str | None:
+    """A setting with its value in quotes, ready to be pasted into a shell; None if that does not help."""
+    key, sign, value = override.partition("=")
+    if not sign:
+        return None
+    is_list = value.startswith("[") and value.endswith("]")
+    inner = f"[{','.join(_quote(element) for element in value[1:-1].split(','))}]" if is_list else _quote(value)
+    candidate = f"{key}={inner}"
+    try:
+        OverridesParser.create().parse_override(candidate)
+    except OverrideParseException:
+        return None
+    # Easier to read than what shlex makes of two kinds of quotes, where the shell leaves everything inside alone.
+    return shlex.quote(candidate) if set(candidate) & set('"$`\\!') else f'"{candidate}"'
+
+
+def _quote(value: str) -> str:
+    value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    # Backslashes count only in front of a quote.
+    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", value)
+    escaped = re.sub(r"(\\+)$", lambda found: found[1] * 2, escaped)
+    return f"'{escaped}'"
