@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from bs_exp.cache import content_key
+from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
@@ -50,11 +51,9 @@ def check_measurable(model: LoadedModel, objective: PlanObjective, windows: Toke
 
 
 def spread_windows(windows: TokenWindows, count: int | None) -> Int[Tensor, "count length"]:
-    """So many of the windows, at even distances; None is all."""
+    """Token ids of `count` of the windows, evenly spaced; None, or more than there are, gives all, not copied."""
     ids = windows.ids
-    if count is None or count >= len(ids):
-        return ids
-    return ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+    return ids if count is None or count >= len(ids) else ids[evenly_spaced(len(ids), count)]
 
 
 @dataclass(frozen=True, eq=False)

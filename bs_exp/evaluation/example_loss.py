@@ -1,13 +1,12 @@
-"""Perplexity of what a model's own task predicts: the mean loss of its examples."""
+"""Perplexity of the tokens that a model's own task predicts: exp of the mean training loss of its examples."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from bs_exp.evaluation.texts import TextSettings, in_batches, read_windows
+from bs_exp.evaluation.perplexity import perplexity_of
+from bs_exp.evaluation.texts import TextSettings, read_windows, tracked
 from bs_exp.models.model_inputs import feeder
 from bs_exp.types import LoadedModel
 
@@ -24,21 +23,14 @@ def example_perplexity(model: LoadedModel, settings: TextSettings, prefix: str) 
         windows, text_hash = read_windows(settings, corpus, model)
         losses: list[Tensor] = []
         with torch.inference_mode():
-            for batch in in_batches(windows, settings.batch_size, f"{prefix} on {name}"):
+            for batch in tracked(windows.ids.split(settings.batch_size), f"{prefix} on {name}"):
                 examples = reader.examples(batch.to(model.device))
                 logits = model.module(**examples.inputs).logits
                 losses.append(examples.loss(logits, reduction="none").double().cpu())
         found = torch.cat(losses)
-        metrics[f"{prefix}/{name}"] = _exp(float(found.mean()))
+        metrics[f"{prefix}/{name}"] = perplexity_of(float(found.mean()))
         metrics[f"{prefix}_tokens/{name}"] = len(found)
         metrics[f"{prefix}_text_sha256/{name}"] = text_hash
         if nonfinite := int((~found.isfinite()).sum()):
             metrics[f"{prefix}_nonfinite/{name}"] = nonfinite
     return metrics
-
-
-def _exp(mean: float) -> float:
-    try:
-        return math.exp(mean) if math.isfinite(mean) else math.inf
-    except OverflowError:
-        return math.inf

@@ -9,14 +9,14 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import Tail, check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
+from bs_exp.evaluation.texts import tracked
 from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
 from bs_exp.types import LoadedModel, Task, TokenWindows
@@ -76,7 +76,7 @@ class Perplexity:
             text, origin = corpus.read()
             windows = self._windows(text, model)
             losses = list(self._window_losses(windows, model.module, label=f"perplexity on {name}"))
-            metrics[f"ppl/{name}"] = _perplexity(losses, self.average)
+            metrics[f"ppl/{name}"] = perplexity_of(_mean(losses, self.average))
             metrics[f"ppl_tokens/{name}"] = sum(len(window) for window in losses)
             metrics[f"ppl_text_sha256/{name}"] = str(origin["fingerprint"])
             if nonfinite := int((~torch.cat(losses).isfinite()).sum()):
@@ -103,12 +103,12 @@ class Perplexity:
         known = max(1, self.sequence_length - (self.stride or self.sequence_length))
         ids, tail = windows.ids, windows.tail
         if self.max_windows is not None and self.max_windows < len(ids):
-            ids, tail = ids[torch.linspace(0, len(ids) - 1, self.max_windows).round().long()], None
+            ids, tail = ids[evenly_spaced(len(ids), self.max_windows)], None
         batches = list(torch.split(ids, self.batch_size))
         if tail is not None:
             batches.append(tail[None])
         first = True
-        for batch in _tracked(batches, label):
+        for batch in tracked(batches, label):
             for losses in token_losses(module, batch):
                 # The first window has no predecessor that counted its beginning.
                 yield losses if first else losses[known - 1 :]
@@ -129,20 +129,17 @@ def token_losses(module: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> F
     return torch.cat(losses).view(len(ids), -1).double().cpu()
 
 
-def _perplexity(losses: list[Float[Tensor, " new"]], average: Average) -> float:
-    """exp of the mean over all tokens, or of the mean over windows of their means; `inf` where that is not finite."""
-    if average == "tokens":
-        mean = float(torch.cat(losses).mean())
-    else:
-        # A tail of one token predicts nothing, so it has no mean.
-        mean = float(torch.stack([window.mean() for window in losses if len(window)]).mean())
+def perplexity_of(mean_loss: float) -> float:
+    """`exp(mean_loss)`, with the loss in nats per token; `inf` if it is not finite or the exp overflows."""
     try:
-        return math.exp(mean) if math.isfinite(mean) else math.inf
+        return math.exp(mean_loss) if math.isfinite(mean_loss) else math.inf
     except OverflowError:
         return math.inf
 
 
-def _tracked(batches: list[Tensor], label: str) -> Iterator[Tensor]:
-    """The batches under a progress bar on stderr, drawn on terminals only."""
-    console = Console(stderr=True)
-    yield from track(batches, label, console=console, transient=True, disable=not console.is_terminal)
+def _mean(losses: list[Float[Tensor, " new"]], average: Average) -> float:
+    """The mean over all tokens, or the mean over windows of their means, in nats."""
+    if average == "tokens":
+        return float(torch.cat(losses).mean())
+    # A tail of one token predicts nothing, so it has no mean.
+    return float(torch.stack([window.mean() for window in losses if len(window)]).mean())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, in_batches, read_windows
+from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, read_windows, tracked
 from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
@@ -66,7 +66,7 @@ class Similarity:
         original = model.original or model
         cosines, difference, size, tokens = 0.0, 0.0, 0.0, 0
         with torch.inference_mode():
-            for batch in in_batches(windows, self.batch_size, label):
+            for batch in tracked(windows.ids.split(self.batch_size), label):
                 inputs = reader.inputs(batch.to(model.device))
                 expected = hidden_states(original.module, inputs).flatten(0, 1).double()
                 found = expected if original is model else hidden_states(model.module, inputs).flatten(0, 1).double()

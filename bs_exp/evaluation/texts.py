@@ -1,17 +1,17 @@
-"""Windows of text to judge a model on, for evaluators that feed it in the way of its task."""
+"""Token windows of evaluation texts, for evaluators that feed a model as its task requires (`Feeding`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import torch
 from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import check_fits, check_length, cut_windows
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_feeding
@@ -21,7 +21,7 @@ from bs_exp.validation import check_at_least
 
 
 class TextSettings(Protocol):
-    """Dials of an evaluator: windows one after the other, at most `max_windows` of them, spread evenly over a text."""
+    """Settings of an evaluator that reads windows: adjacent ones, of which at most `max_windows`, evenly spaced."""
 
     @property
     def corpora(self) -> Mapping[str, Corpus]: ...
@@ -53,21 +53,21 @@ def check_windows_fit(settings: TextSettings, model: LoadedModel) -> None:
 
 
 def read_windows(settings: TextSettings, corpus: Corpus, model: LoadedModel) -> tuple[TokenWindows, str]:
-    """The windows of a corpus, and the hash of its text."""
+    """The windows of a corpus that are evaluated, without a tail, and the SHA-256 of its whole text.
+
+    Raises DataError if the text cannot be read or is too short for one window.
+    """
     text, origin = corpus.read()
     windows = cut_windows(
         text, model.tokenizer, sequence_length=settings.sequence_length, special_tokens=settings.special_tokens
     )
     windows = replace(windows, feeding=settings.feeding)
     check_fits(windows, model)
-    if settings.max_windows is not None and settings.max_windows < len(windows.ids):
-        chosen = torch.linspace(0, len(windows.ids) - 1, settings.max_windows).round().long()
-        windows = replace(windows, ids=windows.ids[chosen])
+    windows = replace(windows, ids=windows.ids[evenly_spaced(len(windows.ids), settings.max_windows)])
     return windows, str(origin["fingerprint"])
 
 
-def in_batches(windows: TokenWindows, batch_size: int, label: str) -> Iterator[Int[Tensor, "batch length"]]:
-    """The windows' ids under a progress bar on stderr, drawn on terminals only."""
+def tracked(batches: Sequence[Int[Tensor, "batch length"]], label: str) -> Iterator[Int[Tensor, "batch length"]]:
+    """The batches one by one, under a progress bar on stderr that is drawn on terminals only."""
     console = Console(stderr=True)
-    batches = windows.ids.split(batch_size)
     yield from track(batches, label, console=console, transient=True, disable=not console.is_terminal)

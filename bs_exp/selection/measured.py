@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.protocols import Contest, PlanObjective
@@ -76,11 +75,10 @@ class MeasuredSelection:
                 f"A selection needs at least 2 calibration windows, one of them held out, got {count}. Raise "
                 "calibration.num_sequences, or set selection=none."
             )
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-        held = min(max(1, round(self.holdout * count)), count - 1)
+        training, held_out = hold_out(count, self.holdout, self.seed)
         return Contest(
-            training=part_of(windows, order[held:].sort().values, name="training"),
-            held_out=part_of(windows, order[:held].sort().values, name="held out"),
+            training=part_of(windows, training, name="training"),
+            held_out=part_of(windows, held_out, name="held out"),
             objective=PlanObjective(objective=self.objective, num_windows=None),
             single_round=self.rounds == "single",
             recalibrate=self.recalibrate,

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bs_exp.cache import Entry
+from bs_exp.corpora.sampling import hold_out
 from bs_exp.errors import DataError
 from bs_exp.training.trainer import Training
 from bs_exp.validation import check_at_least, check_choice, check_number, check_positive, check_share
@@ -69,9 +70,8 @@ class Course:
                 f"Training needs at least 2 calibration windows, one of them held out, got {len(ids)}. Raise "
                 "calibration.num_sequences, or set update=none."
             )
-        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed))
-        count = min(max(1, round(self.holdout * len(ids))), len(ids) - 1)
-        return ids[order[count:].sort().values], ids[order[:count].sort().values]
+        kept, held_out = hold_out(len(ids), self.holdout, self.seed)
+        return ids[kept], ids[held_out]
 
     def batches(self, windows: int) -> Int[Tensor, "steps batch"]:
         """Which windows each step sees: every one once per epoch, in an order drawn by the seed."""
