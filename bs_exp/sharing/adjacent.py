@@ -44,7 +44,7 @@ class AdjacentSharing:
             )
 
     def size_of(self, matrix: str) -> int:
-        """Layers per group of a matrix type."""
+        """Layers per group of a matrix type; 1 for a type that is not in `matrices`."""
         if matrix not in self.matrices:
             return 1
         return self.group_size.get(matrix, 1) if isinstance(self.group_size, Mapping) else self.group_size
@@ -62,7 +62,7 @@ class AdjacentSharing:
         check_matrices(self.matrices, architecture)
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and layer."""
+        """All groups, ordered by matrix type and layer; raises what `check` raises."""
         architecture = problem.architecture
         self.check(architecture)
         return tuple(

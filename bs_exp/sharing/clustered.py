@@ -1,4 +1,4 @@
-"""Layers whose matrices read from the same directions."""
+"""Groups of layers whose matrices have similar leading left singular subspaces."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ SPACES = ("weight", "whitened")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusteredSharing:
-    """Agglomerative clusters of layers, by the distance of the spaces that their matrices read from.
+    """Agglomerative clusters of layers, by the distance between their matrices' leading left singular subspaces.
 
     The distance of two layers is `||U_a U_a^T - U_b U_b^T||_F / sqrt(2 t)` with U the first t left singular vectors of
-    W (`space=weight`) or of `S W R` (`space=whitened`; S is that of all layers of the type together, so that all are
-    in the same coordinates). `subspace` is t, or its share of `min(d_in, d_out)`. For each of `matrices`, the number of
-    groups is `clusters`, or merging goes on up to `max_distance` (0 to 1), or as far as the sizes allow; `min_size`
-    and `max_size` are kept exactly. Layers of a group need not be neighbours, unless `adjacent_only`.
-    Ours; the papers know adjacent groups alone (Basis Sharing, 2410.03765, section 3.2).
+    W (`space=weight`) or of `S W R` (`space=whitened`; S is made from all layers of the type, so that their subspaces
+    have the same coordinates). `subspace` is t, or t as a share of `min(d_in, d_out)`.
+    For each type in `matrices`, merging stops at `clusters` groups, or where no two clusters are within `max_distance`
+    (0 to 1), or, with both None, where the sizes allow no more. Every group has `min_size` to `max_size` layers; they
+    need not be neighbours, unless `adjacent_only` is set.
+    Own method; the papers group adjacent layers only (Basis Sharing, 2410.03765, section 3.2).
     """
 
     matrices: tuple[str, ...]
@@ -69,7 +70,7 @@ class ClusteredSharing:
         return dense
 
     def check(self, architecture: Architecture) -> None:
-        """ConfigError if the layers cannot be put into such groups, or a matrix has too few directions."""
+        """ConfigError if the layers cannot form groups of such sizes, or `subspace` is the whole space of a matrix."""
         check_matrices(self.matrices, architecture)
         check_size("min_size", self.min_size, architecture)
         for matrix in self._types(architecture):
@@ -93,7 +94,7 @@ class ClusteredSharing:
                     )
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and first layer."""
+        """All groups, ordered by matrix type and first layer; raises what `check` raises."""
         architecture = problem.architecture
         self.check(architecture)
         assert problem.measures is not None

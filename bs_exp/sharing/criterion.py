@@ -1,4 +1,4 @@
-"""Neighbouring layers share where that loses no more than staying apart."""
+"""Neighbouring layers share a basis where their joint loss is not above the sum of their separate losses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ NORMS = ("frobenius", "whitened", "output")
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionSharing:
-    """From layer 0 on, a group takes in the next layer if the joint loss is at most the sum of the two losses apart.
+    """Greedy groups from layer 0: the next layer joins if the joint loss is at most the sum of both separate losses.
 
-    All at `retain_ratio` of their own parameters, hence at the same stored parameters; up to `max_size` layers. `norm`
-    says which loss: `frobenius`, the norm of the error in the weights; `whitened`, in the run's own metric; `output`,
-    the squared error of the outputs on the calibration inputs, `sum_i tr(dW_i^T H_i dW_i)` with each layer's own Gram,
-    for factors made in the run's metric. `squared` adds squares of the norms; a joint square in a metric that is made
-    of sums over the layers is then divided by their number. Losses in nats (whitening=two_sided) add up as they are.
+    The separate losses are those of the group so far and of the layer. Every loss is taken at `retain_ratio` of the
+    parameters in question, so both sides store equally many. A group has at most `max_size` layers.
+    `norm` selects the loss: `frobenius`, the norm of the error in the weights; `whitened`, the norm in the run's own
+    metric; `output`, the squared error of the outputs on the calibration inputs, `sum_i tr(dW_i^T H_i dW_i)` with H_i
+    the Gram of layer i alone, for factors made in the run's metric. With `squared`, squares of the norms are added; the
+    square of a group is then divided by the number of layers whose statistics its metric adds up. Losses in nats
+    (whitening=two_sided) are added as they are.
     Basis Sharing (2410.03765), Figure 4, compares the joint norm with the sum of two; whether squared is not stated.
     """
 
@@ -54,7 +56,7 @@ class CriterionSharing:
         check_matrices(self.matrices, architecture)
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and layer."""
+        """All groups, ordered by matrix type and layer; raises what `check` raises."""
         architecture = problem.architecture
         self.check(architecture)
         found: list[WeightGroup] = []
@@ -94,13 +96,16 @@ class CriterionSharing:
 
 
 def _sums(group: WeightGroup, measures: Measures) -> int:
-    """Over how many layers the group's metric sums: every layer is charged with the inputs of that many."""
+    """The number of layers whose statistics the group's metric adds up: squared losses are too large by this factor."""
     statistics = measures.statistics(group)
     return group.size if statistics.gram is not None or statistics.weight_gradient is not None else 1
 
 
 def _output_error(group: WeightGroup, rank: int | None, measures: Measures) -> float:
-    """`sum_i tr(dW_i^T H_i dW_i)`, H_i the Gram of layer i's own inputs, of the run's factors at a rank."""
+    """`sum_i tr(dW_i^T H_i dW_i)` for the run's factors of a rank, with H_i the Gram of layer i's own inputs.
+
+    A rank of None (dense) loses 0. Raises ConfigError if the Grams were not gathered.
+    """
     if rank is None or rank >= group.full_rank:
         return 0.0
     weight = measures.weight(group)

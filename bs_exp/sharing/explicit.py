@@ -1,4 +1,4 @@
-"""Groups as they are listed."""
+"""Groups that the user lists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ExplicitSharing:
         return dense
 
     def check(self, architecture: Architecture) -> None:
-        """ConfigError unless every list fits the model: types and layers that it has, of one shape in a group."""
+        """ConfigError unless the model has all listed types and layers, and the layers of a group have one shape."""
         if not self.layers:
             raise ConfigError(
                 "sharing.layers is empty: list layers by matrix type, such as {q: [[0, 1], [2, 5]]}, or use "
@@ -62,7 +62,7 @@ class ExplicitSharing:
                     )
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and first layer."""
+        """All groups, ordered by matrix type and first layer; raises what `check` raises."""
         architecture = problem.architecture
         self.check(architecture)
         found = []
@@ -77,7 +77,7 @@ class ExplicitSharing:
 
 
 def _lists(matrix: str, listed: object) -> tuple[tuple[int, ...], ...]:
-    """The lists of a matrix type, layers in order; ConfigError if they are no lists of layers, or name one twice."""
+    """The lists of a matrix type, each sorted; ConfigError if they are no lists of layers, or name a layer twice."""
     if not isinstance(listed, list | tuple) or not all(isinstance(group, list | tuple) and group for group in listed):
         raise _malformed({matrix: listed})
     layers = [layer for group in listed for layer in group]
@@ -95,7 +95,7 @@ def _malformed(value: object) -> ConfigError:
 
 
 def _ranges(layers: list[int]) -> str:
-    """Layers as text, runs shortened: `0-3, 6`."""
+    """Layers as text, with consecutive ones shortened: `0-3, 6`."""
     starts = [layer for layer in layers if layer - 1 not in layers]
     ends = [layer for layer in layers if layer + 1 not in layers]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""Blocks of attention heads share, instead of whole matrices."""
+"""Blocks of attention heads share a basis, instead of whole attention matrices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bs_exp.validation import check_at_least, check_names
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSharing:
-    """As AdjacentSharing, with q, k, v and o cut by head: blocks of the same heads share over consecutive layers.
+    """As AdjacentSharing, with q, k, v and o split by head: blocks of the same heads share over consecutive layers.
 
     `heads_per_block` counts query heads: a number, `kv` (all that read the same head of keys and values), or `all`
-    (whole matrices, so plain AdjacentSharing). Blocks of k and v hold the heads that a block of q reads, one at least;
-    o is cut along its inputs, q, k and v along their outputs. Types of `matrices` that are no attention matrices share
-    whole. Ours.
+    (whole matrices, so plain AdjacentSharing). Blocks of k and v hold the heads that a block of q reads, at least one;
+    o is split along its inputs, q, k and v along their outputs. Other types in `matrices` share as whole matrices.
+    Own method.
     """
 
     matrices: tuple[str, ...]
@@ -41,7 +41,7 @@ class HeadSharing:
             check_at_least(1, heads_per_block=self.heads_per_block)
 
     def view(self, dense: LoadedModel) -> LoadedModel:
-        """The model with its attention matrices in blocks; ConfigError if they cannot be cut."""
+        """A twin whose attention matrices are split into blocks of heads; ConfigError if they cannot be split."""
         check_matrices(self.matrices, dense.architecture)
         if self.heads_per_block == ALL:
             return dense
@@ -53,7 +53,7 @@ class HeadSharing:
         check_size("group_size", self.group_size, architecture)
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type, block and layer."""
+        """All groups, ordered by matrix type, block and layer; raises what `check` raises."""
         architecture = problem.architecture
         self.check(architecture)
         return tuple(

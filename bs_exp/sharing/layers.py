@@ -1,4 +1,4 @@
-"""Which layers may be put together: those of one stack and matrix type whose matrices have one shape."""
+"""Which layers may form a group: those of one stack (encoder or decoder), one matrix type and one shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup, WeightMatrix
 
 
 def check_matrices(matrices: Sequence[str], architecture: Architecture) -> None:
-    """ConfigError unless all are matrix types, and the model has one of them at least."""
+    """ConfigError unless all are matrix types, and the model has at least one of them."""
     if unknown := sorted(set(matrices) - set(MATRIX_TYPES)):
         raise ConfigError(
             f"sharing.matrices: {', '.join(unknown)} is no matrix type. Matrix types: {', '.join(MATRIX_TYPES)}; "
@@ -25,13 +25,13 @@ def check_matrices(matrices: Sequence[str], architecture: Architecture) -> None:
 
 
 def check_named(matrices: Sequence[str]) -> None:
-    """ConfigError for a list of matrix types that is empty."""
+    """ConfigError if the list of matrix types is empty."""
     if not matrices:
         raise ConfigError("matrices is empty: name matrix types such as [q, k, v], or use sharing=none.")
 
 
 def check_size(setting: str, size: int, architecture: Architecture) -> None:
-    """ConfigError if groups would be larger than the model is deep."""
+    """ConfigError if a group would have more layers than the model."""
     if size > architecture.num_layers:
         raise ConfigError(
             f"sharing.{setting} must be between 1 and {architecture.num_layers} (layers of this "
@@ -40,8 +40,10 @@ def check_size(setting: str, size: int, architecture: Architecture) -> None:
 
 
 def runs(architecture: Architecture, matrix: str) -> list[WeightGroup]:
-    """The layers of a matrix type, cut where the shape changes, and between an encoder and its decoder: only layers of
-    one run can be adjacent in a group."""
+    """The layers of a matrix type as runs of neighbours with one shape; a run never joins an encoder and its decoder.
+
+    Layers of different runs cannot be adjacent in a group.
+    """
     return [
         WeightGroup(matrix, tuple(m.layer for m in members), d_in, d_out)
         for (_, d_in, d_out), members in groupby(architecture.of_type(matrix), key=lambda m: (m.stack, m.d_in, m.d_out))
@@ -49,7 +51,7 @@ def runs(architecture: Architecture, matrix: str) -> list[WeightGroup]:
 
 
 def by_shape(architecture: Architecture, matrix: str) -> list[WeightGroup]:
-    """The layers of a matrix type, those of one shape together wherever they stand."""
+    """One group per shape of a matrix type, with all its layers, neighbours or not; encoder and decoder are apart."""
     found: Mapping[tuple[int, int, int], list[int]] = defaultdict(list)
     for m in architecture.of_type(matrix):
         found[_kind(m)].append(m.layer)
@@ -57,12 +59,12 @@ def by_shape(architecture: Architecture, matrix: str) -> list[WeightGroup]:
 
 
 def part(whole: WeightGroup, layers: Iterable[int]) -> WeightGroup:
-    """Some layers of a run or shape as a group."""
+    """The group of some of the layers of `whole`."""
     return WeightGroup(whole.matrix, tuple(layers), whole.d_in, whole.d_out)
 
 
 def cut(whole: WeightGroup, size: int) -> list[WeightGroup]:
-    """Groups of `size` consecutive layers from the first; a remainder makes a smaller group."""
+    """The layers of `whole` in groups of `size`, in order; a remainder makes a smaller last group."""
     return [part(whole, whole.layers[start : start + size]) for start in range(0, whole.size, size)]
 
 

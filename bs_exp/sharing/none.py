@@ -1,4 +1,4 @@
-"""Every matrix by itself."""
+"""No sharing: every matrix has a basis of its own."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class NoSharing:
         return dense
 
     def check(self, architecture: Architecture) -> None:
-        """Fits every model."""
+        """Raises nothing: every model fits."""
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
         return singles(problem.architecture)
 
 
 def singles(architecture: Architecture) -> tuple[WeightGroup, ...]:
-    """Every matrix in a group of its own, by matrix type and layer."""
+    """Every matrix in a group of its own, ordered by matrix type and layer."""
     return tuple(
         WeightGroup(m.matrix, (m.layer,), m.d_in, m.d_out)
         for matrix in architecture.matrix_types

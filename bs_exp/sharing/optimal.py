@@ -1,4 +1,4 @@
-"""The best contiguous groups, chosen together with the ranks."""
+"""The contiguous groups of least predicted loss, chosen together with the ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from bs_exp.validation import check_at_least, check_names
 
 @dataclass(frozen=True, kw_only=True)
 class OptimalSharing:
-    """Every matrix type cut into runs of at most `g_max` layers, so that the predicted loss is least under the budget.
+    """Groups of at most `g_max` consecutive layers that, at their best ranks, lose least within the parameter budget.
 
-    For a price per parameter, dynamic programming finds the cut with the least `loss + price * parameters`, every run
-    at its own best rank or dense; the price is bisected to the budget. Of the cuts that are met on the way, the one is
-    taken whose best ranks within the budget lose least. Types that are not in `matrices` are not cut into runs, but
-    compete for the budget. Only eigenvalues are computed for the candidates: `g_max` per matrix. Losses of different
-    types are added, so they must be in nats: whitening=two_sided, and allocation=water_filling to get these ranks.
+    For a price per parameter, dynamic programming finds the grouping with the least `loss + price * parameters`, every
+    group at its own best rank or dense; the price is found by bisection to the budget. Among the groupings of all tried
+    prices, the one whose best ranks within the budget lose least is taken. Types that are not in `matrices` keep groups
+    of one layer, but compete for the same budget. Only eigenvalues are computed for the candidates: `g_max` per matrix.
+    Losses of different types are added, so they must be in nats: use whitening=two_sided, and allocation=water_filling
+    to get these ranks.
     """
 
     matrices: tuple[str, ...]
@@ -46,24 +47,24 @@ class OptimalSharing:
         check_matrices(self.matrices, architecture)
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and layer."""
+        """All groups, ordered by matrix type and layer; ConfigError as in `check`, or if losses are not in nats."""
         self.check(problem.architecture)
         wholes = [run for matrix in problem.architecture.matrix_types for run in runs(problem.architecture, matrix)]
         candidates = self._candidates(wholes, problem)
         budget = parameter_budget(problem.architecture.parameters, problem.retain_ratio)
-        met = _cuts(wholes, candidates, budget)
+        groupings = _groupings(wholes, candidates, budget)
 
-        def loss(cut: tuple[WeightGroup, ...]) -> float:
-            choices = [candidates[group] for group in cut]
+        def loss(grouping: tuple[WeightGroup, ...]) -> float:
+            choices = [candidates[group] for group in grouping]
             chosen = at_price(choices, budget)
             if cost_of(choices, chosen) > budget:
                 return float("inf")
             return sum(float(c.losses[i]) for c, i in zip(choices, spend(choices, chosen, budget), strict=True))
 
-        return min(met, key=loss)
+        return min(groupings, key=loss)
 
     def _candidates(self, wholes: Sequence[WeightGroup], problem: SharingProblem) -> Mapping[WeightGroup, Choices]:
-        """What every run of at most `g_max` layers may choose."""
+        """The choices (ranks, parameters, losses) of every run of at most `g_max` layers."""
         assert problem.measures is not None
         possible = [
             part(whole, whole.layers[start:stop])
@@ -86,22 +87,23 @@ class OptimalSharing:
         return self.g_max if matrix in self.matrices else 1
 
 
-def _cuts(
+def _groupings(
     wholes: Sequence[WeightGroup], candidates: Mapping[WeightGroup, Choices], budget: int
 ) -> list[tuple[WeightGroup, ...]]:
-    """The different cuts that are best at the prices which bisection to the budget meets, the largest models first."""
+    """The distinct groupings that are optimal at the prices tried by bisection to the budget, largest models first."""
     seen: dict[float, tuple[tuple[WeightGroup, ...], int]] = {}
 
     def at(price: float) -> int:
-        cut = tuple(group for whole in wholes for group in best_cut(whole, candidates, price))
-        seen[price] = cut, sum(int(candidates[group].costs[candidates[group].best(price)]) for group in cut)
-        return seen[price][1]
+        grouping = tuple(group for whole in wholes for group in best_cut(whole, candidates, price))
+        cost = sum(int(candidates[group].costs[candidates[group].best(price)]) for group in grouping)
+        seen[price] = grouping, cost
+        return cost
 
     low, high = 0.0, 1.0
     if at(low) > budget:
         while at(high) > budget and high < 1e300:
             low, high = high, 2.0 * high
-        for _ in range(200):  # until no number lies between
+        for _ in range(200):  # until no float lies between the two
             middle = 0.5 * (low + high)
             if not low < middle < high:
                 break
@@ -112,7 +114,7 @@ def _cuts(
 def best_cut(whole: WeightGroup, candidates: Mapping[WeightGroup, Choices], price: float) -> list[WeightGroup]:
     """The contiguous groups of a run of layers, all of them candidates, with the least `loss + price * parameters`.
 
-    Dynamic programming over where the last group begins; of equals the smaller groups.
+    Dynamic programming over where the last group begins; a tie goes to the smaller last group.
     """
     best: list[tuple[float, int]] = [(0.0, 0)]
     for stop in range(1, whole.size + 1):

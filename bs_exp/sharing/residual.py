@@ -1,4 +1,4 @@
-"""A shared basis for what layers have in common, and a correction for each of them."""
+"""A shared basis, and a low-rank correction for each of its layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ResidualSharing:
 
     `D_i E_i` is the best approximation of rank r = `residual_rank`, in the metric, of what the shared factors leave of
     layer i. A group of n stores `k (d_in + n d_out) + n r (d_in + d_out)` parameters, all of it inside the same budget.
-    Groups of one layer need no correction; rank 0 is AdjacentSharing. Ours.
+    Groups of one layer need no correction; rank 0 is AdjacentSharing. Own method.
     """
 
     matrices: tuple[str, ...]
@@ -45,7 +45,7 @@ class ResidualSharing:
         check_matrices(self.matrices, architecture)
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups, by matrix type and layer; ConfigError if corrections leave no room for a shared component."""
+        """All groups, ordered by matrix type and layer; ConfigError if corrections leave no room for a component."""
         architecture = problem.architecture
         self.check(architecture)
         found = []
@@ -59,7 +59,7 @@ class ResidualSharing:
 
 
 def _check_room(group: WeightGroup, problem: SharingProblem) -> None:
-    """ConfigError unless the corrections and one shared component are within the group's share of the parameters."""
+    """ConfigError unless the corrections and one shared component fit into the group's share of the parameters."""
     budget = parameter_budget(group.parameters, problem.retain_ratio)
     bare = replace(group, correction=0)
     room = (budget - problem.layout.parameters(bare, 1)) // (group.size * (group.d_in + group.d_out))
