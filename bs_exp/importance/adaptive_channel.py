@@ -1,4 +1,4 @@
-"""The most important channels count more, by a factor that each group's own statistics set."""
+"""The most important channels are amplified, by a factor computed from each group's own statistics."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from bs_exp.validation import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveChannelImportance:
-    """The top share `p` of the channels is amplified by a factor between `a_min` and `a_max`, the group's own.
+    """The top share `p` of the channels is amplified by the group's own factor, between `a_min` and `a_max`.
 
-    `by` says which statistic places it there, from 0 (a_min) to 1 (a_max):
+    `by` names the statistic that places the factor between the two, from 0 (a_min) to 1 (a_max):
     - `spectrum`: `1 - H / ln d`, with H the entropy of the Gram's d eigenvalues: how few directions hold the energy;
     - `kurtosis`: `1 - 3 / kurtosis`, not below 0, of the activations of all channels: how heavy their tails are, with
       Gaussian ones at 0;
     - `sensitivity`: `s / (1 + s)`, with s the Fisher sensitivity relative to the layers of the matrix type: how much
       the loss depends on these weights, with a layer like the others at 1/2. Calibration makes a backward pass for it.
-    `a_max = None` is the form's own factor, as in `ChannelImportance`; so are `form` and predicted losses.
-    DipSVD (2506.20353), local importance, with one factor for all layers; adapting it is an extension of ours.
+    `a_max = None` is the default factor of the form; it, `form` and predicted losses are as in `ChannelImportance`.
+    DipSVD (2506.20353), local importance, has one factor for all layers; adapting it is an extension of ours.
     """
 
     p: float
@@ -46,7 +46,7 @@ class AdaptiveChannelImportance:
         return frozenset({Statistic.GRAM}) | _MEASURES[self.by][0]
 
     def factor(self, statistics: GroupStatistics) -> float:
-        """The group's factor."""
+        """The factor of a group, between `a_min` and `a_max`."""
         position = _MEASURES[self.by][1](statistics)
         return self.a_min + (factor_of(self.form, self.a_max) - self.a_min) * position
 

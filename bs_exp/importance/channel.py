@@ -1,4 +1,4 @@
-"""The most important channels count more, by one factor."""
+"""The most important channels are amplified, by the same factor in all groups."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class ChannelImportance:
     """The top share `p` of the input channels, by the norm of their column of the Gram G, is amplified by `a`.
 
     With D the diagonal matrix of a and 1, `form` says what replaces the Gram: `two_sided`, `D G D`, is the paper's;
-    `one_sided`, `(G D^2 G)^(1/2)`, is what the official code computes, and the default. A factor means something else
-    in each: on uncorrelated channels `one_sided` with a is `two_sided` with the root of a. So `a = None` is 30 (the
-    official code's) for `one_sided`, and the root of 30 for `two_sided`. Predicted losses are errors in the re-weighted
-    metric, not of the outputs.
+    `one_sided`, `(G D^2 G)^(1/2)`, is what the official code computes, and the default. The same factor acts
+    differently in the two: on uncorrelated channels `one_sided` with a equals `two_sided` with the root of a. So
+    `a = None` is 30 (the official code's) for `one_sided`, and the root of 30 for `two_sided`. Predicted losses are
+    errors in the re-weighted metric, not of the outputs.
     DipSVD (2506.20353), local importance; official code 920927/DipSVD, dipsvd.py.
     """
 

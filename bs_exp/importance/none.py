@@ -1,4 +1,4 @@
-"""All channels count as the calibration inputs make them count."""
+"""No re-weighting of channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bs_exp.types import GroupStatistics, Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class NoImportance:
-    """The Gram as it is."""
+    """Leaves the statistics of every group unchanged."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
 

@@ -1,4 +1,4 @@
-"""Important channels count more, by how much they stand out."""
+"""Channels are amplified gradually, by how important they are."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SoftChannelImportance:
     """Channels weighted from 1 to `a`, by their importance: `1 + (a - 1) sigmoid((log alpha - t) / temperature)`.
 
     `alpha_j` is the norm of column j of the Gram, and t its logarithm where the top share `p` begins. So temperature
-    is in units of log alpha: near 0 it is the hard choice of `ChannelImportance`, and where it exceeds the spread of
-    log alpha, all channels count alike. `a` and `form` as there; so are predicted losses.
+    is in units of log alpha: near 0 it gives the hard choice of `ChannelImportance`, and above the spread of log alpha
+    all channels weigh alike. `a`, `form` and predicted losses are as in `ChannelImportance`.
     A continuous form of DipSVD (2506.20353), local importance; an extension of ours.
     """
 
@@ -43,11 +43,14 @@ class SoftChannelImportance:
 
 
 def soft_top(norms: Float[Tensor, " d"], p: float, temperature: float) -> Float[Tensor, " d"]:
-    """How far each channel is in the top share p, from 0 to 1: one half between the last in and the first out."""
+    """Membership of each channel in the top share p, from 0 to 1.
+
+    It is 1/2 midway, in log norm, between the last channel inside and the first one outside.
+    """
     count = top_count(p, len(norms))
     if count == 0:
         return torch.zeros_like(norms)
-    # Channels that are always zero stay at the end without making the threshold infinite.
+    # Clamped: the logarithm of a channel that is always zero would make the threshold infinite.
     logs = norms.clamp_min(torch.finfo(norms.dtype).tiny).log()
     ordered = logs.sort(descending=True).values
     threshold = ordered[count - 1 : count + 1].mean()

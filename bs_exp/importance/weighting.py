@@ -1,4 +1,4 @@
-"""What the importance strategies have in common: which channels stand out, and how weights act on a Gram."""
+"""Shared by the importance strategies: norms of channels, their top share, and how weights act on a Gram."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FACTORS: Mapping[str, float] = {"one_sided": 30.0, "two_sided": math.sqrt(30.0)}
 
 
 def factor_of(form: str, factor: float | None) -> float:
-    """The factor, or the form's own if there is none."""
+    """The factor, or the default one of the form if it is None."""
     return FACTORS[form] if factor is None else float(factor)
 
 
 def check_weighting(*, form: str, p: float, **factors: float | None) -> None:
-    """ConfigError unless the form exists, p is a share, and factors amplify."""
+    """ConfigError unless the form exists, p is in [0, 1), and every factor is None or at least 1."""
     check_choice("form", form, tuple(FACTORS))
     check_share(p=p)
     check_number(1.0, **factors)
 
 
 def gram_of(statistics: GroupStatistics) -> Float[Tensor, "d d"]:
-    """The Gram, which calibration must have gathered."""
+    """The group's Gram; ValueError if calibration did not gather it."""
     if statistics.gram is None:
         raise ValueError("Importance needs a Gram; it says so in `needs`.")
     return statistics.gram
@@ -44,7 +44,7 @@ def column_norms(gram: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
 
 
 def top_count(p: float, channels: int) -> int:
-    """How many channels are the top share p: rounded down as in the official code, but one at least, unless p is 0."""
+    """Number of channels in the top share p: rounded down as in the official code, but at least 1 unless p is 0."""
     # 0.29 * 100 is 28.999... in binary floating point.
     return max(1, math.floor(round(p * channels, 9))) if p > 0.0 else 0
 
@@ -58,7 +58,7 @@ def top_weights(norms: Float[Tensor, " d"], p: float, factor: float) -> Float[Te
 
 
 def weighted(statistics: GroupStatistics, weights: Float[Tensor, " d"], form: str) -> GroupStatistics:
-    """The statistics with the Gram re-weighted by `D = diag(weights)`, as `two_sided` or `one_sided` says."""
+    """The statistics with the Gram re-weighted by `D = diag(weights)` in the given form, `two_sided` or `one_sided`."""
     if bool((weights == 1.0).all()):
         return statistics
     make = two_sided if form == "two_sided" else one_sided
@@ -71,10 +71,10 @@ def two_sided(gram: Float[Tensor, "d d"], weights: Float[Tensor, " d"]) -> Float
 
 
 def one_sided(gram: Float[Tensor, "d d"], weights: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
-    """`(G D^2 G)^(1/2)`: it is U Sigma U^T if `G D = U Sigma V^T` (the official code)."""
+    """`(G D^2 G)^(1/2)`, which is `U Sigma U^T` for the SVD `G D = U Sigma V^T` (the official code)."""
     scaled = gram * weights
     vectors = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors
-    # Norms are singular values; roots of the eigenvalues of the squared matrix would hold half the digits.
+    # The row norms are the singular values; square roots of the eigenvalues would keep only half of the digits.
     values = (vectors.mT @ scaled).norm(dim=1)
     root: Tensor = (vectors * values) @ vectors.mT
     return root

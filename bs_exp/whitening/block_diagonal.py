@@ -20,7 +20,7 @@ class BlockDiagonalWhitening:
 
     `S_i^T S_i` is the Gram of the i-th of `blocks` runs of neighbouring channels, whose sizes differ by one at most.
     One block is whitening by the Gram; as many blocks as channels, or more, make it diagonal. The predicted loss leaves
-    out what the errors of different blocks do to each other. `ridge` as in whitening by the Gram.
+    out the cross terms between errors of different blocks. `ridge` is that of `GramWhitening`.
     Between SVD-LLM (2403.07378), section 3.1, and ASVD (2312.05821), section 3.2.
     """
 
@@ -41,7 +41,7 @@ class BlockDiagonalWhitening:
 
 
 def block_diagonal(gram: Float[Tensor, "d d"], blocks: int) -> Float[Tensor, "d d"]:
-    """The Gram with zeros outside its diagonal blocks; so is its Cholesky factor."""
+    """The Gram with zeros outside its diagonal blocks; its Cholesky factor has the same zeros."""
     channels = torch.arange(gram.shape[0], device=gram.device)
     runs = channels.tensor_split(min(blocks, len(channels)))
     diagonal: Tensor = torch.block_diag(*(gram[run][:, run] for run in runs))

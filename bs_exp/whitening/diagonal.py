@@ -32,7 +32,7 @@ class DiagonalWhitening:
     def __post_init__(self) -> None:
         check_number(0.0, alpha=self.alpha)
         check_choice("size", self.size, SIZES)
-        # Without it, a channel that is always zero would make the scaling singular.
+        # Without epsilon, a channel that is always zero would make the scaling singular.
         check_number(1e-12, epsilon=self.epsilon)
 
     def metric(self, statistics: GroupStatistics) -> Metric:

@@ -16,7 +16,7 @@ from bs_exp.validation import check_share
 class FisherRowsWhitening:
     """Error in weights scaled by row, `||D (W - W_k)||_F` with `D_ii^2 = sum_j E[(dLoss/dW_ij)^2]`.
 
-    The expectation is over calibration sequences, the paper's data items; a group's rows are summed over its layers.
+    The expectation is over calibration sequences (the paper's data items); a group's D^2 is summed over its layers.
     `ridge` is added to `D^2`, in units of its mean: rows without gradient (a channel that is always zero) would make D
     singular. The predicted loss is that of the scaled weights, not of the outputs.
     FWSVD (2207.00112), section 3.

@@ -13,7 +13,7 @@ from bs_exp.linalg.decomposition import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 from bs_exp.validation import check_share, check_unit
 
-# Root of the curvature that stands for none, in nats: small beside any other, and yet nothing is divided by zero.
+# Square root of the curvature (nats) assumed for outputs that do not reach the loss: negligible, but invertible.
 _NEGLIGIBLE = 1e-6
 
 
@@ -24,8 +24,8 @@ class TwoSidedWhitening:
     `H` is the group's input Gram per token, averaged over its layers; `G_i = E[g g^T]` with g the gradient of the token
     loss at the output of layer i's matrix. So losses of different groups, types and depths have one unit and may
     be compared. `ridge` and `damping` are added to H's and G's diagonals, in units of their means; `temper` is the
-    exponent gamma of `G^gamma` (trace kept): below 1 the curvature is trusted less, for large steps. A layer whose
-    outputs have no influence on the loss is given a negligible G.
+    exponent gamma of `G^gamma`, scaled to the trace of G: below 1 it trusts the curvature less, meant for large steps.
+    A layer whose outputs have no influence on the loss is given a negligible G.
     Kronecker factors: Martens and Grosse (1503.05671), section 3; for SVD: GFWSVD (2505.17974), LEMS/KFAC-SVD.
     """
 
@@ -45,11 +45,11 @@ class TwoSidedWhitening:
         per_token = statistics.gram / (statistics.tokens * statistics.group.size)
         whitener, ridge = cholesky_whitener(per_token, ridge=self.ridge)
         right, dampings = {}, []
-        # Not every token that is read is predicted (masked tokens, a decoder's target).
+        # The loss may be over fewer tokens than are read (masked tokens, a decoder's target).
         predictions = statistics.predictions or statistics.tokens
         for layer, total in statistics.output_grams.items():
             if not bool(total.any()):
-                # No output of this matrix reaches the loss (what follows is all zero): any error is free.
+                # No output of this matrix reaches the loss (it is multiplied by zeros later): any error costs nothing.
                 right[layer] = _NEGLIGIBLE * torch.eye(len(total), dtype=torch.float64, device=total.device)
                 continue
             upper, damping = cholesky_whitener(
