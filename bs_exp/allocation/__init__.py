@@ -1,1 +1,1 @@
-"""Allocation: who gets the ranks. One file per strategy; `budget.py` counts parameters for all of them."""
+"""Allocation: the rank of every group under the budget. One file per strategy; `budget.py` is shared by all of them."""

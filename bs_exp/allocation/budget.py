@@ -1,4 +1,4 @@
-"""What ranks cost, and how wanted shares become ranks under an exact budget: the mathematics of all allocators."""
+"""Parameters of ranks, and how wanted shares become ranks under an exact budget: shared by the allocators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_retain_ratio(ratio: float) -> None:
 
 
 def least_parameters(group: WeightGroup, layout: Layout, lowest: float = 0.0) -> int:
-    """What a group costs at least: `lowest` of its parameters, its rank rounded down, and one component in any case."""
+    """The fewest parameters of a group: those of its largest rank within the share `lowest`, but one component."""
     rank = max(1, largest_rank(group, parameter_budget(group.parameters, lowest), layout))
     return group.parameters if rank >= group.full_rank else min(layout.parameters(group, rank), group.parameters)
 
@@ -49,7 +49,7 @@ Pool = Callable[[WeightGroup], str]
 def check_affordable(
     groups: Iterable[WeightGroup], ratio: float, layout: Layout, *, lowest: float = 0.0, pool: Pool = whole
 ) -> None:
-    """Raises ConfigError unless one component per group, and `lowest` of each, fits into the budget of every pool."""
+    """Raises ConfigError unless the `least_parameters` of the groups fit into the budget of every pool."""
     check_retain_ratio(ratio)
     for name, members in _pools(groups, pool).items():
         total = sum(group.parameters for group in members)
@@ -72,8 +72,9 @@ def spread(
 ) -> Float[Tensor, " n"]:
     """`clip(c * wanted, low, high)` with the largest c at which `sum(sizes * .)` is within the total.
 
-    What a clipped entry cannot take, or must have, is so spread over the others in proportion to what they want. An
-    entry that wants nothing gets what the others cannot hold. The total must lie between the sums of the bounds.
+    So what one entry cannot take, or must have, is spread over the others in proportion to what they want. An entry
+    that wants 0 gets only what the others cannot hold. The total must lie between the sums of `sizes` times the bounds.
+    The result is in fp64.
     """
     most = float(wanted.max())
     wanted = (wanted.double() / most).clamp_min(1e-12) if most > 0.0 else torch.ones_like(wanted, dtype=torch.float64)
@@ -84,7 +85,7 @@ def spread(
     below, above = 0.0, float((high / wanted).max())
     if float((sizes * at(above)).sum()) <= total:
         return at(above)
-    for _ in range(1100):  # until no number lies between
+    for _ in range(1100):  # until no float lies between the two
         middle = 0.5 * (below + above)
         if not below < middle < above:
             break
@@ -104,12 +105,13 @@ def share_out(
     highest: float = 1.0,
     pool: Pool = whole,
 ) -> list[int | None]:
-    """Ranks that keep (or remove) parameters in proportion to what each group wants, and spend the budget.
+    """Ranks (None is dense) that keep, or remove, parameters in proportion to `wanted`, and spend the budget.
 
     `wanted` are shares of the groups' own parameters, of which only the proportions within a pool count; every pool has
-    the same budget per parameter. Shares are clipped between `lowest` (one component at least) and `highest` (1 is
-    dense; beyond break-even a group is dense too), the excess is spread again over the others. Ranks are rounded down;
-    the remainder goes, over all pools, where a component comes closest to the share that was meant, until none fits.
+    the same budget per parameter. Shares are clipped between `lowest` (at least one component) and `highest` (1 is
+    dense; a group whose factors would cost as much is dense too), and the excess is spread over the others. Ranks are
+    rounded down; the remainder of all pools is then spent by `nearest_ranks`. Raises ConfigError if the bounds do not
+    fit the budget.
     """
     if problem.retain_ratio == 1.0:
         return [None] * len(problem.spectra)
@@ -133,9 +135,10 @@ def share_out(
 
 
 def nearest_ranks(problem: AllocationProblem, choices: Sequence[Choices], targets: Sequence[float]) -> list[int | None]:
-    """The largest ranks within each group's target of parameters, and then the remainder of the budget spent.
+    """The largest rank (None is dense) within each group's target, in parameters, with the rest of the budget spent.
 
-    The loss that is spent on is the squared distance to the target: the largest shortfall is filled first.
+    The rest goes, component by component, where it lowers the squared distance to the target most per parameter: the
+    largest shortfall is filled first. Raises ValueError if the targets exceed the budget.
     """
     budget = parameter_budget(sum(s.group.parameters for s in problem.spectra), problem.retain_ratio)
     # Targets are sums and products of floats; a rank that they meet up to rounding is met.
@@ -149,7 +152,7 @@ def nearest_ranks(problem: AllocationProblem, choices: Sequence[Choices], target
 
 
 def mean_over_layers(group: WeightGroup, by_layer: Mapping[int, float]) -> float:
-    """What a group gets where layers are given something: the mean of its layers'."""
+    """The mean of a number by layer over the layers of a group."""
     return sum(by_layer[layer] for layer in group.layers) / group.size
 
 

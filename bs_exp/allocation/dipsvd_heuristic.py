@@ -1,4 +1,4 @@
-"""Ranks by block: what its weights mean to the loss, and how many directions its outputs use."""
+"""Ranks by block, from the Fisher sensitivity of its weights and the effective rank of its outputs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class DipSvdHeuristic:
     are min-max scaled; `Q = S^beta R^(1-beta)` is mapped linearly to `ratio +- spread`, and that is rescaled to the
     budget within [0.3, 0.98]. That code takes R per batch of short sentences, and after the final norm in the last
     block; here it is taken over all calibration tokens, before the norm. Its beta was fitted to ratios found by search.
-    `effective_rank` says what reaches `threshold` of its sum: singular values (paper, code) or their squares (energy).
-    A group of several layers takes the mean of its blocks' shares. `min_ratio` and `max_ratio` bound the shares; null
-    is [0, 1] for the paper and [0.3, 0.98] for the code, and `max_ratio` gives way to a larger retain_ratio.
+    R is the smallest number of the outputs' singular values (paper, code), or of their squares (`effective_rank=
+    energy`), that add up to the share `threshold` of all. A group of several layers takes the mean of its blocks'
+    shares. `min_ratio` and `max_ratio` bound the shares; null is [0, 1] for the paper and [0.3, 0.98] for the code. A
+    retain_ratio above `max_ratio` replaces it.
     DipSVD (2506.20353), section on global importance.
     """
 
@@ -85,7 +86,10 @@ class DipSvdHeuristic:
         return make_plan(problem, share_out(problem, wanted, lowest=low, highest=high))
 
     def shares(self, profile: LayerProfile | None, layers: list[int], ratio: float) -> Float[Tensor, " layers"]:
-        """The share that each block is meant to keep, before it is clipped and fitted to the budget."""
+        """The share that each block should keep, in fp64, before shares are clipped and fitted to the budget.
+
+        Raises ValueError if the profile lacks the statistics, ConfigError if `sign=code` meets a sensitivity of 0.
+        """
         if profile is None or profile.sensitivity is None or profile.output_singular_values is None:
             raise ValueError("DipSvdHeuristic needs sensitivities and block outputs; it says so in `needs`.")
         sensitivity = profile.sensitivity[layers].double()
@@ -97,7 +101,7 @@ class DipSvdHeuristic:
         return code_shares(sensitivity, ranks, beta=self.beta, spread=self.spread, ratio=ratio)
 
     def rank_of(self, singular_values: Float[Tensor, " d"]) -> int:
-        """The smallest number of singular values that reach the threshold."""
+        """The smallest number of singular values, the largest first, that reach the threshold."""
         weights = singular_values.double()
         if self.effective_rank == "energy":
             weights = weights.square()
@@ -113,13 +117,13 @@ def paper_shares(sensitivity: Tensor, ranks: Tensor, *, beta: float, ratio: floa
 
 
 def code_shares(sensitivity: Tensor, ranks: Tensor, *, beta: float, spread: float, ratio: float) -> Tensor:
-    """The official code's: high where S is low within its quarter of the depth, and R is low; before clipping."""
+    """The official code's shares, before clipping: high where S is low in its quarter of the depth and R is low."""
     deviation = ranks.mean() - ranks
     flatness = deviation / deviation.square().mean().sqrt() if bool(deviation.any()) else deviation
     quality = _min_max(1.0 / _by_quarter(sensitivity)).pow(beta) * _min_max(flatness).pow(1.0 - beta)
     span = float(quality.max() - quality.min())
     position = (quality - quality.min()) / span if span else torch.full_like(quality, 0.5)
-    # A block that should keep less than nothing is one that should keep nothing.
+    # A share below 0 means: keep nothing.
     return (ratio + spread * (2.0 * position - 1.0)).clamp_min(0.0)
 
 
@@ -136,6 +140,6 @@ def _by_quarter(values: Tensor) -> Tensor:
 
 
 def _min_max(values: Tensor) -> Tensor:
-    """Scaled to [0, 1]; the smallest stays just above 0, as in the official code, so that a product keeps an order."""
+    """Scaled to [0, 1]. The smallest stays just above 0, as in the official code, so that no product is 0."""
     span = float(values.max() - values.min())
     return (values - values.min() + 1e-5) / span if span else torch.ones_like(values)

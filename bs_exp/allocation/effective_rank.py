@@ -1,4 +1,4 @@
-"""Ranks by the information density of the whitened weights."""
+"""Ranks by the effective rank of the whitened weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class EffectiveRank:
     """Within a matrix type `k_g = budget * sqrt(R_g / omega_g) / sum_j sqrt(R_j omega_j)`, `R` the effective rank.
 
     `R = exp(H)` with H the entropy of the shares `sigma^2 / sum(sigma^2)` of the whitened group, `omega = d_in + n
-    d_out` the price of a rank. It minimises `sum R_g / k_g` at a fixed number of parameters. Then a share `beta` of the
-    parameters of q and k moves to v, evenly over its layers (the paper moves ranks, which is the same where the three
-    have one shape; it likes 0.3 to 0.4, and 0 moves nothing). What exceeds a dense matrix goes back to the others
-    of its type, or of the three.
+    d_out` the parameters of one component. It minimises `sum R_g / k_g` at a fixed number of parameters. Then a share
+    `beta` of the parameters of q and k moves to v, evenly over its layers (the paper moves ranks, which is the same
+    where the three have one shape; it prefers 0.3 to 0.4; 0 moves nothing). Parameters beyond those of a dense matrix
+    go back to the other groups of its type, or of these three types.
     D-Rank (2509.25622), sections 3.2 to 3.4.
     """
 
@@ -64,7 +64,7 @@ class EffectiveRank:
         return make_plan(problem, share_out(problem, wanted, pool=self._pool))
 
     def _pool(self, group: WeightGroup) -> str:
-        """Groups among which parameters move."""
+        """Name of the pool to which a group belongs: parameters move within a pool only."""
         if self.beta and group.matrix in (*_GIVERS, _TAKER):
             return "types q, k and v"
         return by_type(group)
@@ -81,12 +81,12 @@ class EffectiveRank:
 
 
 def density(spectrum: Spectrum) -> float:
-    """The effective rank: 1 if one direction holds all, the full rank if all directions are equal."""
+    """The effective rank `exp(H)`: 1 if one direction holds all energy, the full rank if all hold the same."""
     energy = spectrum.singular_values.double().square()
     shares = energy / energy.sum()
     return float(torch.special.entr(shares).sum().exp())
 
 
 def price(group: WeightGroup) -> int:
-    """What one rank costs in plain factors."""
+    """Parameters of one component in the plain layout."""
     return group.d_in + group.columns

@@ -1,4 +1,4 @@
-"""The same loss for every group."""
+"""The smallest ranks whose predicted losses are below one threshold for all groups."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LossThreshold:
     """Every group gets the smallest rank whose predicted loss is at most `max_loss`.
 
     `max_loss: null` takes the smallest threshold that meets the budget, and spends what is left where a component saves
-    most. A given threshold decides alone what is kept, at most `retain_ratio`. Losses are in the metric's unit
-    (`||X dW||`, or nats per token); `relative` divides each by the loss of dropping the whole group, which makes
-    matrix types comparable where the unit does not.
-    The closed rank rule of truncated SVD: the tail of the spectrum below a bound.
+    most. A given threshold alone decides what is kept, and must not need more than `retain_ratio`. Losses are in the
+    metric's unit (`||X dW||`, or nats per token); `relative` divides each by the loss of dropping the whole group,
+    which makes matrix types comparable where the unit does not.
+    It is the closed rank rule of truncated SVD: the dropped tail of the spectrum stays below a bound.
     """
 
     max_loss: float | None
@@ -75,7 +75,7 @@ class LossThreshold:
 
 
 def affordable_loss(choices: Sequence[Choices], budget: int) -> float:
-    """The smallest threshold whose smallest ranks fit into the budget: one of the losses, since ranks are whole."""
+    """The smallest threshold that the budget can meet; it is one of the choices' losses, since ranks are whole."""
     losses = torch.cat([c.losses for c in choices]).unique()
     low, high = 0, len(losses) - 1  # at the largest loss every group has its cheapest choice
     while low < high:
@@ -88,5 +88,5 @@ def affordable_loss(choices: Sequence[Choices], budget: int) -> float:
 
 
 def _at(choices: Sequence[Choices], threshold: float) -> list[int]:
-    """The cheapest choice of every group within the threshold; dense is one, and loses nothing."""
+    """Index of every group's cheapest choice within the threshold; dense, which loses 0, always is within it."""
     return [int((c.losses <= threshold).int().argmax()) for c in choices]

@@ -1,4 +1,4 @@
-"""Ranks as the user wants them, within the budget."""
+"""Ranks from shares that the user sets by layer, depth and matrix type, scaled to the budget."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ManualAllocation:
 
     `by_layer` gives a number to each block. `by_depth` is a curve over the blocks, first to last: its points are evenly
     spaced, and linear in between, so that few numbers (a search's parameters) shape a model of any depth. `by_type`
-    gives a number to each matrix type; types that a model lacks are ignored. What is null, or not named, counts 1; only
-    proportions matter. A group of several layers takes the mean of theirs.
-    No group keeps less than `min_ratio` of its parameters, or more than `max_ratio`, which gives way to a larger
-    retain_ratio; what a bound cuts off goes to the others.
+    gives a number to each matrix type; types that a model lacks are ignored. A factor that is null, or not named, is 1;
+    only proportions matter. A group of several layers takes the mean of its layers' numbers.
+    No group keeps less than `min_ratio` of its parameters, or more than `max_ratio` (a larger retain_ratio replaces
+    it); what a bound cuts off goes to the others.
     """
 
     by_layer: tuple[float, ...] | None
@@ -56,10 +56,10 @@ class ManualAllocation:
         self._wanted(groups)
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """Ranks that spend the budget up to less than one component, as far as max_ratio lets them.
+        """Ranks that spend the budget up to less than one component, as far as max_ratio allows.
 
-        Raises ConfigError if one component per group, or min_ratio, exceeds the budget, by_layer is not of the model's
-        length, or the numbers multiply to 0 for every group.
+        Raises ConfigError if one component per group, or min_ratio, exceeds the budget, if by_layer has not one number
+        per block, or if the numbers multiply to 0 for every group.
         """
         groups = tuple(s.group for s in problem.spectra)
         self.check(groups, problem.retain_ratio, problem.layout)
@@ -77,7 +77,7 @@ class ManualAllocation:
         return wanted
 
     def _by_layer(self, groups: Iterable[WeightGroup]) -> dict[int, float]:
-        """What each block wants."""
+        """The wanted share of each block by its number, from `by_layer` and `by_depth`."""
         layers = 1 + max(layer for group in groups for layer in group.layers)
         if self.by_layer is not None and len(self.by_layer) != layers:
             raise ConfigError(

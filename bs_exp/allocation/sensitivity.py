@@ -1,4 +1,4 @@
-"""Ranks by trial: each group is truncated alone, what that does is measured, and the most harmless truncations win."""
+"""Ranks by measured sensitivity: each group is truncated alone, and the least harmful truncations are taken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNITS = ("matrix", "block")
 
 @dataclass(frozen=True)
 class _Truncation:
-    """Groups at these choices, all others dense, and the measured value."""
+    """Groups (indices) at these choices (indices), all others dense, and the objective's value, lower is better."""
 
     value: float
     groups: tuple[int, ...]
@@ -35,12 +35,13 @@ class _Truncation:
 class SensitivitySearch:
     """Every group is truncated to every one of `ratios` while all others are dense, and the model is measured.
 
-    Sorted by what they do, the most harmless truncations are taken, as few as meet the budget; the cut is found by
-    bisection. Of several that are taken for one group its smallest rank counts, and a group of which none is taken
-    stays dense. What is left of the budget goes, component by component, where the measured curve says that most is
-    won. `unit=block` truncates all groups of a block together (blocks that share a basis are one): far fewer
-    measurements, one per block and ratio. ASVD (2312.05821), section on sensitivity; its official code measures
-    perplexity at ratios 0.4 to 0.9, and applies the last cut that its bisection tried rather than the one it found.
+    Truncations are sorted by the measured value, and as few of the least harmful ones are taken as meet the budget;
+    their number is found by bisection. If several are taken for one group, its smallest rank counts; a group of which
+    none is taken stays dense. What is left of the budget goes, component by component, where the measured curves
+    predict the largest gain. `unit=block` truncates all groups of a block together (blocks that share a basis count as
+    one): far fewer measurements, one per block and ratio. ASVD (2312.05821), section on sensitivity; its official code
+    measures perplexity at ratios 0.4 to 0.9, and applies the last number that its bisection tried rather than the one
+    it found.
     """
 
     ratios: tuple[float, ...]
@@ -71,7 +72,7 @@ class SensitivitySearch:
             )
 
     def check_search(self, identity: Mapping[str, Any]) -> None:
-        """Goes on from nothing but the cached scores."""
+        """Raises nothing: this search keeps no state of its own beside the cached scores."""
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
         """Ranks that spend the budget up to less than one component.
@@ -135,22 +136,22 @@ def _plan(problem: AllocationProblem, choices: Sequence[Choices], chosen: Sequen
 
 
 def _at_share(choices: Choices, group: WeightGroup, ratio: float) -> int:
-    """The largest choice within a share of the group's parameters; one component in any case."""
+    """Index of the largest choice within a share of the group's parameters; one component if none is."""
     return max(0, int((choices.costs <= parameter_budget(group.parameters, ratio)).sum()) - 1)
 
 
 def _kept(problem: AllocationProblem, choices: Sequence[Choices], truncation: _Truncation) -> float:
-    """The share that a truncation keeps of its groups."""
+    """The share of its groups' parameters that a truncation keeps."""
     costs = [float(choices[i].costs[at]) for i, at in zip(truncation.groups, truncation.choices, strict=True)]
     return sum(costs) / sum(problem.spectra[i].group.parameters for i in truncation.groups)
 
 
 def _curves(choices: Sequence[Choices], measured: Sequence[_Truncation], base: float) -> list[Choices]:
-    """The measured values as losses, linear in the parameters between what was measured."""
+    """Each group's choices with the measured values as losses, interpolated linearly in the number of parameters."""
     worst = max((t.value for t in measured if math.isfinite(t.value)), default=1.0)
     points: list[dict[float, float]] = [{float(c.costs[-1]): base} for c in choices]
     for truncation in measured:
-        # Where not even outputs are finite, anything more is a gain.
+        # Outputs that are not finite count as worse than any measured value, so that any larger rank is a gain.
         value = truncation.value if math.isfinite(truncation.value) else 2.0 * abs(worst)
         for index, choice in zip(truncation.groups, truncation.choices, strict=True):
             points[index].setdefault(float(choices[index].costs[choice]), value)
@@ -163,7 +164,7 @@ def _curves(choices: Sequence[Choices], measured: Sequence[_Truncation], base: f
 
 
 def _blocks(groups: Sequence[WeightGroup]) -> list[tuple[int, ...]]:
-    """Groups by block; blocks that share a basis come together."""
+    """The indices of the groups of each block; blocks that share a basis are one unit."""
     units: list[tuple[set[int], tuple[int, ...]]] = []
     for index, group in enumerate(groups):
         layers = set(group.layers)

@@ -1,4 +1,4 @@
-"""Kept shares that change smoothly over depth: an explicit convex problem."""
+"""Kept shares that change smoothly over depth, as the solution of a convex problem."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class SmoothAllocation:
     `f_g` is the squared loss (or nats) of a group as a function of its kept share, made convex and smooth; `F` the sum
     of them at the uniform share, so that `smoothness` has no unit: at 1, a step of 0.1 between neighbours costs as much
     as 1 % of the uniform plan's loss. The shares, weighted by parameters, have the mean `retain_ratio` and lie in
-    [`min_ratio`, `max_ratio`] (which gives way to a larger retain_ratio). `unit=block`: one share per layer, for all
+    [`min_ratio`, `max_ratio`] (a larger retain_ratio replaces `max_ratio`). `unit=block`: one share per layer, for all
     its matrices; `unit=matrix`: one per matrix, smooth over the depth of its type. A group of several layers takes the
-    mean of theirs. `relative` divides each loss by that of dropping the whole group.
+    mean of its layers' shares. `relative` divides each loss by that of dropping the whole group.
 
     Solved by SciPy's SLSQP with exact gradients: the problem is small, dense and smooth, with bounds and one equality,
     which SLSQP keeps exactly; it needs no second derivatives, and SciPy is a dependency anyway.
@@ -66,7 +66,7 @@ class SmoothAllocation:
     def allocate(self, problem: AllocationProblem) -> RankPlan:
         """Ranks that spend the budget up to less than one component.
 
-        Raises ConfigError if min_ratio, or one component per group, exceeds the budget.
+        Raises ConfigError if min_ratio, or one component per group, exceeds the budget, or SLSQP does not converge.
         """
         self.check(tuple(s.group for s in problem.spectra), problem.retain_ratio, problem.layout)
         if problem.retain_ratio == 1.0:
@@ -75,7 +75,7 @@ class SmoothAllocation:
         return make_plan(problem, share_out(problem, wanted, lowest=self.min_ratio, highest=self.max_ratio))
 
     def shares(self, problem: AllocationProblem) -> list[float]:
-        """The share that the optimum keeps of each group."""
+        """The optimal kept share of each group."""
         owned = [[(self._series(s.group), layer) for layer in s.group.layers] for s in problem.spectra]
         variables = sorted({variable for members in owned for variable in members})
         mean = np.array([[(v in members) / len(members) for v in variables] for members in owned])
@@ -107,10 +107,10 @@ class SmoothAllocation:
 
 
 def convex_curve(shares: Vector, losses: Vector) -> PPoly:
-    """A convex curve with a continuous slope through falling losses at rising shares from 0 to 1.
+    """A convex, piecewise quadratic curve of the loss over the kept share, with a continuous slope.
 
-    The lower convex hull of the points, whose slope is then interpolated linearly between the middles of its pieces:
-    kinks, which stop a line search, become short parabolas.
+    The points are falling losses at shares that rise from 0 to 1. The slope of their lower convex hull is interpolated
+    linearly between the middles of its pieces: kinks, which stop a line search, become short parabolas.
     """
     hull: list[int] = []
     for point in range(len(shares)):
@@ -137,10 +137,13 @@ def minimise(
     target: float,
     bounds: tuple[float, float],
 ) -> Vector:
-    """Shares p with `weights @ p = target`, within bounds, of least `sum f(mean @ p) / F + smoothness |step @ p|^2`."""
+    """Shares p with `weights @ p = target`, within bounds, of least `sum f(mean @ p) / F + smoothness |step @ p|^2`.
+
+    Raises ConfigError if SLSQP does not converge.
+    """
     slopes = [curve.derivative() for curve in curves]
     start = np.full(mean.shape[1], target)
-    if min(target - bounds[0], bounds[1] - target) < 1e-9:  # the mean of all lies on a bound, so all do
+    if min(target - bounds[0], bounds[1] - target) < 1e-9:  # their mean lies on a bound, so all shares do
         return start
     scale = sum(float(curve(target)) for curve in curves) or 1.0
 
@@ -150,7 +153,8 @@ def minimise(
         slope = np.array([float(slope(share)) for slope, share in zip(slopes, groups, strict=True)]) / scale
         return value + smoothness * float(steps @ steps), slope @ mean + 2.0 * smoothness * (steps @ step)
 
-    # Near a ratio of 1 the uniform plan loses almost nothing and slopes in its units are huge: SLSQP wants them near 1.
+    # Near a ratio of 1 the uniform plan loses almost nothing, and slopes in units of its loss are huge. SLSQP works
+    # best with slopes near 1.
     unit = 1.0 / max(1.0, float(np.abs(objective(start)[1]).max()))
 
     def conditioned(shares: Vector) -> tuple[float, Vector]:

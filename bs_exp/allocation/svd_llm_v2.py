@@ -18,8 +18,9 @@ class SvdLlmV2:
     """Within a matrix type the removed share of a matrix is in proportion to `1 / log(L)`.
 
     `L = ||X (W - W_k)||_F` is its loss at the uniform rank: `removed_w = N * (1 - ratio) * l_w / sum(l)` with
-    `l = 1 / log(L)`. Nobody can lose more than all but one component; that excess goes to the others. A logarithm is
-    no measure without a unit: L must be above 1, and the plan changes with the number of calibration tokens.
+    `l = 1 / log(L)` and N matrices of the type. Every matrix keeps at least one component; what it cannot give up is
+    taken from the others. The logarithm depends on the scale of L: L must be above 1, and the plan changes with the
+    number of calibration tokens.
     SVD-LLM v2 (2503.12340), section 3.1.
     """
 

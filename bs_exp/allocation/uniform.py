@@ -16,7 +16,7 @@ from bs_exp.types import RankPlan, Statistic, WeightGroup
 class UniformAllocation:
     """Every group keeps `retain_ratio` of its parameters, its rank rounded down; a ratio of 1 leaves all dense.
 
-    With `fill` the parameters that rounding leaves over buy one component more where most are missing, until none fits.
+    With `fill`, the parameters left over by rounding add components where most is missing, until none fits.
     SVD-LLM (2403.07378), section 3; Basis Sharing (2410.03765), section 3.3. The official code gives a shorter last
     group a full group's rank, which overshoots the budget; here each group counts its own layers.
     """

@@ -1,4 +1,4 @@
-"""Ranks where they pay: the least total loss over all groups under one parameter budget."""
+"""The ranks of least total predicted loss over all groups under one parameter budget."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class WaterFilling:
     spending by them is harmful.
 
     No group keeps less than `min_ratio` of its parameters (its rank rounded down, but one component), or more than
-    `max_ratio`, which gives way to a larger retain_ratio. `layer_bounds` are those of single layers, [least, most], and
-    give way to nothing: where all groups are at their upper bounds, the plan keeps less than the budget. A group of
-    several layers keeps to the bounds of all of them.
+    `max_ratio` (a larger retain_ratio replaces it). `layer_bounds` are [least, most] for single layers and always hold:
+    where all groups are at their upper bounds, the plan keeps less than the budget. A group of several layers keeps to
+    the bounds of all of them.
 
-    Ranks are multiples of `multiple`, as matrix units like them, or the fewest components that a group's bounds allow.
+    Ranks are multiples of `multiple` (faster on matrix units), or the fewest components that a group's bounds allow.
     """
 
     min_ratio: float
@@ -66,7 +66,7 @@ class WaterFilling:
             )
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """Ranks that spend the budget up to less than one step, as far as upper bounds let them.
+        """Ranks that spend the budget up to less than one step, as far as the upper bounds allow.
 
         Raises ConfigError if one component per group, or the lower bounds, already exceed the budget, or the bounds do
         not fit the layers.
@@ -83,7 +83,7 @@ class WaterFilling:
         return make_plan(problem, [c.ranks[i] for c, i in zip(choices, chosen, strict=True)])
 
     def bounds(self, group: WeightGroup, retain_ratio: float) -> tuple[float, float]:
-        """The least and the most that a group may keep of its parameters."""
+        """The least and the largest share of its parameters that a group may keep; ConfigError if bounds contradict."""
         everywhere = (self.min_ratio, max(self.max_ratio, retain_ratio))
         by_layer = [(self.layer_bounds or {}).get(layer, everywhere) for layer in group.layers]
         low, high = max(low for low, _ in by_layer), min(high for _, high in by_layer)
