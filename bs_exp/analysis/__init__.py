@@ -1,1 +1,1 @@
-"""What a run can tell besides its compressed model, from what calibration gathered. One file per analysis."""
+"""Analysis: results of a run besides its compressed model, from its calibration statistics. One file per analysis."""

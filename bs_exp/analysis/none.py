@@ -1,4 +1,4 @@
-"""Nothing besides the compressed model."""
+"""No analysis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class NoAnalysis:
     """Writes nothing."""
 
     def check(self, architecture: Architecture) -> None:
-        """Fits every model."""
+        """Raises nothing: every model fits."""
 
     def save(self, problem: SharingProblem, folder: Path) -> tuple[Path, ...]:
         return ()

@@ -22,10 +22,11 @@ FORMATS = ("svg", "png")
 
 @dataclass(frozen=True, kw_only=True)
 class SharingPays:
-    """A table per matrix type: for every pair of layers, the joint loss and the sum of the losses apart.
+    """A table per matrix type: for every pair of layers, the joint loss and the sum of the two separate losses.
 
-    Everything at `retain_ratio` of its own parameters, so at the same stored parameters, in the run's metric; norms are
-    added as norms. `matrices` None takes all types; `max_gap` is how many layers apart a pair may be, None for any.
+    Every loss is taken at `retain_ratio` of the parameters in question, so at the same stored parameters, in the run's
+    metric; norms are added, not their squares. `matrices` None takes all types; `max_gap` is how many layers apart a
+    pair may be, None for any.
     Written as JSON (joint, separate, their difference and ratio) and as heat maps. Only eigenvalues are computed.
     Basis Sharing (2410.03765), Figure 4 and appendix.
     """
@@ -42,7 +43,7 @@ class SharingPays:
             check_choice("figures", kind, FORMATS)
 
     def check(self, architecture: Architecture) -> None:
-        """ConfigError unless the named matrix types exist, and the model has one of them."""
+        """ConfigError unless the named matrix types exist, and the model has at least one of them."""
         if self.matrices is None:
             return
         unknown = [matrix for matrix in self.matrices if matrix not in MATRIX_TYPES]
@@ -53,7 +54,7 @@ class SharingPays:
             )
 
     def save(self, problem: SharingProblem, folder: Path) -> tuple[Path, ...]:
-        """Writes the table and its figures; RecordError if the folder cannot be written."""
+        """Writes the table and its figures, and returns their paths; RecordError if the folder cannot be written."""
         tables = self.tables(problem)
         drawn = pair_figures([_pair_table(table, folder) for table in tables]) if self.figures else []
         contents: dict[str, bytes] = {PAIRS_FILE: json.dumps(_document(problem, tables), indent=1).encode()}
@@ -69,7 +70,7 @@ class SharingPays:
         return tuple(folder / name for name in contents)
 
     def tables(self, problem: SharingProblem) -> list[dict[str, Any]]:
-        """A table for each matrix type with two layers of one shape at least."""
+        """One table, as plain data for JSON, for each matrix type with at least two layers of one shape."""
         return [
             table
             for matrix in problem.architecture.matrix_types

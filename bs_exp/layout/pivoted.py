@@ -1,4 +1,4 @@
-"""Factors without their redundancy."""
+"""Factors without their k^2 redundant numbers, by pivoting."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from bs_exp.types import PivotedFactors, SharedFactors, WeightGroup
 
 @dataclass(frozen=True, kw_only=True)
 class PivotedLayout:
-    """k columns of the product itself as the basis, and coefficients for the other columns only; where the basis is
-    shared, k rows of the product as the coefficients, and a basis for the other inputs only.
+    """The product of plain factors with k^2 fewer parameters: a k x k identity in one of the factors is not stored.
 
-    `B C = (B C_J)(C_J^-1 C)` for k independent columns J of C, and the block J of `C_J^-1 C` is the identity, which
-    need not be stored: the same product with k^2 fewer parameters. So for k independent rows of B, which spares every
-    layer of a group k^2 multiply-adds. One bit per output, or input, says whether it belongs to J, for each layer;
-    these bits are counted as parameters of 16 bits. Pivoting Factorization (2501.19090) for a single matrix.
+    `B C = (B C_J)(C_J^-1 C)` for k independent columns J of C, where the block J of `C_J^-1 C` is the identity. So the
+    basis of a single matrix is k columns of the product, and it stores coefficients for the other columns only. A
+    shared basis uses k independent rows of B in the same way: the coefficients are k rows of the product, and the basis
+    is stored for the other inputs only, which saves every layer of a group k^2 multiply-adds. One bit per output (or
+    input) and layer tells whether it belongs to J; 16 bits count as one parameter.
+    Pivoting Factorization (2501.19090) for a single matrix.
     """
 
     name: ClassVar[str] = "pivoted"

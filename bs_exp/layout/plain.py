@@ -1,4 +1,4 @@
-"""Both factors as they are."""
+"""Both factors stored as they are."""
 
 from __future__ import annotations
 

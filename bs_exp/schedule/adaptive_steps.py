@@ -1,4 +1,4 @@
-"""Rounds as large as the predicted loss allows."""
+"""Rounds whose size is limited by the growth of the predicted loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bs_exp.validation import check_positive, check_share, check_step
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSteps:
-    """Each round removes parameters until its predicted loss grows by `max_loss` over that of the ratio reached.
+    """Each round removes as many parameters as raise the predicted loss by `max_loss` over that of the current ratio.
 
     Steps lie between `min_size` and `max_size` of the targeted parameters. Otherwise as `EqualSteps`. The loss
     is in the metric's unit: nats per token with whitening=two_sided.

@@ -1,4 +1,4 @@
-"""One round."""
+"""One round, from dense to the budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SingleRound:
-    """Straight to the budget, on statistics of the dense model: what the papers do."""
+    """Compresses to the budget at once, on statistics of the dense model, as the papers do."""
 
     def next_ratio(self, current: float, target: float, loss_at: Callable[[float], float]) -> float:
         return target

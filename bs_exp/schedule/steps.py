@@ -10,10 +10,10 @@ from bs_exp.validation import check_share, check_step
 
 @dataclass(frozen=True, kw_only=True)
 class EqualSteps:
-    """Down by `size` of the targeted parameters per round; the last step takes what is left, up to 1.5 `size`.
+    """Each round removes `size` of the targeted parameters; the last one takes what is left, up to 1.5 `size`.
 
     Each round gathers the statistics anew on the model compressed so far, and factorises the original weights in that
-    metric: the quadratic model of the loss is only asked for small steps.
+    metric, so that the quadratic model of the loss is used for small steps only.
     """
 
     size: float

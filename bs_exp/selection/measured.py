@@ -1,4 +1,4 @@
-"""The candidate that stays closest to the dense model on held-out windows."""
+"""Uses the candidate recipe that stays closest to the dense model on held-out windows."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class MeasuredSelection:
     """Compresses by every candidate on a part of the calibration windows, and measures the results on the others.
 
     A candidate replaces parts of the recipe by other strategies; one that replaces nothing is the recipe itself. The
-    share `holdout` of the windows, drawn by `seed`, enters no candidate's statistics. Candidates are judged without the
-    recipe's update and, with `rounds=single`, after one round of compression, which tells as much of a grouping or a
-    metric at a fraction of the cost. The winner is compressed again with all windows (`recalibrate`) and its whole
-    schedule. Measured rather than predicted losses: the predicted ones misjudge sharing when much is removed.
+    share `holdout` of the windows, drawn by `seed`, enters no candidate's statistics. Candidates are measured without
+    the recipe's update and, with `rounds=single`, after one round of compression, which compares groupings and metrics
+    as well at a fraction of the cost. The best one is compressed again with its whole schedule and, if `recalibrate` is
+    set, with all windows. Losses are measured, since predicted ones misjudge sharing when much is removed.
     """
 
     candidates: Mapping[str, Mapping[str, Any]]
@@ -68,7 +68,10 @@ class MeasuredSelection:
         PlanObjective(objective=self.objective, num_windows=None)
 
     def contest(self, windows: TokenWindows) -> Contest:
-        """Both parts of the windows, at least one in each. DataError if there is only one window."""
+        """How the candidates are compared: the windows in two parts, at least one in each, and the objective.
+
+        Raises DataError if there are fewer than 2 windows.
+        """
         count = len(windows.ids)
         if count < 2:
             raise DataError(

@@ -1,4 +1,4 @@
-"""The recipe as it is."""
+"""No selection: the recipe is used as it is composed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No tracking: the record is all there is."""
+"""No tracking: results stand in the record only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NullTracker:
 
 @dataclass(frozen=True)
 class NullTrackedRun:
-    """A run that nobody watches."""
+    """The open run of `NullTracker`, which logs nothing."""
 
     def log(self, metrics: Mapping[str, object]) -> None:
         """Does nothing."""

@@ -18,7 +18,7 @@ Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
 _PLAN_COLUMNS = ("matrix", "layers", "d_in", "d_out", "rank", "parameters", "predicted_loss", "loss_unit", "ridge")
 _STEP = "update/step"
-# What an artifact's name may hold.
+# Characters that an artifact's name must not hold.
 _NO_NAME = re.compile(r"[^\w.-]+")
 
 
@@ -52,13 +52,13 @@ class WandbTracker:
         object.__setattr__(self, "tags", tags)
 
     def start(self, record: Mapping[str, Any], folder: Path) -> WandbRun:
-        """Opens the run; TrackingError if W&B refuses, ConfigError if the model is wanted that nobody saves."""
+        """Opens the run; TrackingError if W&B fails, ConfigError if `log_model` is set and save_model is not."""
         if self.log_model and not record["config"].get("save_model"):
             raise ConfigError("tracking.log_model=true uploads the saved model, so it needs save_model=true.")
         sweep = record.get("sweep") or {}
         preset = (record.get("choices") or {}).get("experiment")
         with _translated("start"):
-            # The id follows from configuration and folder: a run that starts again in its folder goes on here.
+            # The id is made from configuration and folder: a run restarted in its folder continues the same W&B run.
             run = wandb.init(
                 project=self.project,
                 entity=self.entity,
@@ -79,7 +79,7 @@ class WandbTracker:
                     finish_timeout_raises=True,
                 ),
             )
-            # Curves of the update have steps of their own.
+            # Curves of the update are plotted over their own steps, not over those of the run.
             run.define_metric(_STEP, hidden=True)
             run.define_metric("update/*", step_metric=_STEP)
         return WandbRun(run, folder, self.log_model)
@@ -106,7 +106,10 @@ class WandbRun:
             self.run.log(dict(metrics))
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Logs plan, curves, sizes, timings and the saved model, and closes the run, whatever its status."""
+        """Logs plan, curves, sizes, timings and the saved model, and closes the run, whatever its status.
+
+        Raises TrackingError if W&B fails.
+        """
         summary, curves = _summary(record), _curves(record.get("update") or {}, "update")
         with _translated("finish"):
             try:
@@ -168,7 +171,7 @@ def _rank_profile(plan: Mapping[str, Any]) -> Any:
 
 
 def _curves(report: Mapping[str, Any], prefix: str) -> dict[str, list[tuple[int, float]]]:
-    """Lists of [step, value] pairs in an update's report, by their path in it."""
+    """The lists of [step, value] pairs in an update's report, by `prefix` and their path in the report."""
     found: dict[str, list[tuple[int, float]]] = {}
     for name, value in report.items():
         match value:
@@ -183,7 +186,7 @@ def _curves(report: Mapping[str, Any], prefix: str) -> dict[str, list[tuple[int,
 def _translated(action: str) -> Iterator[None]:
     try:
         yield
-    # W&B's errors share no base class, and some of those that a dead service leaves behind are private: nothing that
-    # goes wrong in there is worth the run. Nothing is lost either, the note says what happened.
+    # W&B's errors share no base class, and some that follow the death of its service are private. No failure of the
+    # tracker may end the run; the caller turns this error into a note, and the record holds all results.
     except Exception as error:
         raise TrackingError(f"W&B could not {action} ({type(error).__name__}: {error}).") from error
