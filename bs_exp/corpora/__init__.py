@@ -1,1 +1,1 @@
-"""Sources of text, and the token windows that calibration and evaluation cut from them."""
+"""Sources of text, and how calibration and evaluation turn text into token windows."""

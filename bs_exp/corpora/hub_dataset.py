@@ -27,8 +27,8 @@ class HubDataset:
     """The rows of one split, their `field` joined by `joiner`.
 
     `path`, `name`, `revision` and `data_files` are those of `datasets.load_dataset`, so `path` may be a hub id, a local
-    folder, or a format (`parquet`, `json`) with `data_files`. `streaming` reads only the rows that are needed,
-    `max_documents` takes the first ones.
+    folder, or a format (`parquet`, `json`) with `data_files`. `max_documents` takes the first rows only, None all;
+    `streaming` reads the rows that are needed instead of downloading the whole split.
     """
 
     path: str
@@ -45,7 +45,7 @@ class HubDataset:
         check_at_least(1, max_documents=self.max_documents)
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
-        """The joined text; DataError if the data set cannot be had, or has no such split or field."""
+        """The joined text, and its provenance; DataError if the data set, its split or its field cannot be read."""
         with _quiet_off_terminal():
             documents = self._documents()
         text = self.joiner.join(documents)
@@ -100,7 +100,7 @@ class HubDataset:
 
 @contextmanager
 def _quiet_off_terminal() -> Iterator[None]:
-    """Download bars on terminals only, so that log files stay readable."""
+    """Shows download bars on terminals only, so that log files stay readable."""
     if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
         yield
         return

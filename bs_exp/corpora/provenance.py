@@ -1,4 +1,4 @@
-"""What is recorded of a text, so that two runs on the same text can be told from two runs on different ones."""
+"""The recorded identity of a text, by which runs on the same text are told from runs on different texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def describe(corpus: str, text: str, **origin: object) -> dict[str, Any]:
-    """Plain data: the corpus' name, where its text came from, its length in characters and its SHA-256."""
+    """Plain data: the corpus' name, its origin, and the text's length in characters and SHA-256 (`fingerprint`)."""
     return {
         "corpus": corpus,
         **origin,

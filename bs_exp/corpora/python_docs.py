@@ -17,8 +17,8 @@ class PythonDocs:
     """One split of *python_docs*, of some `packages` or of all; no network.
 
     `packages` name installed packages, and `python` for the standard library with the language reference. No paragraph
-    of a split or a package is in another one, so that packages can stand for different texts. The text follows the
-    installed versions, so its perplexities compare only where the fingerprints agree.
+    of a split or a package is in another one, so packages can serve as different texts. The text depends on the
+    installed versions, so perplexities can be compared only where the fingerprints agree.
     """
 
     split: str = "heldout"
@@ -35,7 +35,7 @@ class PythonDocs:
         object.__setattr__(self, "packages", tuple(self.packages))
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
-        """The text, and the versions of the packages that it was read from; DataError if a package has none."""
+        """The text, and its provenance with the packages' versions; DataError if a listed package has no text."""
         docs = read_python_docs(self.split)
         part: dict[str, Any] = {}
         if self.packages is not None:

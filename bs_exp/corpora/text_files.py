@@ -27,7 +27,7 @@ _READ = "text (.txt, .md, .rst, .tex, .raw, .tokens, .log, source code, no suffi
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """Local UTF-8 text: plain files as `open()` reads them, several joined by `joiner`.
+    """Local UTF-8 text: plain files as `open()` reads them, several files joined by `joiner`.
 
     The suffix says what a file holds, in capitals too. `.jsonl` and `.ndjson` hold one document per line, its text in
     `field`; `.json` likewise, or one array of documents. Documents are joined like files. `.xz`, `.gz` and `.bz2` are
@@ -47,7 +47,7 @@ class TextFiles:
         object.__setattr__(self, "files", files)
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
-        """The text of all files in order; DataError if one is missing, empty, or of another format."""
+        """The text of all files in order, and its provenance; DataError if one is missing, empty or in another format."""
         text = self.joiner.join(self._read_file(Path(name).expanduser()) for name in self.files)
         return text, describe("text", text, files=list(self.files))
 
@@ -61,7 +61,7 @@ class TextFiles:
         return text
 
     def _documents(self, path: Path, text: str, *, one_value: bool) -> list[str]:
-        """The field of every row: of every line that is not blank, or of the elements of one array."""
+        """The text in `field` of every row: of every line that is not blank, or of every element of one array."""
         # Not splitlines: a JSON string may hold U+2028, which is no end of line in JSON Lines.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         # C4 calls its JSON Lines .json: an array begins with a bracket, and its first line alone is no object.
@@ -122,7 +122,7 @@ def _parse(text: str, place: str) -> Any:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file's unpacked content."""
+    """The file's content, unpacked by its suffix; DataError if it cannot be read or unpacked."""
     try:
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "no regular file"
@@ -143,7 +143,10 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path, content: bytes) -> str:
-    """UTF-8 text without a byte-order mark, its line ends as `open()` gives them: CRLF and CR become LF."""
+    """UTF-8 text without a byte-order mark, with line ends as `open()` gives them: CRLF and CR become LF.
+
+    Raises DataError if the content is not UTF-8, or holds a zero byte.
+    """
     zero = content.find(b"\0")
     if zero >= 0:
         raise DataError(f"{path} is a binary file (a zero byte at offset {zero:,}); text must be UTF-8.")

@@ -1,4 +1,4 @@
-"""Text to token windows, one rule for calibration and evaluation."""
+"""Text to token windows, by one rule for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tail: TypeAlias = Literal["drop", "keep"]
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> Int[Tensor, " tokens"]:
-    """The whole text as one sequence; `special_tokens` adds what the tokenizer puts around a text (Llama: one BOS)."""
+    """Token ids (int64) of the whole text; `special_tokens` adds what the tokenizer puts around a text (Llama: BOS)."""
     # verbose=False: a corpus is meant to be longer than the model's context, so the tokenizer's warning is noise.
     ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
@@ -40,10 +40,11 @@ def cut_windows(
     tail: Tail = "drop",
     stride: int | None = None,
 ) -> TokenWindows:
-    """Windows of `sequence_length` tokens that start every `stride` tokens (default: one after the other).
+    """Windows of `sequence_length` tokens that start every `stride` tokens (default: `sequence_length`).
 
-    `num_sequences` takes that many: the first ones, or, in random order, those of a permutation drawn from `seed`.
-    What is left after the last window becomes the `tail`, or is dropped.
+    `num_sequences` takes so many windows, None all: the first ones, or with `order="random"` the first ones of a
+    permutation drawn from `seed`. With `tail="keep"` the tokens after the last window are kept as a shorter one, but
+    only if no window is left out. Raises DataError if the text has too few tokens.
     """
     ids = tokenize(text, tokenizer, special_tokens=special_tokens)
     if len(ids) < sequence_length:
@@ -62,7 +63,7 @@ def cut_windows(
     chosen = windows[_positions(len(windows), num_sequences, order, seed)]
     rest = ids[len(windows) * stride :]
     has_new_tokens = len(ids) > (len(windows) - 1) * stride + sequence_length
-    # A tail has its place after the last window: it means nothing where windows are left out.
+    # A tail follows the last window of the text, so it is dropped where windows are left out.
     kept_tail = rest if tail == "keep" and has_new_tokens and num_sequences is None else None
     return TokenWindows(
         ids=chosen,
@@ -89,14 +90,14 @@ def _positions(available: int, wanted: int | None, order: Order, seed: int) -> I
 
 
 def part_of(windows: TokenWindows, chosen: Int[Tensor, " part"], *, name: str) -> TokenWindows:
-    """Some of the windows, by position; the provenance says under which name."""
+    """The windows at these positions, without a tail; `name` becomes the `part` in their provenance."""
     ids = windows.ids[chosen]
     provenance = {**windows.provenance, "part": name, "windows": len(ids), "sha256": _fingerprint(ids, None)}
     return replace(windows, ids=ids, tail=None, provenance=provenance)
 
 
 def _fingerprint(windows: Int[Tensor, "windows length"], tail: Int[Tensor, " rest"] | None) -> str:
-    """SHA-256 of the shapes and ids."""
+    """SHA-256 of the shapes and ids of windows and tail."""
     digest = hashlib.sha256()
     for ids in (windows, torch.empty(0, dtype=torch.long) if tail is None else tail):
         digest.update(repr(tuple(ids.shape)).encode())
@@ -105,13 +106,13 @@ def _fingerprint(windows: Int[Tensor, "windows length"], tail: Int[Tensor, " res
 
 
 def max_positions(model: LoadedModel) -> int | None:
-    """The longest sequence that the model has positions for; None where its configuration names no limit."""
+    """The longest sequence, in tokens, that the model has positions for; None if its configuration names no limit."""
     limit = getattr(model.module.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) - _first_position(model.module, int(limit)) if limit else None
 
 
 def _first_position(module: nn.Module, limit: int) -> int:
-    """Entries of a learned position table in front of the first token's: RoBERTa counts from behind its padding's."""
+    """Unused entries at the start of a learned position table: RoBERTa's first position is `padding_idx + 1`."""
     for name, table in module.named_modules():
         is_positions = name.endswith("position_embeddings") and isinstance(table, nn.Embedding)
         if is_positions and table.num_embeddings == limit and table.padding_idx is not None:
@@ -120,12 +121,12 @@ def _first_position(module: nn.Module, limit: int) -> int:
 
 
 def vocabulary_size(model: LoadedModel) -> int:
-    """Number of token ids that the model embeds; a padded one is larger than the tokenizer's."""
+    """Number of token ids that the model embeds; with a padded embedding more than the tokenizer has."""
     return cast(nn.Embedding, model.module.get_input_embeddings()).num_embeddings
 
 
 def check_length(length: int, model: LoadedModel, feeding: Feeding | None = None) -> None:
-    """ConfigError if windows of this length are longer than the model's context."""
+    """ConfigError if a window of `length` tokens takes more positions than the model has."""
     limit = max_positions(model)
     taken = feeder(model, feeding or Feeding()).positions(length)
     if limit is not None and taken > limit:
@@ -181,7 +182,10 @@ class CalibrationSet:
                 raise ConfigError(f"{error} Or all, to take every window.") from error
 
     def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        """Windows of equal length, the same for the same settings and text."""
+        """Windows of equal length, without a tail; the same for the same settings and text.
+
+        Raises DataError if the text cannot be read, or is too short.
+        """
         text, corpus = self.corpus.read()
         windows = cut_windows(
             text,

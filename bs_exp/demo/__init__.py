@@ -1,1 +1,1 @@
-"""The embedded demo: an offline corpus (`python_docs`) and the small trained model that speaks it."""
+"""The embedded demo: an offline corpus (`python_docs`) and a small model trained on it."""

@@ -1,7 +1,7 @@
 """The *python_docs* corpus: English documentation found beside the running interpreter.
 
 Docstrings of the standard library and of the installed numerical packages are read from source by `ast`: nothing is
-imported, downloaded or executed. One document is what one module says about itself, in source order.
+imported, downloaded or executed. One document holds the docstrings of one module, in source order.
 """
 
 import ast
@@ -74,7 +74,10 @@ class PythonDocs:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def of(self, packages: Collection[str]) -> "PythonDocs":
-        """What it says of some packages alone (`python` is one); a paragraph stays with the first that says it."""
+        """The documents of some packages alone (`python` is one).
+
+        A paragraph that several packages hold belongs to the first one in the corpus, whichever packages are asked for.
+        """
         kept = [pair for pair in zip(self.modules, self.documents, strict=True) if package_of(pair[0]) in packages]
         return PythonDocs(
             self.split,
@@ -125,9 +128,9 @@ def split_of(module: str) -> Split:
 
 
 def _deduplicated(split: Split) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Documents of a split by module, without what an earlier split, or an earlier document of its own, already said.
+    """Documents of a split by module, and the modules that could not be parsed.
 
-    And the modules that could not be parsed.
+    Paragraphs that an earlier split, or an earlier document of the same one, already holds are left out.
     """
     seen: set[str] = set()
     for earlier in SPLIT_SHARES:
@@ -145,7 +148,7 @@ def _deduplicated(split: Split) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _fresh_paragraphs(texts: Iterable[str], seen: set[str]) -> list[str]:
-    """Clean paragraphs not in `seen`, which grows; empty if only short ones (headings) are left."""
+    """Clean paragraphs that are not in `seen`, which takes them in; empty if only short ones (headings) are left."""
     paragraphs, has_long = [], False
     for text in texts:
         for paragraph in clean_paragraphs(text):
@@ -179,7 +182,7 @@ def _english_share(text: str) -> float:
 
 
 def _identity(paragraph: str) -> str:
-    """What makes two paragraphs the same: letters and digits, case-folded."""
+    """A paragraph's letters and digits, case-folded: two paragraphs with the same ones count as one."""
     return _NOT_ALPHANUMERIC.sub("", paragraph).casefold()
 
 

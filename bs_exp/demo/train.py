@@ -61,7 +61,7 @@ class TrainingRecipe:
         return self.learning_rate * warm * cool
 
     def stable_settings(self) -> dict[str, Any]:
-        """What two runs must share for one to continue the other's checkpoint before the decay."""
+        """The settings that two runs must share for one to continue the other's checkpoint before the decay."""
         return {name: value for name, value in asdict(self).items() if name not in ("steps", "decay_share")}
 
 
@@ -73,14 +73,14 @@ class Trainee:
     optimizers: tuple[torch.optim.Optimizer, ...]
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on."""
+        """All that `restore` needs to continue the training, as plain data and tensors."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Take over a `state` of the same recipe."""
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -128,14 +128,17 @@ class Checkpoints:
         self._origin = {"fingerprint": fingerprint, "settings": recipe.stable_settings()}
 
     def save(self, step: int, trainee: Trainee) -> None:
-        """Keep the state before `step`, through a temporary name."""
+        """Write the state before `step`, under a temporary name that is then renamed."""
         name = "stable.pt" if step <= self._recipe.decay_start else "decay.pt"
         partial = self._folder / f"{name}.partial"
         torch.save({**self._origin, "schedule": self._schedule, "step": step, **trainee.state()}, partial)
         partial.rename(self._folder / name)
 
     def resume(self, trainee: Trainee) -> int:
-        """Restore the furthest state that belongs to this run; the step to go on with, 0 without one."""
+        """Restore the most advanced state that belongs to this run; returns its step, 0 if there is none.
+
+        Raises ValueError if the files come from other data or settings, or are past the start of this run's decay.
+        """
         decay, stable = self._load("decay.pt"), self._load("stable.pt")
         if decay is not None and decay["schedule"] == self._schedule:
             trainee.restore(decay)

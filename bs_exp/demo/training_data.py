@@ -1,4 +1,4 @@
-"""What the demo model learns from: its tokenizer, the token stream, and the batch that belongs to each step."""
+"""The training data of the demo model: its tokenizer, the token stream, and the batch of each step."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ class TrainingData:
 
     tokenizer: Tokenizer
     train: npt.NDArray[np.uint16]
-    """Every training document, each behind one end-of-text token."""
+    """All training documents, one end-of-text token before each."""
     heldout: npt.NDArray[np.uint16]
-    """The held-out text as one stream, without special tokens: what a perplexity evaluator sees."""
+    """The held-out text as one stream, without special tokens, as a perplexity evaluator reads it."""
     fingerprint: str
     """SHA-256 over tokenizer and ids: equal fingerprints, equal batches."""
 
@@ -89,7 +89,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.uint16]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batches:
-    """Windows of the stream as (input, target) batches: a function of the step alone, so a run resumes anywhere.
+    """Windows of the stream as (input, target) batches that depend on the step alone, so a run can resume anywhere.
 
     Every epoch shifts the window borders and shuffles the windows by its own seed; a last short batch is left out.
     """
@@ -108,7 +108,7 @@ class Batches:
 
     @property
     def windows_per_epoch(self) -> int:
-        """Windows of `length` + 1 tokens that fit whatever the epoch's shift."""
+        """Number of windows of `length` + 1 tokens that fit at every shift of an epoch."""
         return (len(self.stream) - self.length) // self.length
 
     @property
