@@ -33,9 +33,10 @@ OWN_TASKS = Path(__file__).parent / "tasks"
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Any task, group or tag that lm-eval knows, `docs_cloze`, and those in the folders of `include_path`.
+    """Accuracy on tasks, groups or tags of lm-eval, on `docs_cloze`, and on tasks in the folders of `include_path`.
 
-    `limit` takes the first items of every task (a number, or a share below 1); `num_fewshot=None` is the task's own.
+    `limit` takes the first items of every task (a number, or a share below 1), None all; `num_fewshot=None` keeps each
+    task's own number of examples in the prompt.
     """
 
     tasks: Sequence[str]
@@ -61,16 +62,17 @@ class Accuracy:
         object.__setattr__(self, "include_path", folders)
 
     def check(self, model: LoadedModel) -> None:
-        """ConfigError if a task is unknown, or the model does not write; the data is read by `evaluate`."""
+        """ConfigError if a task is unknown, or the model generates no text. The data is read later, by `evaluate`."""
         check_task(model, "Accuracy on lm-eval's tasks", Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
         with _quiet():
             for name in self.tasks:
                 self._manager(name)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
-        """`acc/TASK`, `acc_norm/TASK`, their `acc_stderr/TASK`, and whatever else the tasks measure, by the same rule.
+        """`acc/TASK`, `acc_norm/TASK`, their `acc_stderr/TASK`, and all other metrics of the tasks, as `METRIC/TASK`.
 
-        `acc/mean` is over the requested tasks. Also `items/TASK`, `task_version/TASK` and `lm_eval/version`.
+        `acc/mean` and `acc_norm/mean` are over the requested tasks. Also `items/TASK`, `task_version/TASK` and
+        `lm_eval/version`. Raises DataError if a task's data cannot be read.
         """
         with _quiet(), _seeded(self.seed):
             tasks, groups = self._load_tasks()
@@ -88,7 +90,7 @@ class Accuracy:
         return _metrics(results)
 
     def _load_tasks(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The requested tasks and groups by name, with their data and number of examples in the prompt."""
+        """The requested tasks and groups by name, with their data loaded and their number of examples set."""
         tasks: dict[str, Any] = {}
         groups: dict[str, Any] = {}
         for name in self.tasks:
@@ -100,9 +102,9 @@ class Accuracy:
         return tasks, groups
 
     def _manager(self, name: str) -> TaskManager:
-        """The index that knows a task."""
+        """The task index that holds `name`, a task, group, tag or file; ConfigError if there is none."""
         folders = (str(OWN_TASKS), *self.include_path)
-        # Indexing the harness' 14,000 tasks takes ten seconds, which tasks that need none of them are spared.
+        # Indexing the harness' 14,000 tasks takes ten seconds, which is wasted if all tasks are own ones.
         own = _task_manager(folders, include_defaults=False)
         manager = own if name in own.all_subtasks else _task_manager(folders, include_defaults=True)
         if name not in manager.all_tasks and not Path(name).is_file():
@@ -110,7 +112,7 @@ class Accuracy:
         return manager
 
     def _set_fewshot(self, task: Any) -> None:
-        """As lm-eval's command line does: a task that says 0 stays without examples."""
+        """Sets the number of examples as lm-eval's command line does: a task that says 0 stays without examples."""
         own = task.get_config("num_fewshot")
         if own is None or (self.num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
@@ -123,7 +125,7 @@ def _task_manager(folders: tuple[str, ...], *, include_defaults: bool) -> TaskMa
 
 
 def _load(name: str, manager: TaskManager) -> Mapping[str, Any]:
-    """The `tasks` and `groups` behind a name."""
+    """The `tasks` and `groups` that a name stands for, with their data; DataError if that cannot be read."""
     try:
         found: Mapping[str, Any] = manager.load([name])
     except ConnectionError as error:
@@ -164,7 +166,7 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, float | str]:
 
 
 def _scored(metric: str, metrics: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[float]:
-    """One score per requested task: a group's own where it has one, else those of its tasks."""
+    """The scores behind the mean: one per requested task; a group's own score if it has one, else its tasks' scores."""
     subtasks = results["group_subtasks"]
 
     def scores(name: str) -> Iterator[float]:
@@ -181,7 +183,7 @@ def _scored(metric: str, metrics: Mapping[str, Any], results: Mapping[str, Any])
 
 
 class _WithoutBars(io.TextIOBase):
-    """Passes everything on but progress bars, which tqdm redraws with a carriage return."""
+    """A stream that passes on everything but progress bars, which tqdm redraws with a carriage return."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -194,7 +196,7 @@ class _WithoutBars(io.TextIOBase):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Harness errors only, and its progress bars on terminals only (it has no switch for them)."""
+    """Lets through the harness' errors only, and its progress bars on terminals only (it has no switch for them)."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -208,7 +210,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Global generators start from the seed, for the tasks that draw from them, and are put back afterwards."""
+    """Seeds the global generators, which some tasks draw from, and restores their states afterwards."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

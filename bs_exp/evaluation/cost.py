@@ -1,4 +1,4 @@
-"""What compression costs, against what it saves afterwards."""
+"""The time that compression takes, and after how many tokens the compressed model has saved as much."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _RATES = {
 
 
 def measure_cost(seconds: float, dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a compression, and after how many tokens the faster model has saved as many.
+    """`cost/compression_s`, and as `cost/break_even_*_tokens` after how many tokens as many seconds are saved.
 
-    Infinite where the compressed model is not faster; empty where throughput was not measured.
+    `dense` and `compressed` are metrics by name. A break-even is infinite if the compressed model is not faster. Where
+    throughput was not measured, the result is empty.
     """
     cost: dict[str, float] = {}
     for rate, name in _RATES.items():

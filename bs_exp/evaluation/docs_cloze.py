@@ -1,4 +1,4 @@
-"""The data of the task `docs_cloze` (tasks/docs_cloze.yaml): which text continues a piece of documentation?"""
+"""The data of the task `docs_cloze` (tasks/docs_cloze.yaml): which of four texts continues a piece of documentation?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DISTRACTORS = 3
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of one document, cut in two at a space."""
+    """A stretch of document number `document`, split in two at a space."""
 
     document: int
     context: str
@@ -46,7 +46,8 @@ def cloze_items(
 ) -> list[dict[str, object]]:
     """`context`, four `choices` of equal length, and the index of the `answer`, in an order drawn from `seed`.
 
-    Distractors continue passages of other documents, so they too begin in the middle of a sentence.
+    Distractors continue passages of other documents, so they too begin in the middle of a sentence. Raises DataError if
+    the documents give fewer than `items`.
     """
     passages = [
         passage
@@ -79,7 +80,7 @@ def cloze_items(
 
 
 def _passages(number: int, document: str, context_characters: int, continuation_characters: int) -> Iterator[Passage]:
-    """Passages one after the other, of at least the given lengths, that begin and end with whole words."""
+    """Consecutive passages of at least the given lengths, in characters, that begin and end with whole words."""
     words = list(_WORD.finditer(document))
     begin = 0
     while True:
@@ -99,7 +100,7 @@ def _passages(number: int, document: str, context_characters: int, continuation_
 
 
 def _reach(words: Sequence[re.Match[str]], begin: int, characters: int) -> int:
-    """Index behind the first word that makes the text from word `begin` at least that long."""
+    """Index after the first word with which the text from word `begin` has that many characters; the end if none."""
     for index in range(begin, len(words)):
         if words[index].end() - words[begin].start() >= characters:
             return index + 1

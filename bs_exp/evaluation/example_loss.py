@@ -14,8 +14,8 @@ from bs_exp.types import LoadedModel
 def example_perplexity(model: LoadedModel, settings: TextSettings, prefix: str) -> dict[str, float | str]:
     """`PREFIX/NAME`: exp of the mean loss over all predicted tokens of a corpus, every token weighing the same.
 
-    Also `PREFIX_tokens/NAME`, how many these are, and `PREFIX_text_sha256/NAME`. Losses that are not finite make the
-    perplexity `inf`; `PREFIX_nonfinite/NAME` then counts them.
+    Also `PREFIX_tokens/NAME`, the number of these tokens, and `PREFIX_text_sha256/NAME`. Losses that are not finite
+    make the perplexity `inf`; `PREFIX_nonfinite/NAME` then counts them.
     """
     metrics: dict[str, float | str] = {}
     reader = feeder(model, settings.feeding)

@@ -18,8 +18,8 @@ class MaskedPerplexity:
 
     In each window `round(mask_share * sequence_length)` tokens (at least one) are replaced by the mask token, all at
     once and all of them (no random or kept tokens), drawn by `seed` and the window's ids: dense and compressed models
-    meet the same masks. A cheap relative of pseudo-perplexity, which masks one token at a time and so sees more
-    context (Salazar et al., 1910.14659, section 2.1): numbers of different `mask_share` do not compare.
+    get the same masks. A cheap variant of pseudo-perplexity, which masks one token at a time and so sees more context
+    (Salazar et al., 1910.14659, section 2.1); numbers of different `mask_share` cannot be compared.
     """
 
     corpora: Mapping[str, Corpus]
@@ -43,5 +43,5 @@ class MaskedPerplexity:
         check_windows_fit(self, model)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
-        """`masked_ppl/NAME`, and over how many tokens of which text: see `example_perplexity`."""
+        """`masked_ppl/NAME`, and with it the number of tokens and the text's hash: see `example_perplexity`."""
         return example_perplexity(model, self, "masked_ppl")

@@ -30,12 +30,12 @@ _LOGITS_PER_CHUNK = 2**27
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """exp of the mean loss per predicted token; a window's first token is not predicted, having no context.
+    """exp of the mean loss per predicted token; the first token of a window has no context and is not predicted.
 
     `stride` below `sequence_length` makes windows overlap, and each counts only the tokens that are new in it.
-    `tail` keeps or drops the shorter last window; `average` weighs tokens or windows alike; `max_windows` leaves out
-    all but that many full windows, spread evenly over the text. The papers differ (their code): Basis Sharing keeps
-    the tail and averages over windows, SVD-LLM drops the tail.
+    `tail` keeps or drops the shorter last window; `average` gives equal weight to tokens or to windows; `max_windows`
+    evaluates that many full windows, evenly spaced over the text, and no tail. The papers' codes differ: Basis Sharing
+    keeps the tail and averages over windows, SVD-LLM drops the tail.
     """
 
     corpora: Mapping[str, Corpus]
@@ -67,7 +67,7 @@ class Perplexity:
         check_length(self.sequence_length, model)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
-        """`ppl/NAME`, and over how many tokens of which text: `ppl_tokens/NAME`, `ppl_text_sha256/NAME`.
+        """`ppl/NAME`, the number of predicted tokens `ppl_tokens/NAME`, and the text's hash `ppl_text_sha256/NAME`.
 
         Losses that are not finite make the perplexity `inf`; `ppl_nonfinite/NAME` then counts them.
         """
@@ -99,7 +99,7 @@ class Perplexity:
     def _window_losses(
         self, windows: TokenWindows, module: PreTrainedModel, *, label: str
     ) -> Iterator[Float[Tensor, " new"]]:
-        """Losses of the new tokens of each window, tail last."""
+        """Losses (nats, fp64) of the tokens that are new in each window, the tail last."""
         known = max(1, self.sequence_length - (self.stride or self.sequence_length))
         ids, tail = windows.ids, windows.tail
         if self.max_windows is not None and self.max_windows < len(ids):
@@ -110,7 +110,7 @@ class Perplexity:
         first = True
         for batch in tracked(batches, label):
             for losses in token_losses(module, batch):
-                # The first window has no predecessor that counted its beginning.
+                # The beginning of a window was counted in the one before; the first window has none before it.
                 yield losses if first else losses[known - 1 :]
                 first = False
 

@@ -1,4 +1,4 @@
-"""Perplexity of what a decoder writes after its encoder has read."""
+"""Perplexity of the target of an encoder-decoder, given its source."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bs_exp.types import Feeding, LoadedModel, Target, Task
 class Seq2SeqPerplexity:
     """exp of the mean loss per target token, given the source and the target's earlier tokens.
 
-    `target` says what is source and what is target of a window: with `continuation`, its first `source_share` and the
-    rest; with `spans`, what stays and what is cut out (`mask_share` of the tokens, drawn by `seed` and the window's
-    ids), sentinels and end token counted among the predicted.
+    `target` splits a window into source and target: with `continuation`, its first `source_share` and the rest; with
+    `spans`, the tokens that stay and those that are cut out (`mask_share` of them, drawn by `seed` and the window's
+    ids), with sentinels and the end token counted among the predicted.
     """
 
     corpora: Mapping[str, Corpus]
@@ -44,5 +44,5 @@ class Seq2SeqPerplexity:
         check_windows_fit(self, model)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
-        """`seq2seq_ppl/NAME`, and over how many tokens of which text: see `example_perplexity`."""
+        """`seq2seq_ppl/NAME`, and with it the number of tokens and the text's hash: see `example_perplexity`."""
         return example_perplexity(model, self, "seq2seq_ppl")

@@ -17,10 +17,11 @@ from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
 
 @dataclass(frozen=True, kw_only=True)
 class Similarity:
-    """Last hidden states of a model beside those of the dense model that it was made from, on windows without masks.
+    """Similarity of a model's last hidden states to those of its dense original, on windows without masks.
 
-    For every model, with a head or without. An encoder-decoder's are those of its decoder, which reads the target;
-    `target`, `source_share`, `mask_share` and `seed` feed it as in `Seq2SeqPerplexity`, and other models ignore them.
+    For every model, with a head or without. An encoder-decoder's states are those of its decoder, which reads the
+    target; `target`, `source_share`, `mask_share` and `seed` feed it as in `Seq2SeqPerplexity`, and other models ignore
+    them.
     """
 
     corpora: Mapping[str, Corpus]
@@ -45,10 +46,10 @@ class Similarity:
         check_windows_fit(self, model)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
-        """`cosine/NAME`, the mean cosine over tokens, and `relative_error/NAME`, `||H - H_0||_F / ||H_0||_F`.
+        """`cosine/NAME`, the mean cosine over positions, and `relative_error/NAME`, `||H - H_0||_F / ||H_0||_F`.
 
-        Also `similarity_tokens/NAME` and `similarity_text_sha256/NAME`. The dense model is compared with itself: 1 and
-        0.
+        Also `similarity_tokens/NAME`, the number of positions, and `similarity_text_sha256/NAME`. The dense model is
+        compared with itself, which gives 1 and 0.
         """
         metrics: dict[str, float | str] = {}
         for name, corpus in self.corpora.items():

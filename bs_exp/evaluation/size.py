@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from bs_exp.types import CompressedModel, LoadedModel, RankPlan
 
 _BIASES = ("bias", "output_bias")
-# What describes the compressed model, and so can be an objective: as `size/bytes`.
+# Sizes of the compressed model (not of the dense one), which can be objectives: as `size/bytes`.
 SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes")
 
 
 def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:
-    """Parameters, bytes and retained shares, counted on the models themselves; tensors used twice are stored once.
+    """Parameters, bytes and retained shares, counted on the models themselves; a tensor used twice counts once.
 
     `retain_ratio` is the share kept of the matrices that the plan targets (biases not counted), `model_retain_ratio`
     that of all parameters. `bytes` is what the tensors of a saved model take, its tokenizer and headers not counted.

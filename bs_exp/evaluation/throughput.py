@@ -1,4 +1,4 @@
-"""Tokens per second: reading a prompt and writing its continuation, apart."""
+"""Tokens per second of reading a prompt (prefill), and of writing its continuation (decode)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bs_exp.validation import check_at_least
 class Throughput:
     """Median over `repeats` of prefill and of greedy decoding with a key-value cache, after `warmup` unmeasured runs.
 
-    The prompt is `batch_size` sequences of random tokens: the time does not depend on what they say.
-    Compare numbers of one device, dtype, batch and length only.
+    The prompt is `batch_size` sequences of random tokens, since the time does not depend on which tokens they are.
+    Only numbers of the same device, dtype, batch size and lengths can be compared.
     """
 
     batch_size: int
@@ -49,8 +49,9 @@ class Throughput:
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`throughput/prefill_tok_s` and `throughput/decode_tok_s` with their `_min` and `_max`, peak memory, settings.
 
-        Peak memory is what the accelerator allocated during the runs. On a CPU it is left out: the process' peak cannot
-        be reset, and would blame the model that is measured last (the record has the peak of the whole run).
+        Rates are in tokens per second. Peak memory, in bytes, is what the accelerator allocated during the runs. On a
+        CPU it is left out: the process' peak cannot be reset, so it would include all that ran before (the record has
+        the peak of the whole run).
         """
         self.check(model)
         module = model.module
@@ -79,7 +80,7 @@ class Throughput:
         }
 
     def check(self, model: LoadedModel) -> None:
-        """ConfigError for a model that does not write after what it has read, or has too few positions."""
+        """ConfigError for a model that is not a causal language model, or has too few positions."""
         check_task(model, "Throughput of reading and writing", Task.CAUSAL_LM)
         length, limit = self.prompt_length + self.generated_length, max_positions(model)
         if limit is not None and length > limit:
@@ -107,7 +108,7 @@ def read_and_write(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """A clock in seconds, read after the device has finished all work given to it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
