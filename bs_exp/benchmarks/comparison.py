@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: a layer of every layout, times with their spread, a table, a record."""
+"""Shared by the benchmarks: layers of every layout, statistics of times, a table, a record."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ FACTORISED = (PLAIN, SAME_BUDGET, SAME_RANK)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One variant in one case: seconds (median, fastest and slowest round) and what they are worth.
+    """The times of one variant in one case, in seconds (median, fastest and slowest round), and its relative speed.
 
-    `speedup` is over the dense variant, `bound` what the multiply-adds alone would allow. `of_plain` is how many times
-    as fast as the plain layout in the median of all rounds, each against the plain layout of the same round;
-    `of_plain_interval` holds that median of more and more rounds with 95 % confidence (None with fewer than 6 rounds).
+    `speedup` is over the dense variant; `bound` is the speed-up that the number of multiply-adds alone would allow.
+    `of_plain` is the speed relative to the plain layout: the median over rounds, each against the plain layout in the
+    same round. `of_plain_interval` is the 95 % confidence interval of that median (None with fewer than 6 rounds).
     """
 
     case: str
@@ -64,7 +64,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomGroup:
-    """Factorised layers with random numbers that share a basis, and what all of them cost."""
+    """Factorised layers with random numbers that share a basis; parameters and multiply-adds are of all of them."""
 
     layers: Sequence[FactorisedLinear]
     rank: int
@@ -73,9 +73,10 @@ class RandomGroup:
 
 
 def factorised(dense: Sequence[nn.Linear], name: str, ratio: float, *, multiple: int = 1) -> RandomGroup:
-    """Layers in the place of those given, of one shape: `PLAIN` or `SAME_BUDGET` at `ratio`, `SAME_RANK` as the plain.
+    """Random factorised layers in place of dense ones of one shape; `name` is the variant.
 
-    The rank is the largest `multiple` within the budget. Raises ValueError if there is none.
+    `PLAIN` and `SAME_BUDGET` keep `ratio` of the parameters; `SAME_RANK` is pivoted at the rank of `PLAIN`. The rank is
+    the largest multiple of `multiple` within the budget. Raises ValueError if there is none.
     """
     group = WeightGroup("matrix", tuple(range(len(dense))), dense[0].in_features, dense[0].out_features)
     layout: Layout = PlainLayout() if name == PLAIN else PivotedLayout()
@@ -104,19 +105,19 @@ def factorised(dense: Sequence[nn.Linear], name: str, ratio: float, *, multiple:
 
 
 def move(module: nn.Module) -> None:
-    """New copies of all parameters: where a tensor lies in memory is worth some percent of the time on a CPU."""
+    """Copies all parameters to new memory: a tensor's address changes its time on a CPU by some percent."""
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
 
 
 def in_turn(count: int, rounds: int) -> Iterator[int]:
-    """Every variant once a round, and another one first in the next: what comes before makes a difference, too."""
+    """Indices of `count` variants, each once per round; every round begins with the next one, since order matters."""
     for number in range(rounds):
         yield from ((number + i) % count for i in range(count))
 
 
 def compared(case: str, variants: Sequence[Variant], times: Sequence[Sequence[float]]) -> list[Measurement]:
-    """The `times` of every variant, in seconds by round, against the first one's and the plain layout's."""
+    """Measurements from the `times` of every variant, in seconds by round; the first variant is the dense one."""
     reference = statistics.median(times[0])
     plain = times[[variant.name for variant in variants].index(PLAIN)]
     found = []
@@ -142,7 +143,7 @@ def compared(case: str, variants: Sequence[Variant], times: Sequence[Sequence[fl
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The settings of every benchmark."""
+    """Adds the options that every benchmark has."""
     parser.add_argument("--ratio", type=float, default=0.8, help="share of the parameters to keep")
     parser.add_argument("--group", type=int, default=1, help="matrices of a type that share a basis")
     parser.add_argument("--multiple", type=int, default=1, help="ranks are multiples of this")
@@ -152,7 +153,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def check_arguments(parser: ArgumentParser, options: Namespace, **at_least_one: int) -> None:
-    """Ends the command with its usage and a message if a setting cannot be, or the file not be written."""
+    """Ends the command with its usage and a message if an option is out of range, or `--json` cannot be written."""
     if not 0.0 < options.ratio < 1.0:
         parser.error(f"--ratio must be between 0 and 1, got {options.ratio}")
     for name, value in {**at_least_one, "group": options.group, "multiple": options.multiple}.items():
@@ -163,7 +164,7 @@ def check_arguments(parser: ArgumentParser, options: Namespace, **at_least_one: 
 
 
 def device(parser: ArgumentParser, options: Namespace) -> torch.device:
-    """The device, if something can be computed there; else the command ends with a message."""
+    """The device of `--device`; if nothing can be computed there, the command ends with a message."""
     try:
         found = torch.device(options.device)
         torch.ones(1, device=found).item()
@@ -173,7 +174,7 @@ def device(parser: ArgumentParser, options: Namespace) -> torch.device:
 
 
 def report(measurements: Sequence[Measurement], options: Namespace, title: str) -> None:
-    """Prints the table, and writes the record if a file is asked for."""
+    """Prints the table, and writes the record if `--json` names a file."""
     multiple = f", ranks in {options.multiple}s" if options.multiple > 1 else ""
     shared = f", groups of {options.group}" if options.group > 1 else ""
     title = f"{title}, {options.ratio:g} kept{shared}{multiple}, {options.dtype}, {options.device}"

@@ -34,10 +34,10 @@ from bs_exp.models.surgery import twin
 def variants(
     config: LlamaConfig, ratio: float, *, dtype: torch.dtype, device: torch.device, multiple: int = 1, group: int = 1
 ) -> tuple[Variant, ...]:
-    """The dense model; all matrices of its blocks plain, pivoted at the same stored parameters, and at the same rank.
+    """The dense model, and three twins with all block matrices factorised: one for each name in `FACTORISED`.
 
-    They share what is not in a block; `group` blocks in a row share their bases. Raises ValueError if the ratio leaves
-    no room for a rank of `multiple`.
+    Embeddings, norms and head are shared by all four; `group` consecutive blocks share their bases. Raises ValueError
+    if the ratio leaves no room for a rank of `multiple`.
     """
     with device:
         dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -62,7 +62,7 @@ def variants(
 def measure(
     found: Sequence[Variant], batch: int, *, prompt_length: int, generated_length: int, rounds: int
 ) -> Sequence[Measurement]:
-    """Times prefill and decoding (per step) of all variants on `batch` prompts, round by round."""
+    """Times of prefill and of a decoding step, for all variants on `batch` prompts, measured round by round."""
     reading: list[list[float]] = [[] for _ in found]
     writing: list[list[float]] = [[] for _ in found]
     for count, i in enumerate(in_turn(len(found), rounds + 1)):

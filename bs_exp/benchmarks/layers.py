@@ -32,7 +32,7 @@ _MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autot
 
 
 class Each(nn.Module):
-    """Layers that all read the same inputs."""
+    """A module that applies all its layers to the same input."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -52,8 +52,7 @@ def variants(
     multiple: int = 1,
     group: int = 1,
 ) -> tuple[Variant, ...]:
-    """Dense, plain and pivoted at the same stored parameters, and pivoted at the plain layout's rank; each is a group
-    of layers.
+    """`group` layers, dense and in each variant of `FACTORISED`, as one module per variant.
 
     Raises ValueError if the ratio leaves no room for a rank of `multiple`.
     """
@@ -77,10 +76,10 @@ def variants(
 def measure(
     found: Sequence[Variant], batch: int, *, rounds: int, seconds: float, mode: str | None
 ) -> Sequence[Measurement]:
-    """Times all variants on inputs of `batch` tokens, round by round; `mode` is of torch.compile, None is eager."""
+    """Times of all variants on inputs of `batch` tokens, round by round; `mode` is torch.compile's, None is eager."""
     weight = next(found[0].module.parameters())
     x = torch.randn(batch, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    torch.compiler.reset()  # else all cases together would soon have more graphs than one function may
+    torch.compiler.reset()  # all cases together would exceed torch's limit of compiled graphs per function
     calls = [v.module if mode is None else torch.compile(v.module, mode=mode) for v in found]
     times: list[list[float]] = [[] for _ in found]
     with torch.inference_mode():
@@ -93,7 +92,7 @@ def measure(
 
 
 def _time(call: Callable[[Tensor], list[Tensor]], x: Tensor, seconds: float) -> float:
-    """Median seconds per call. The timer synchronises accelerators, and takes the threads that torch has."""
+    """Median seconds per call. The timer synchronises accelerators, and uses as many threads as torch does."""
     call(x)  # after `move` a CUDA graph is recorded anew
     timer = Timer("call(x)", globals={"call": call, "x": x}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)
