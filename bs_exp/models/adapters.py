@@ -1,8 +1,8 @@
 """LoRA adapters of factors (peft): one for each factor, so that layers which share a basis share its adapter too.
 
-Trained on a twin whose factorised layers are pairs of `nn.Linear` that hold the very Parameters of the factors: so peft
-never forms the product of an adapter. Kept on the model itself as adapters of Parameters, which is the form that
-`PeftModel.from_pretrained` finds again.
+They are trained on a twin whose factorised layers are pairs of `nn.Linear` that hold the same Parameters as the model:
+so peft never forms the product of an adapter. Adapters that are kept are attached to the model itself, as adapters of
+Parameters, the form that `PeftModel.from_pretrained` can load.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Adapter:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the change to the factor itself; rounded once."""
+        """Adds the change to the factor in place, computed in fp64 and rounded once to the factor's dtype."""
         change = self.up.double() @ self.down.double()
         self.factor.copy_(self.factor.double() + self.scaling * change)
 
@@ -62,12 +62,12 @@ class AdaptedTwin:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What there is to train, by name."""
+        """The trainable parameters by name: `down` and `up` of every adapter."""
         pairs = self.adapters.items()
         return {f"{name}.{part}": getattr(adapter, part) for name, adapter in pairs for part in ("down", "up")}
 
     def set_dropout(self, active: bool) -> None:
-        """Dropout in front of the adapters; that of the model itself stays off."""
+        """Turns dropout in front of the adapters on or off; the model's own dropout is left as it is."""
         for layer in self.module.modules():
             if isinstance(layer, LoraLayer):
                 layer.lora_dropout.train(active)
@@ -78,9 +78,10 @@ def adapted_twin(
 ) -> AdaptedTwin:
     """A twin with an adapter on each named factor (`MODULE.basis` or `MODULE.weight`, a shared basis by any member).
 
-    Adapters have `rank`, or that of a factor's smaller side if it is smaller: more would give nothing more. All are
-    scaled by `alpha / rank`, and start at no change (1 / sqrt(d_in) uniform down, zero up: 2106.09685, section 4.1, as
-    peft does it), in fp32 or the factor's dtype if that is finer. It changes `requires_grad` of the model's parameters.
+    An adapter has `rank`, or the length of its factor's smaller side if that is less, since a higher rank adds nothing.
+    All are scaled by `alpha / rank` and start at no change: `down` is uniform within +-1 / sqrt(d_in), drawn by `seed`,
+    `up` is zero (LoRA, 2106.09685, section 4.1, as peft does it). They are in fp32, or in the factor's dtype if that is
+    finer. Side effect: `requires_grad` of the model's parameters changes.
     """
     wanted = {id(model.get_parameter(name)): name for name in reversed(list(factors))}
     module = twin(model)
@@ -88,7 +89,7 @@ def adapted_twin(
     for name, layer in list(module.named_modules()):
         if isinstance(layer, FactorisedLinear):
             module.set_submodule(name, _FactorPair(layer, linears))
-    # An adapter replaces the first place of a shared basis alone; the others follow.
+    # peft puts an adapter at the first place of a shared basis only; the last loop puts it at the other places.
     ranks = {
         name: min(rank, *_plain(part).weight.shape)
         for name, part in module.named_modules()
@@ -116,9 +117,9 @@ def adapted_twin(
 
 
 def attach(model: PreTrainedModel, adapted: AdaptedTwin, *, rank: int, alpha: float) -> None:
-    """Puts trained adapters onto the compressed model itself, in place; a shared basis has one, held by all its layers.
+    """Attaches trained adapters to the compressed model itself, in place; layers of a shared basis hold the same one.
 
-    It changes `requires_grad` of the model's parameters.
+    Side effect: `requires_grad` of the model's parameters changes.
     """
     by_factor = {id(adapter.factor): adapter for adapter in adapted.adapters.values()}
     ranks = {
@@ -130,7 +131,7 @@ def attach(model: PreTrainedModel, adapted: AdaptedTwin, *, rank: int, alpha: fl
     }
     config = _config(rank, alpha, ranks, target_modules=[], target_parameters=list(ranks))
     with warnings.catch_warnings():
-        # peft applies a pattern to a Parameter, too, but looks for what it matched among modules alone.
+        # peft applies these patterns to Parameters too, but looks among modules only for what they match, and warns.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for wrapper in model.modules():
@@ -143,12 +144,12 @@ def attach(model: PreTrainedModel, adapted: AdaptedTwin, *, rank: int, alpha: fl
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether adapters are kept on the model."""
+    """Whether adapters are attached to the model."""
     return any(isinstance(layer, BaseTunerLayer) for layer in model.modules())
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model alone: a twin that shares all its parameters, or the model itself if it has no adapters."""
+    """The model without adapters: a twin that shares all its parameters, or the model itself if it has none."""
     if not has_adapters(model):
         return model
     bare = twin(model)
@@ -160,10 +161,10 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """The adapters as a peft folder. peft knows nothing of sharing, so a shared one is written once for each layer.
+    """Writes the adapters as a peft folder; peft does not know sharing, so a shared one is written once per layer.
 
-    Those of a smaller rank stand in `rank_pattern` and `alpha_pattern`. peft applies these to Parameters as to modules,
-    and yet warns on loading that they match no module.
+    Adapters of a smaller rank are listed in `rank_pattern` and `alpha_pattern`. On loading, peft applies these to
+    Parameters, but warns that they match no module.
     """
     config: Any = model.peft_config
     config[ADAPTER].save_pretrained(folder)
@@ -177,7 +178,7 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _config(rank: int, alpha: float, ranks: Mapping[str, int], **settings: Any) -> LoraConfig:
-    """Adapters of the `ranks` by name, none above `rank`, and all scaled by `alpha / rank`."""
+    """The settings of adapters with these `ranks` by name, none above `rank`, all scaled by `alpha / rank`."""
     clipped = {re.escape(name): own for name, own in ranks.items() if own < rank}
     scale: Any = alpha  # peft's type says int, and its code takes any number
     scales: Any = {name: alpha * own / rank for name, own in clipped.items()}
@@ -194,7 +195,7 @@ class _FactorPair(nn.Module):
         self.basis = linears.setdefault(id(layer.basis), _linear(layer.basis))
         self.weight = _linear(layer.weight)
         self.register_parameter("bias", layer.any_bias)
-        self._through = layer.through  # a method, not a module: its factors are those above
+        self._through = layer.through  # a bound method, not a module: the parameters are registered above
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:

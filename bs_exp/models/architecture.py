@@ -1,6 +1,6 @@
-"""Which matrices a model has: found in its modules, named by `roles.yaml`. Nothing here knows a model class.
+"""The matrices of a model, found in its modules and named by `roles.yaml`; no model class is named here.
 
-Only this file knows that `nn.Linear` stores the transpose of `W[d_in, d_out]` and that `Conv1D` does not.
+This is the only file that knows that `nn.Linear` stores the transpose of `W[d_in, d_out]` and that `Conv1D` does not.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class _LinearLayer:
 
     @property
     def pattern(self) -> str:
-        """Path with every number but a last one as `*`, the same for all layers."""
+        """The path with `*` for every number except a last one: it is the same for all layers."""
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.path)
 
     @property
     def suffix(self) -> str:
-        """Name inside the block with every number but a last one as `*`: what a user can put into `model.roles`."""
-        # A number at the end is a place in an nn.Sequential: what lies there has a role of its own.
+        """The name inside the block with `*` for every number except a last one, as `model.roles` takes it."""
+        # A number at the end is a position in an nn.Sequential: each of its modules has a role of its own.
         *parts, last = self.name.split(".")
         return ".".join([*("*" if part.isdigit() else part for part in parts), last])
 
@@ -58,7 +58,7 @@ class _LinearLayer:
 
 @dataclass(frozen=True)
 class RoleTable:
-    """What names mean: matrix type -> input site, and name suffix -> matrix type, the user's own first."""
+    """The meaning of names: matrix type -> input site, and name suffix -> matrix type; the user's `own` comes first."""
 
     sites: Mapping[str, str]
     names: Roles
@@ -100,9 +100,11 @@ def _roles_file() -> Mapping[str, Mapping[str, str]]:
 def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Architecture:
     """The compressible matrices of a language model, by layer.
 
-    Blocks are the members of the outermost lists of modules that hold linear layers; several lists count on, and a
-    decoder's count on after its encoder's. Every linear layer of a block needs a role, so that nothing is left out
-    unnoticed. Embeddings, norms and the head lie outside the blocks or are no linear layers.
+    Blocks are the members of the outermost lists of modules that hold linear layers. They are numbered through all
+    lists, those of a decoder after those of its encoder. Every linear layer of a block needs a role, so that none is
+    left out unnoticed. Embeddings, norms and the head lie outside the blocks or are no linear layers.
+    Raises ModelError if there are no such layers, if roles are missing or ambiguous, or if a weight is quantised or
+    used in several places.
     """
     table = read_roles(roles)
     family = str(model.config.model_type)
@@ -132,7 +134,7 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
 
 
 def module_of(model: nn.Module, matrix: WeightMatrix) -> nn.Linear | Conv1D:
-    """The dense layer that stores a matrix."""
+    """The dense layer that stores a matrix; ModelError if it was replaced before."""
     module = model.get_submodule(matrix.module)
     if not isinstance(module, nn.Linear | Conv1D):
         raise ModelError(f"{matrix.module} is a {type(module).__name__}, not a dense layer; was it compressed before?")
@@ -147,7 +149,7 @@ def weight_of(model: nn.Module, matrix: WeightMatrix) -> Float[Tensor, "d_in d_o
 def trunks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The transformer without its head, which runs the blocks and computes no logits: one part, or encoder and decoder.
 
-    A model of one part that has no head is its own trunk.
+    A model of one part without a head is its own trunk. Raises ModelError if the part without the head is not named.
     """
     if model.config.is_encoder_decoder:
         return model.get_encoder(), _without_head(model.get_decoder())
@@ -188,7 +190,7 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module]]:
-    """Number of the trunk, path from the model down, and block, of every stack of blocks in order."""
+    """For every block, in order: the number of its trunk, its path from the model down, and the block itself."""
     for part, trunk in enumerate(trunks(model)):
         prefix = next(name for name, module in model.named_modules() if module is trunk)
         chosen: list[str] = []
@@ -214,7 +216,7 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[_LinearLayer]:
 
 
 def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
-    """Matrices and larger tensors of the blocks (fused experts, routers, convolutions) that no role covers."""
+    """Names of the blocks' parameters with at least two axes (fused experts, routers, convolutions) without a role."""
     for _, path, block in _blocks(model):
         for name, parameter in block.named_parameters(prefix=path):
             if parameter.ndim > 1 and name.rpartition(".")[0] not in targeted:
@@ -222,7 +224,7 @@ def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
 
 
 def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> tuple[str, set[str]] | None:
-    """What is wrong with the roles found, if anything, and for which layers (by suffix) a role has to be said.
+    """What is wrong with the roles found, and the suffixes of the layers that need a role; None if nothing is.
 
     Every linear layer needs a role, no two of a block the same, and one at least a matrix type.
     """
@@ -241,7 +243,7 @@ def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable)
 
 
 def _manual(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable, unclear: Sequence[str]) -> str:
-    """All linear layers found, and how to say what the unclear ones are: which type that is, only the user knows."""
+    """All linear layers found, as text, and how to set the types of the unclear ones, which only the user knows."""
     rows = {
         f"  {layer.pattern}  {type(layer.module).__name__}  {layer.shape[0]} -> {layer.shape[1]}": role or "?"
         for layer, role in found
@@ -264,7 +266,7 @@ def _manual(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable, 
 
 
 def _require_plain(model: PreTrainedModel, layers: Sequence[_LinearLayer]) -> None:
-    """Targeted weights are ordinary floating-point matrices, and each is used once."""
+    """ModelError unless the targeted weights are ordinary floating-point matrices, each used once."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

@@ -1,4 +1,4 @@
-"""Which Auto class loads a checkpoint, and which task its model has: read from its configuration, by a table."""
+"""The Auto class that loads a checkpoint, and the task of its model, found from its configuration by a table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ ClassNames = Mapping[str, str | Sequence[str]]
 class AutoClass:
     """An Auto class of Transformers and the task of its models; `classes` are their names by model type.
 
-    `bare` are names of classes without a head, whose checkpoints hold it nevertheless: its weights are the embeddings'.
+    `bare` are names of classes without a head whose checkpoints can be loaded with one, since its weights are those of
+    the embeddings.
     """
 
     task: Task
@@ -36,15 +37,15 @@ class AutoClass:
 
     @property
     def loader(self) -> Any:
-        """The class with `from_pretrained` and `from_config`."""
+        """The Auto class itself, with `from_pretrained` and `from_config`."""
         return getattr(transformers, self.name)
 
     def fits(self, config: PreTrainedConfig) -> bool:
-        """Whether it has models of a configuration's type."""
+        """Whether the Auto class has a model for the type of this configuration."""
         return config.model_type in self.classes and (self.task is not Task.SEQ2SEQ_LM or config.is_encoder_decoder)
 
     def has(self, architectures: Sequence[str]) -> bool:
-        """Whether one of these classes is its own, of whatever model type: some types borrow another's class."""
+        """Whether it lists one of these classes, under any model type: some types use the class of another type."""
         names = {name for table in (self.classes, self.bare) for names in table.values() for name in _as_tuple(names)}
         return not names.isdisjoint(architectures)
 
@@ -64,7 +65,7 @@ AUTO_CLASSES = (
     AutoClass(Task.CAUSAL_LM, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     AutoClass(Task.MASKED_LM, "AutoModelForMaskedLM", MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     AutoClass(Task.ENCODER, "AutoModelForTextEncoding", MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
-    # Of other types, what has no head is a decoder that has lost it.
+    # Only types that also have a masked-token head: a headless model of another type is a decoder without its head.
     AutoClass(Task.ENCODER, "AutoModel", _only(MODEL_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES)),
 )
 
@@ -72,8 +73,8 @@ AUTO_CLASSES = (
 def find_auto_class(config: PreTrainedConfig, *, own_code: bool) -> AutoClass | None:
     """The Auto class of a checkpoint, None if it is of no supported kind; `own_code` allows classes that it brings.
 
-    Its architectures decide, for one model type can have several heads. Where none is named, an encoder-decoder writes,
-    an encoder fills masks, and everything else predicts the next token.
+    The `architectures` of its configuration decide, since one model type can have several heads. Where none is named,
+    an encoder-decoder is loaded as `SEQ2SEQ_LM`, an encoder as `MASKED_LM`, and everything else as `CAUSAL_LM`.
     """
     architectures = config.architectures or ()
     if own_code and (found := _of_own_code(config, architectures)) is not None:
@@ -87,7 +88,7 @@ def find_auto_class(config: PreTrainedConfig, *, own_code: bool) -> AutoClass | 
 
 
 def _of_own_code(config: PreTrainedConfig, architectures: Sequence[str]) -> AutoClass | None:
-    """The Auto class that the checkpoint's own code serves: by its architectures, if they name one."""
+    """The Auto class that the checkpoint's own code (`auto_map`) offers, preferably one that its architectures name."""
     served: Mapping[str, str] = getattr(config, "auto_map", None) or {}
     offered = [auto for auto in AUTO_CLASSES if auto.name in served]
     named = [auto for auto in offered if served[auto.name].rpartition(".")[2] in architectures]

@@ -1,7 +1,7 @@
-"""Reading a checkpoint through the real `from_pretrained`, with every way to fail turned into a message.
+"""Reading a checkpoint through `from_pretrained`; every failure becomes a ModelError that says what to do.
 
-A weight that the checkpoint lacks is an error, never a random layer. So is a weight of another shape, and a weight of
-the blocks that the model has no place for.
+A weight that the checkpoint lacks is an error, never a randomly initialised layer. So is a weight of another shape, and
+a weight of the blocks that the model has no place for.
 """
 
 from __future__ import annotations
@@ -68,15 +68,16 @@ class Checkpoint:
     allow_unused: bool = False
 
     def pinned(self) -> Checkpoint:
-        """The same checkpoint at the commit that its revision stands for now, so that all files belong together."""
+        """The checkpoint at the commit that its revision names now, so that all its files are of one commit."""
         with self._reading("configuration"):
             file = cached_file(self.place, CONFIG_NAME, revision=self.revision)
         return replace(self, revision=extract_commit_hash(file, None) or self.revision)
 
     def read(self) -> ReadCheckpoint:
-        """The model, on the CPU, its tokenizer, what it was trained to do, and the weights that were not used.
+        """The model on the CPU, its tokenizer, its task, and the weights that were not used.
 
-        Raises ModelError, which tells names and shapes, if the checkpoint does not fit the model.
+        Raises ModelError if the checkpoint cannot be read, is quantised or of no supported kind, or does not fit the
+        model: the message then has names and shapes of weights.
         """
         config = self._read_config()
         self._require_dense(config)
@@ -203,7 +204,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def require_checkpoint(folder: Path, hint: str) -> None:
-    """ModelError that says what a checkpoint folder must hold, if this is none."""
+    """ModelError unless the folder holds a configuration and weights; `hint` is added to the message."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ModelError(f"Model folder {folder} {what}. {hint}")

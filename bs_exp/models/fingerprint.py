@@ -1,4 +1,4 @@
-"""A model's identity: one hash over every weight and the configuration, so that no cache can mix up two models."""
+"""The identity of a model: one hash over its weights and configuration, so that no cache can confuse two models."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from bs_exp.errors import ModelError
 _FORMAT = b"bs_exp model fingerprint 1"
 _CHUNK = 1 << 24  # elements: a model of 7B parameters is never copied as a whole
 
-# Where a model lies and what wrote it does not change what it computes.
+# Settings that say where a model is stored and what wrote it, but do not change what it computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "architectures", "auto_map")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over name, dtype, shape and bytes of all parameters and persistent buffers, and over the configuration.
+    """SHA-256, in hex, over name, dtype, shape and bytes of all parameters and saved buffers, and the configuration.
 
     Tied weights are hashed once, under their first name. Raises ModelError for a weight that holds NaN or infinity:
-    every tensor is read here anyway, and nothing that follows could survive it.
+    every tensor is read here anyway, and no later stage can work with such a weight.
     """
     digest = hashlib.sha256(_FORMAT)
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}

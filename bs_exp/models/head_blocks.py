@@ -1,4 +1,4 @@
-"""Attention matrices cut by head: a twin of the model in which every block of heads is a matrix of its own."""
+"""Attention matrices split by head: a twin of the model in which every block of heads is a matrix of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bs_exp.models.modeling_basis_sharing import SplitLinear
 from bs_exp.models.surgery import twin
 from bs_exp.types import LoadedModel, WeightMatrix
 
-# What is cut, and along which of its sides: what a head reads is its own for `o` alone.
+# Matrix type -> side that is split. Every head of q, k and v reads all inputs; a head's part of o reads its own.
 CUT_ALONG: Mapping[str, str] = {"q": "out", "k": "out", "v": "out", "o": "in"}
 FUSED = ("qkv", "q_a", "q_b", "kv_a", "kv_b")
 KV = "kv"
@@ -20,11 +20,11 @@ ALL = "all"
 
 
 def cut_heads(dense: LoadedModel, types: Set[str], heads_per_block: int | str) -> LoadedModel:
-    """A twin in which the matrices of these types are `SplitLinear`s, views of the same weights, and its architecture.
+    """A twin in which the matrices of these types are `SplitLinear`s, with views of the same weights as blocks.
 
-    Block i of a type T has the matrix type `T.i`. Blocks hold `heads_per_block` query heads: `kv`, all that share a
-    head of keys and values; `all` leaves the matrices whole. Blocks of k and v hold the heads that a block of q reads,
-    but one head at least. Raises ConfigError if the model's matrices cannot be cut like this.
+    Block i of a type T has the matrix type `T.i`. A block holds `heads_per_block` query heads: a number, or `kv` for
+    all that share a head of keys and values; `all` leaves the matrices whole and returns `dense` itself. Blocks of k
+    and v hold the heads that a block of q reads, at least one. Raises ConfigError if the matrices cannot be split so.
     """
     if heads_per_block == ALL:
         return dense
@@ -71,7 +71,7 @@ def _block(matrix: WeightMatrix, index: int, size: int, axis: str) -> WeightMatr
 
 
 def _sizes(dense: LoadedModel, matrix: WeightMatrix, heads_per_block: int | str) -> list[int]:
-    """Sizes of the blocks of a matrix, along the side on which it is cut."""
+    """Sizes of the blocks of a matrix, in channels, along the side that is split; ConfigError if they do not fit."""
     heads = _query_heads(dense)
     positions = dense.architecture.by_position
     queries, keys = (positions[name, matrix.layer].d_out for name in ("q", "k"))

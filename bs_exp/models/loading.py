@@ -1,6 +1,6 @@
-"""Where a model comes from: the embedded demo model, a local folder, the Hugging Face hub.
+"""Sources of models: the embedded demo model, a local folder, the Hugging Face hub.
 
-Every source ends in `assemble`: eval mode, discovered matrices, fingerprint.
+Every source ends in `assemble`, which sets eval mode, finds the matrices and computes the fingerprint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAVE_ANEW = "model.path must name a folder written by save_pretrained, of the m
 
 @dataclass(frozen=True, kw_only=True)
 class DemoModel:
-    """The embedded trained model (`bs_exp/demo/model`): Llama architecture, own tokenizer, no download."""
+    """The embedded trained model (`bs_exp/demo/model`): Llama architecture, a tokenizer of its own, no download."""
 
     dtype: str = "float32"
     device: str = "auto"
@@ -69,7 +69,7 @@ class LocalModel:
         check_settings(self.dtype, self.device, self.roles)
 
     def load(self) -> LoadedModel:
-        """The model of the folder, read without any network."""
+        """The model of the folder, read without network; ModelError if the folder is no checkpoint."""
         folder = Path(self.path).expanduser().resolve()
         require_checkpoint(folder, _SAVE_ANEW)
         checkpoint = Checkpoint(
@@ -85,7 +85,7 @@ class LocalModel:
 
 @dataclass(frozen=True, kw_only=True)
 class HubModel:
-    """A checkpoint of the Hugging Face hub, from its cache if it is there."""
+    """A checkpoint of the Hugging Face hub, read from the local cache if it is there."""
 
     name: str
     revision: str = "main"
@@ -100,7 +100,7 @@ class HubModel:
         check_settings(self.dtype, self.device, self.roles)
 
     def load(self) -> LoadedModel:
-        """The model of this revision; the provenance holds the commit that it stands for."""
+        """The model of this revision; the provenance holds its commit. ModelError if it cannot be read."""
         if Path(self.name).is_dir():
             # transformers would quietly prefer the folder.
             raise ConfigError(
@@ -121,7 +121,7 @@ class HubModel:
 
 
 def check_settings(dtype: str, device: str, roles: Roles | None) -> None:
-    """ConfigError for a dtype or device that does not exist here, or a role that is none."""
+    """ConfigError for an unknown dtype, a device that does not exist here, or a role that is no matrix type."""
     resolve_dtype(dtype)
     resolve_device(device)
     read_roles(roles)
@@ -134,7 +134,7 @@ def resolve_dtype(name: str) -> torch.dtype | str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a setting; `auto` is the first accelerator, else the CPU."""
+    """The device of a setting; `auto` is the first CUDA device, else the CPU. ConfigError if it does not exist here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""How token windows become the inputs of a model, and which tokens it predicts from them: one way for each task."""
+"""How token windows become the inputs of a model, and which tokens it predicts from them, for each task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Inputs = Mapping[str, Any]
 """Keyword arguments of the model."""
 
 IGNORED = -100
-# What a model of a task is called, and the option that judges it.
+# For messages: what a model of a task is called, and the option that evaluates it.
 _KINDS = {
     Task.CAUSAL_LM: "a causal language model",
     Task.MASKED_LM: "a masked language model",
@@ -42,27 +42,27 @@ _SENTINEL = "<extra_id_{}>"
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Windows as a model is trained on them; `labels` stand beside the logits, `IGNORED` where nothing is predicted."""
+    """Inputs and labels of a model's training loss; `labels` align with the logits, `IGNORED` where none is predicted."""
 
     inputs: Inputs
     labels: Int[Tensor, "windows positions"]
 
     @property
     def shapes(self) -> tuple[torch.Size, torch.Size]:
-        """Windows and positions of what is read, and of what is predicted; an encoder-decoder's differ."""
+        """The shapes `[windows, positions]` of input ids and of labels; they differ for an encoder-decoder."""
         return self.inputs["input_ids"].shape, self.labels.shape
 
     def loss(self, logits: Float[Tensor, "windows positions vocabulary"], *, reduction: str) -> Tensor:
-        """Cross entropy of the predicted tokens in nats, in fp32."""
+        """Cross entropy of the predicted tokens in nats, in fp32; `reduction` is that of `cross_entropy`."""
         predicted = self.labels != IGNORED
         return functional.cross_entropy(logits[predicted].float(), self.labels[predicted], reduction=reduction)
 
 
 class Feeder(Protocol):
-    """What a model of one task makes of windows of token ids, on the device of the ids."""
+    """Turns windows of token ids into inputs and labels for models of one task, on the device of the ids."""
 
     def inputs(self, ids: Int[Tensor, "windows length"]) -> Inputs:
-        """What the blocks see in calibration."""
+        """The inputs of the model when calibration gathers activations."""
 
     def examples(self, ids: Int[Tensor, "windows length"]) -> Examples:
         """Inputs and labels of the model's own training loss. ConfigError if it has none."""
@@ -75,13 +75,13 @@ class Feeder(Protocol):
 
 
 def feeder(model: LoadedModel, feeding: Feeding = Feeding()) -> Feeder:  # noqa: B008  frozen
-    """The feeder of a model. ConfigError or ModelError if the model lacks what the settings ask for."""
+    """The feeder of a model. ConfigError or ModelError if the model or its tokenizer lacks what the settings need."""
     check_feeding(feeding)
     return _FEEDERS[model.task](model, feeding)
 
 
 def hidden_states(module: PreTrainedModel, inputs: Inputs) -> Float[Tensor, "windows positions channels"]:
-    """The last hidden states, of an encoder-decoder those of its decoder; no logits are computed."""
+    """The last hidden states, for an encoder-decoder those of its decoder; no logits are computed."""
     first, *decoder = trunks(module)
     if not decoder:
         read: Tensor = first(**inputs).last_hidden_state
@@ -103,7 +103,7 @@ def check_feeding(feeding: Feeding) -> None:
 
 
 def check_task(model: LoadedModel, what: str, *allowed: Task) -> None:
-    """ConfigError that says what to use instead, if something is not made for the model's task."""
+    """ConfigError, with the option to use instead, unless the model's task is allowed; `what` names what needs it."""
     if model.task not in allowed:
         raise ConfigError(
             f"{what} needs {' or '.join(_KINDS[task] for task in allowed)}, but this {type(model.module).__name__} is "
@@ -112,7 +112,7 @@ def check_task(model: LoadedModel, what: str, *allowed: Task) -> None:
 
 
 def check_has_logits(model: LoadedModel, what: str) -> None:
-    """ConfigError that names what was asked for, if the model computes no logits, and so has no loss either."""
+    """ConfigError if the model computes no logits, and so has no loss; `what` names what needs them."""
     if model.task is Task.ENCODER:
         raise _no_logits(model, what)
 
@@ -166,10 +166,10 @@ class EncoderFeeder:
 
 
 class MaskedFeeder:
-    """Activations are those of whole windows; the loss is that of `mask_share` of the tokens, each behind a mask.
+    """Activations are those of windows without masks; the loss is over `mask_share` of the tokens, which are masked.
 
-    `round(mask_share * length)` tokens (at least one) are replaced by the mask token, all of them: BERT's training
-    (1810.04805, section 3.1) leaves some as they are, which an evaluation has no use for.
+    `round(mask_share * length)` tokens (at least one) are chosen, and all of them are replaced by the mask token:
+    BERT's training (1810.04805, section 3.1) leaves some of them unchanged, which an evaluation does not need.
     """
 
     def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
@@ -201,7 +201,7 @@ class MaskedFeeder:
 
 
 class ContinuationFeeder:
-    """The encoder reads the first `source_share` of a window, the decoder writes the rest, token by token.
+    """The encoder reads the first `source_share` of a window, the decoder predicts the rest, token by token.
 
     The decoder's first input is the model's start token (Raffel et al., 1910.10683, section 3.2.1: a prefix language
     model's targets).
@@ -230,11 +230,11 @@ class ContinuationFeeder:
 
 
 class SpansFeeder:
-    """The encoder reads a window with spans cut out, a sentinel in place of each; the decoder writes the spans.
+    """The encoder reads a window with spans cut out, a sentinel in place of each; the decoder predicts the spans.
 
-    T5's own objective (1910.10683, section 3.3.4): `mask_share` of the tokens in spans of 3 on average, the window
-    begins with a token that stays, the target ends with the end token. As in its code the number of tokens and spans
-    depends on the length alone, so windows of one length stay of one length.
+    T5's own objective (1910.10683, section 3.3.4): `mask_share` of the tokens are cut out, in spans of 3 on average;
+    the window begins with a token that stays, and the target ends with the end token. As in T5's code, the numbers of
+    tokens and spans depend on the length alone, so windows of equal length give sources and targets of equal length.
     """
 
     def __init__(self, model: LoadedModel, feeding: Feeding) -> None:
@@ -267,7 +267,7 @@ class SpansFeeder:
         return max(length - noise + spans, noise + spans + 1)
 
     def _counts(self, length: int) -> tuple[int, int]:
-        """Tokens to cut out, and spans."""
+        """The number of tokens to cut out, and of spans; ConfigError if the tokenizer has too few sentinels."""
         noise = min(max(1, round(self._feeding.mask_share * length)), length - 1)
         spans = min(max(1, round(noise / _MEAN_SPAN)), length - noise)
         if spans > len(self._sentinels):
@@ -315,7 +315,7 @@ def _require_two_tokens(ids: Int[Tensor, "windows length"]) -> None:
 
 def _source_and_target(source: Tensor, target: Tensor, start: int) -> Examples:
     decoder_ids = functional.pad(target[:, :-1], (1, 0), value=start)
-    # The losses of some models want labels in one piece.
+    # The losses of some models need contiguous labels.
     return Examples({"input_ids": source, "decoder_input_ids": decoder_ids, "use_cache": False}, target.contiguous())
 
 
@@ -340,14 +340,14 @@ def _sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _partition(total: int, parts: int, generator: torch.Generator) -> list[int]:
-    """Sizes of at least 1 that add up to `total`, every choice being equally likely."""
+    """`parts` sizes of at least 1 that add up to `total`, drawn uniformly from all such lists."""
     cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
     bounds = [0, *cuts, total]
     return [end - begin for begin, end in pairwise(bounds)]
 
 
 def _generator(window: Int[Tensor, " length"], seed: int) -> torch.Generator:
-    """Random numbers of a window: the same in every batch, order and model."""
+    """A generator seeded by the window's ids and `seed`: its numbers depend on no batch, order or model."""
     content = window.contiguous().numpy().astype("<i8").tobytes()
     digest = hashlib.sha256(f"{seed}:".encode() + content).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -12,15 +12,17 @@ from bs_exp.errors import ConfigError, SaveError
 from bs_exp.models.adapters import has_adapters, save_adapters, without_adapters
 
 _CONFIG = "config.json"
-# Of a model with adapters; in a folder of its own, else `from_pretrained` would look for the model that they belong to.
+# Adapters are in a folder of their own: beside config.json, `from_pretrained` would look for the base model of them.
 ADAPTER_FOLDER = "adapter"
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> Path:
-    """The folder, holding model and tokenizer whole or not at all; a model saved there before is replaced.
+    """Writes model and tokenizer into `folder`, whole or not at all, and returns its absolute path.
 
-    `from_pretrained` loads a compressed model where bs_exp is installed, and with `trust_remote_code=True` anywhere: a
-    copy of the plug-in lies in the folder. A dense model becomes an ordinary checkpoint.
+    A model that was saved there before is replaced. `from_pretrained` loads a compressed model where bs_exp is
+    installed, and with `trust_remote_code=True` anywhere, since the folder holds a copy of the modeling file. A dense
+    model becomes an ordinary checkpoint. Raises ConfigError if the folder holds something other than a model,
+    SaveError if it cannot be written.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder)
@@ -52,7 +54,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def check_replaceable(folder: Path) -> None:
-    """ConfigError if something other than a model lies where one is to be saved."""
+    """ConfigError if `folder` exists and is neither a model folder nor empty."""
     if folder.exists() and not (folder.is_dir() and ((folder / _CONFIG).exists() or not any(folder.iterdir()))):
         raise ConfigError(
             f"{folder} exists and is no model folder, so it is not overwritten. Name another folder or remove it."
@@ -60,7 +62,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Gives every file the mode of one that is made in the ordinary way; safetensors lets only the owner read."""
+    """Gives every file the mode that the umask asks for; safetensors lets only the owner read its files."""
     mode = (folder / _CONFIG).stat().st_mode
     for file in folder.rglob("*"):
         if file.is_file():

@@ -1,6 +1,6 @@
 """Tiny models with random weights, one per architecture family, built from real Hugging Face configs, no download.
 
-They run the whole pipeline in seconds on any machine, and say nothing about quality.
+The whole pipeline runs on them in seconds on any machine; results on them say nothing about quality.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bs_exp.validation import check_choice
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _EOS, _BOS = "<|endoftext|>", "<|begin|>"
 _EOS_ID, _BOS_ID = len(_BYTES), len(_BYTES) + 1
-# Token -> what the tokenizer calls it, if anything.
+# Additional token -> the tokenizer's attribute for it, None if it has none.
 _MORE_TOKENS: Mapping[Task, Mapping[str, str | None]] = {
     Task.MASKED_LM: {"<mask>": "mask_token"},
     Task.SEQ2SEQ_LM: dict.fromkeys(f"<extra_id_{number}>" for number in range(32)),
@@ -72,7 +72,7 @@ _FAMILIES: Mapping[Task, Mapping[str, Mapping[str, Any]]] = {
     },
     Task.MASKED_LM: {
         "bert": _BASE,
-        # Its positions begin behind the id of the padding token.
+        # RoBERTa's positions begin after the id of its padding token, so the table must be longer.
         "roberta": {**_BASE, "max_position_embeddings": 1024},
         "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 48, "max_position_embeddings": 512},
     },
@@ -104,7 +104,7 @@ FAMILIES = tuple(_FAMILIES[Task.CAUSAL_LM])
 ENCODERS = tuple(_FAMILIES[Task.MASKED_LM])
 ENCODER_DECODERS = tuple(_FAMILIES[Task.SEQ2SEQ_LM])
 _TASKS = {family: task for task, families in _FAMILIES.items() for family in families}
-# What the config classes call the number of blocks.
+# Names of the number of blocks in the config classes.
 _DEPTHS = {
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     *("num_decoder_layers", "encoder_layers", "decoder_layers"),
@@ -115,7 +115,8 @@ _DEPTHS = {
 class TinyRandom:
     """A random model of a family: hidden size 32, 4 heads (2 of keys and values where the family can), byte tokens.
 
-    Encoders have a masked-token head, and `layers` blocks; encoder-decoders have as many in each of both.
+    It has `layers` blocks; an encoder-decoder has as many in its encoder and in its decoder. Encoders have a
+    masked-token head.
     """
 
     family: str = "llama"
@@ -149,9 +150,9 @@ def tiny_random(family: str = "llama", *, seed: int = 0, layers: int = 3) -> Loa
 
 
 def byte_tokenizer(task: Task = Task.CAUSAL_LM) -> PreTrainedTokenizerFast:
-    """One token per byte, an end-of-text token (padding too) and a begin token; nothing is added by itself.
+    """A tokenizer with one token per byte, an end-of-text token (also padding) and a begin token; it adds none itself.
 
-    For masked language models a mask token comes on top, for encoder-decoders some sentinels.
+    It also has a mask token for masked language models, and 32 sentinels for encoder-decoders.
     """
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(_BYTES)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -185,7 +186,7 @@ def _random_model(family: str, layers: int, seed: int, dtype: torch.dtype | str)
         module: PreTrainedModel = auto.loader.from_config(
             config, dtype=torch.float32 if isinstance(dtype, str) else dtype
         )
-        # The usual initialisation leaves biases zero, norms one and outputs tiny, which hides mistakes.
+        # The usual initialisation sets biases to 0, norms to 1 and gives tiny outputs, which would hide mistakes.
         with torch.no_grad():
             for parameter in module.parameters():
                 noise = torch.randn(parameter.shape)
