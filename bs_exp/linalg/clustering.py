@@ -1,4 +1,4 @@
-"""Agglomerative clustering whose clusters keep bounds of their size: no library's does."""
+"""Agglomerative clustering with exact bounds on the sizes of clusters, which libraries do not offer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LINKAGES: Mapping[str, Callable[[NDArray[np.float64]], np.floating[Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What clusters must keep: their sizes, and their number where it is asked for.
+    """Constraints on clusters: bounds of their sizes, and their number unless `count` is None.
 
-    `adjacent` clusters are runs of neighbouring items.
+    With `adjacent`, clusters are runs of neighbouring items.
     """
 
     min_size: int
@@ -37,7 +37,7 @@ class Bounds:
         return _packable(tuple(sorted(sizes, reverse=True)), self.min_size, self.max_size, self.count)
 
     def _line(self, sizes: tuple[int, ...]) -> bool:
-        # counts[j]: in how many runs within bounds the first j clusters can be merged
+        # counts[j]: the possible numbers of runs within bounds into which the first j clusters can be merged
         counts: list[set[int]] = [{0}]
         for stop in range(1, len(sizes) + 1):
             found: set[int] = set()
@@ -55,12 +55,12 @@ class Bounds:
 def agglomerate(
     distances: NDArray[np.float64], bounds: Bounds, *, linkage: str, threshold: float | None = None
 ) -> list[tuple[int, ...]]:
-    """Clusters of the items 0 .. n-1, each in order, by their first items.
+    """Clusters of the items 0 .. n-1, each sorted, ordered by their first items.
 
-    The two nearest clusters are merged, time and again, whose merger leaves the bounds within reach. It ends at the
-    wanted number; without one, where the nearest are farther apart than `threshold` (mergers that a smallest size still
-    needs are made all the same), or where the bounds allow no more.
-    Raises ValueError if no clusters keep the bounds.
+    Repeatedly merges the two nearest clusters whose merger leaves the bounds within reach. It stops at `bounds.count`
+    clusters; without a count, where no two clusters are within `threshold` (mergers that the smallest size requires are
+    made regardless), or where the bounds allow no further merger.
+    Raises ValueError if no clusters satisfy the bounds.
     """
     clusters: list[tuple[int, ...]] = [(item,) for item in range(len(distances))]
     if not bounds.allow([1] * len(clusters)):
@@ -91,7 +91,7 @@ def _first_allowed(
     for distance, a, b in near:
         is_near = bounds.count is not None or threshold is None or distance <= threshold
         if not is_near and min(sizes[a], sizes[b]) >= bounds.min_size:
-            continue  # only mergers that the smallest size needs
+            continue  # beyond the threshold, only mergers that the smallest size requires
         merged = [*sizes[:a], sizes[a] + sizes[b], *sizes[a + 1 : b], *sizes[b + 1 :]]
         if bounds.allow(merged):
             return a, b
@@ -100,7 +100,7 @@ def _first_allowed(
 
 @lru_cache(maxsize=1 << 16)
 def _packable(sizes: tuple[int, ...], low: int, high: int, count: int | None) -> bool:
-    """Whether items (sizes falling) can be put into bins that hold `low` to `high`, `count` of them if given."""
+    """Whether items, by falling size, can be packed into bins with sums from `low` to `high`, `count` bins if given."""
     total = sum(sizes)
     fewest, most = -(-total // high), min(total // low, len(sizes))
     if (sizes and sizes[0] > high) or not (fewest <= most if count is None else fewest <= count <= most):
@@ -112,7 +112,7 @@ def _packable(sizes: tuple[int, ...], low: int, high: int, count: int | None) ->
 
 
 def _without_a_bin(sizes: tuple[int, ...], low: int, high: int) -> Iterator[tuple[int, ...]]:
-    """What is left after a bin with the largest item, for every way to fill it."""
+    """The sizes that remain after one bin with the largest item is filled, for every way to fill it."""
     first, rest = sizes[0], Counter(sizes[1:])
     kinds = sorted(rest, reverse=True)
 

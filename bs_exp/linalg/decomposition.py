@@ -27,18 +27,19 @@ from bs_exp.types import (
     WeightGroup,
 )
 
-# An eigenvalue problem per layer and point.
+# Ranks at which losses after corrections are computed: each costs one eigenvalue problem per layer.
 _CORRECTION_POINTS = 65
 
 
 def cholesky_whitener(
     gram: Float[Tensor, "d d"], *, ridge: float = 0.0, of: str = "inputs"
 ) -> tuple[Float[Tensor, "d d"], float]:
-    """`S` upper triangular with `S^T S = gram + added * I`, and what was added to the diagonal, in units of the Gram.
+    """`S` upper triangular with `S^T S = gram + added * I`, in fp64, and `added`, in units of the Gram.
 
-    `ridge` is asked for in units of the mean diagonal. A Gram that is still not positive definite gets twice the size
-    of its lowest eigenvalue on top.
-    Raises DecompositionError, which tells what the Gram is `of`, if it is not finite, or zero.
+    `ridge` is in units of the mean diagonal. A Gram that is still not positive definite gets twice the magnitude of its
+    lowest eigenvalue, and an allowance for rounding, on top.
+    Raises DecompositionError if the Gram is not finite, zero, or not positive definite even so; the message says what
+    it is the Gram `of`.
     """
     gram = gram.double()
     if not bool(gram.isfinite().all()):
@@ -71,11 +72,11 @@ def cholesky_whitener(
 
 
 def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Decomposition:
-    """All components of `A = S [W_1 R_1 .. W_n R_n]`, best first, from the eigenvectors of the smaller of its products.
+    """All components of `A = S [W_1 R_1 .. W_n R_n]`, best first, from eigenvectors of `A A^T` or `A^T A`, in fp64.
 
     With `A = U Sigma V^T`: where `d_in <= columns`, `A A^T` gives U, and `basis = S^-1 U`, `coefficients = U^T A R^-1`;
     elsewhere `A^T A` gives V, and `basis = W R V`, `coefficients = V^T R^-1` (the output-covariance form, no inverse of
-    S at all). Either way `basis @ coefficients` is the weight itself, since U or V is orthogonal whatever its accuracy.
+    S at all). Either way `basis @ coefficients` is the weight itself: U or V is orthogonal, even where inaccurate.
     Raises DecompositionError if the weight is not finite.
     """
     scaled, whitened = _whitened(group, weight, metric)
@@ -110,9 +111,9 @@ def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric:
 def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Spectrum:
     """The spectrum alone, from eigenvalues: for comparing many candidate groups of which few are factorised.
 
-    Errors of the square roots are at `sqrt(eps)` of the largest singular value, and squared losses in the unit of a
-    norm include the share of the ridge, which `decompose` takes out.
-    Where layers have corrections, eigenvalues say too little: then it is that of `decompose`.
+    Singular values have errors up to `sqrt(eps)` of the largest one, and squared losses in the unit of a norm include
+    the share of the ridge, which `decompose` subtracts. With corrections, eigenvalues do not determine the losses, so
+    the spectrum is that of `decompose`.
     Raises DecompositionError if the weight is not finite.
     """
     if group.correction:
@@ -133,7 +134,7 @@ def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metri
 def split_by_layer(
     group: WeightGroup, basis_t: Float[Tensor, "rank d_in"], coefficients: Float[Tensor, "rank columns"]
 ) -> SharedFactors:
-    """One basis and one coefficient matrix per layer from the first `rank` components of a group."""
+    """One basis and one coefficient matrix per layer, as views of the first `rank` components of a group."""
     parts = coefficients.split(group.d_out, dim=1)
     return SharedFactors(group=group, basis=basis_t.mT, coefficients=dict(zip(group.layers, parts, strict=True)))
 
@@ -156,7 +157,10 @@ def corrections_of(
     metric: Metric,
     rank: int,
 ) -> Corrections:
-    """What every layer gets for itself: the best factors, in the metric, of what the first `rank` components leave."""
+    """Each layer's correction: in the metric, the best factors of what the first `rank` components leave of it.
+
+    Their rank is `group.correction` at most; all in fp64.
+    """
     scaled = _by_layer(group, coefficients.double(), metric, lambda block, right: block @ right)
     units_t, rows = _orthonormal(basis_t.double(), scaled, metric)
     found = {}
@@ -172,7 +176,7 @@ def corrections_of(
 
 
 def _orthonormal(basis_t: Tensor, rows: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """The same products with bases that are orthonormal in the metric, so that norms of rows are errors."""
+    """The same product with basis vectors rescaled to length 1 in the metric, so that norms of rows are errors."""
     in_metric = basis_t if metric.whitener is None else basis_t @ metric.whitener.mT
     lengths = in_metric.norm(dim=1)
     lengths = lengths.where(lengths > 0, 1.0)[:, None]
@@ -184,13 +188,14 @@ def _corrected_energies(
 ) -> Tensor:
     """Energies whose tails are the losses after every layer's correction.
 
-    Of what k components leave of a layer, the correction takes the largest singular values. That is computed at up to
-    `_CORRECTION_POINTS` ranks k, all of them in small groups; in between the share that is left is interpolated.
+    The correction removes the largest singular values of what k components leave of a layer. That is computed at up to
+    `_CORRECTION_POINTS` ranks k, at all of them in small groups; between them the remaining share of the loss is
+    interpolated.
     """
     units_t, rows = _orthonormal(basis_t, coefficients, metric)
     tails = energies.flip(0).cumsum(0).flip(0)
     full = len(energies)
-    # Denser towards both ends, where the share bends most.
+    # Denser towards both ends, where the share changes its slope most.
     angles = np.linspace(0.0, np.pi, _CORRECTION_POINTS)
     spread = np.unique(np.rint((full - 1) * (1.0 - np.cos(angles)) / 2.0).astype(int)).tolist()
     points = list(range(full)) if full <= _CORRECTION_POINTS else spread
@@ -212,7 +217,7 @@ def _corrected_energies(
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a rank, by eigenvectors of the smaller product."""
+    """The best approximation of a rank, from eigenvectors of the smaller of `M M^T` and `M^T M`."""
     if matrix.shape[0] < matrix.shape[1]:
         return _leading(matrix.mT, rank).mT
     vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -rank:]
@@ -230,11 +235,11 @@ def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tenso
 
 
 def pivoted_form(factors: SharedFactors) -> PivotedFactors:
-    """The same product without the identity that one of the factors can be made to hold, in fp64.
+    """Factors of the same product, in fp64, one of which holds a k x k identity that is left out.
 
-    `B C = (B C_J)(C_J^-1 C)` for k independent columns J of C: outputs; and `B C = (B B_J^-1)(B_J C)` for k independent
-    rows J of B: inputs, taken where the basis is shared, since every layer computes with it. QR with column pivoting
-    chooses J, so what is stored stays small and well conditioned.
+    A single matrix uses k independent columns J of C (outputs), `B C = (B C_J)(C_J^-1 C)`. A shared basis uses k
+    independent rows J of B (inputs), `B C = (B B_J^-1)(B_J C)`, since every layer computes with it. J is chosen by QR
+    with column pivoting, so that the stored numbers stay small and well conditioned.
     """
     group, basis = factors.group, factors.basis.double()
     coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
@@ -244,7 +249,7 @@ def pivoted_form(factors: SharedFactors) -> PivotedFactors:
         basis, coefficients = basis @ coefficients[layer][:, own], {layer: others}
     else:
         whole = torch.cat([coefficients[layer] for layer in group.layers], dim=1)
-        # As long as the rows of the product, and at the same angles: so inputs count by what they do to the outputs.
+        # Rows with the norms and angles of the product's rows: inputs are chosen by their effect on the outputs.
         rows = basis @ torch.linalg.qr(whole.mT, mode="r").R.mT
         own, others = _interpolation(rows.mT)
         basis, coefficients = others.mT, {layer: basis[own] @ c for layer, c in coefficients.items()}
@@ -252,7 +257,7 @@ def pivoted_form(factors: SharedFactors) -> PivotedFactors:
 
 
 def plain_form(factors: StoredFactors) -> SharedFactors:
-    """The same factors in fp64, with the identity if they are pivoted."""
+    """The same factors as plain ones in fp64: pivoted factors get their identity back."""
     group, basis = factors.group, factors.basis.double()
     coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
     corrections = {layer: (down.double(), own.double()) for layer, (down, own) in factors.corrections.items()}
@@ -268,12 +273,12 @@ def plain_form(factors: StoredFactors) -> SharedFactors:
 def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, "k others"]]:
     """k columns J of a matrix, and the combinations `M_J^-1 M` of them that give its other columns.
 
-    By QR with column pivoting. In the order of the columns a bit per column is all that has to be kept of the choice.
+    By QR with column pivoting. The chosen columns keep their order, so that one bit per column records the choice.
     """
     rank, width = matrix.shape
     triangle, order = scipy.linalg.qr(matrix.cpu().numpy(), mode="r", pivoting=True)
     columns = torch.from_numpy(order[:rank].copy()).long().sort()
-    # Rows of zeros (a matrix of lower rank, such as zero) need no part of the columns behind them.
+    # A matrix of lower rank has rows of zeros in the triangle: these columns contribute nothing to the others.
     true_rank = int(np.count_nonzero(np.diagonal(triangle)[:rank]))
     found = np.zeros((rank, width - rank))
     found[:true_rank] = scipy.linalg.solve_triangular(triangle[:true_rank, :true_rank], triangle[:true_rank, rank:])
@@ -285,7 +290,7 @@ def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Fl
 
 
 def _with_identity(others: Float[Tensor, "k others"], own: Bool[Tensor, " n"]) -> Float[Tensor, "k n"]:
-    """The columns in their places among those of the identity."""
+    """The full matrix: the identity in the columns `own`, and `others` in the remaining columns."""
     whole = others.new_zeros(others.shape[0], len(own))
     whole[:, own] = torch.eye(others.shape[0], dtype=others.dtype, device=others.device)
     whole[:, ~own] = others
@@ -297,7 +302,7 @@ def _shifted(gram: Tensor, damping: float) -> Tensor:
 
 
 def _by_layer(group: WeightGroup, columns: Tensor, metric: Metric, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Applies each layer's right factor to its own columns."""
+    """The columns after `apply(block, right)` on each layer's block of columns; unchanged without right factors."""
     if metric.right is None:
         return columns
     blocks = zip(group.layers, columns.split(group.d_out, dim=1), strict=True)
@@ -310,13 +315,13 @@ def _unscale(block: Tensor, right: Tensor) -> Tensor:
 
 
 def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
-    """What dropping each component costs, in the unit of `Spectrum.energies`."""
+    """The loss of dropping each component, in the unit of `Spectrum.energies`."""
     squares = values.square()
     if metric.unit is LossUnit.NATS:
         half: Tensor = squares / 2.0
         return half
-    # One side of every component is orthogonal to that of the others, so errors add up by component, with the ridge or
-    # without; the ridge's share is known exactly, and is no error on any input.
+    # One side of every component is orthogonal to that of the others, so errors add up over components, with or without
+    # the ridge. The ridge's share is known exactly; it is subtracted, since it is no error on any input.
     norms = basis_t.norm(dim=1) * coefficients.norm(dim=1)
     without_ridge: Tensor = squares - metric.ridge * norms.square()
     return without_ridge.clamp_min(0.0)

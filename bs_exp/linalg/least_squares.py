@@ -1,8 +1,8 @@
 """The mathematics of the refit: the best coefficients on a fixed basis, from second moments of a layer's inputs.
 
-X are the inputs on which a layer is refitted, D is what the dense model's inputs have more than these. The loss is
+X are the inputs on which a layer is refitted, and D, their drift, is the dense model's inputs minus X. The loss is
 `||X B C - (X + beta D) W||_F^2`. With E = B C - W it is `tr(E^T X^T X E) - 2 beta tr(E^T X^T D W) + beta^2 ||D W||^2`,
-which cancels less than the squares of outputs do. All of it in fp64.
+which suffers less from cancellation than squares of outputs. All of it in fp64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Moments are made of fp32 products: smaller eigenvalues are rounding.
+# Moments are computed from fp32 products: eigenvalues below this share of the largest are rounding errors.
 _RESOLUTION = torch.finfo(torch.float32).eps
 # The range that SAES-SVD allows its coefficient.
 _BETAS = (0.25, 0.75)
@@ -22,7 +22,7 @@ _BETAS = (0.25, 0.75)
 
 @dataclass(frozen=True, eq=False)
 class InputPairs:
-    """Second moments of inputs X and of their drift D from the dense model's, summed over tokens; no drift is None."""
+    """Second moments of inputs X and of their drift D, summed over tokens, in fp64; None where there is no drift."""
 
     gram: Float[Tensor, "d_in d_in"]
     cross: Float[Tensor, "d_in d_in"] | None = None  # X^T D
@@ -33,7 +33,7 @@ class InputPairs:
 
     @classmethod
     def of(cls, inputs: Float[Tensor, "tokens d_in"], dense: Float[Tensor, "tokens d_in"] | None) -> InputPairs:
-        """Products in fp32 (or the inputs' dtype, if finer), as fp64."""
+        """The moments of one batch, multiplied in fp32 (or in the inputs' dtype, if finer) and converted to fp64."""
         x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         gram = (x.mT @ x).double()
         if dense is None:
@@ -45,13 +45,13 @@ class InputPairs:
 def squared_loss(
     product: Float[Tensor, "d_in columns"], weight: Float[Tensor, "d_in columns"], inputs: InputPairs, beta: float
 ) -> float:
-    """`||X P - (X + beta D) W||_F^2` for the product P of the factors."""
+    """`||X P - (X + beta D) W||_F^2` for the product P of the factors; at least 0, NaN if it is not finite."""
     error = product - weight
     loss = (error * (inputs.gram @ error)).sum()
     if beta and inputs.cross is not None and inputs.drift is not None:
         loss = loss - 2.0 * beta * (error * (inputs.cross @ weight)).sum()
         loss = loss + beta**2 * (weight * (inputs.drift @ weight)).sum()
-    # Rounding may go below zero where the loss is nothing.
+    # Rounding can make a loss of 0 negative.
     return max(float(loss), 0.0) if bool(loss.isfinite()) else float("nan")
 
 
@@ -65,12 +65,12 @@ def refit_coefficients(
     ridge: float,
     fixed: Float[Tensor, "d_in columns"] | None = None,
 ) -> Float[Tensor, "rank columns"]:
-    """The coefficients of least loss on this basis, nearest to the given ones where the inputs do not decide.
+    """The coefficients of least loss on this basis; where the inputs leave them open, those nearest to the given ones.
 
-    `fixed` is what the layers add to the product besides.
+    `fixed` is added to the product of basis and coefficients, such as the layers' corrections.
 
-    `ridge`, in units of the Gram's mean diagonal, adds `ridge ||B (C - C_given)||_F^2` to the loss. What is nearest is
-    measured in the product too, so that the way in which the basis is written down does not matter.
+    `ridge`, in units of the Gram's mean diagonal, adds `ridge ||B (C - C_given)||_F^2` to the loss. Nearness is
+    measured in the product too, so that only the span of the basis matters.
     """
     orthonormal, in_basis = _orthonormalise(basis)
     error = basis @ coefficients - weight
@@ -89,11 +89,11 @@ def closed_form_beta(
     ridge: float,
     fixed: Float[Tensor, "d_in columns"] | None = None,
 ) -> float:
-    """The beta whose target the basis can follow best, in SAES-SVD's range.
+    """The beta within SAES-SVD's range, 0.25 to 0.75, whose target the basis can fit best.
 
-    It maximises `||P T||_F / ||T||_F` for the target `T = (X + beta D) W` (less what is `fixed`), where P projects
-    onto what the basis can give: a quotient of two quadratics in beta (SAES-SVD, 2602.03051, ACES; there the basis is
-    still free).
+    It maximises `||P T||_F / ||T||_F` for the target `T = (X + beta D) W` minus `X fixed`, where P projects onto the
+    outputs that the basis can give: a quotient of two quadratics in beta (SAES-SVD, 2602.03051, ACES; there the basis
+    is still free). Without drift it is 0.25.
     """
     if inputs.cross is None or inputs.drift is None:
         return _BETAS[0]
@@ -114,7 +114,7 @@ def closed_form_beta(
 
 
 def _stationary(above: list[float], below: list[float]) -> list[float]:
-    """Where the derivative of `(a0 + 2 a1 b + a2 b^2) / (c0 + 2 c1 b + c2 b^2)` is zero: the cubic terms cancel."""
+    """The b at which the derivative of `(a0 + 2 a1 b + a2 b^2) / (c0 + 2 c1 b + c2 b^2)` is 0: a quadratic equation."""
     (a0, a1, a2), (c0, c1, c2) = above, below
     square, linear, constant = a2 * c1 - a1 * c2, a2 * c0 - a0 * c2, a1 * c0 - a0 * c1
     if square == 0.0:
@@ -126,8 +126,8 @@ def _stationary(above: list[float], below: list[float]) -> list[float]:
 
 
 def _solve(orthonormal: Tensor, inputs: InputPairs, right: Tensor, ridge: float) -> Tensor:
-    """`(Q^T X^T X Q + ridge)^+ right`, with nothing in directions that the inputs do not reach."""
-    if not orthonormal.shape[1]:  # of a basis of zeros
+    """`(Q^T X^T X Q + ridge)^+ right`, with 0 in directions that the inputs do not reach."""
+    if not orthonormal.shape[1]:  # the basis is zero
         return right
     normal = orthonormal.mT @ inputs.gram @ orthonormal
     values, vectors = torch.linalg.eigh((normal + normal.mT) / 2.0)
@@ -139,7 +139,7 @@ def _solve(orthonormal: Tensor, inputs: InputPairs, right: Tensor, ridge: float)
 
 
 def _orthonormalise(basis: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Orthonormal columns Q of the same span, and what turns coefficients on Q into the least ones on the basis."""
+    """Orthonormal columns Q of the same span, and a map from coefficients on Q to the least-norm ones on the basis."""
     orthonormal, triangle = torch.linalg.qr(basis)
     diagonal, resolution = triangle.diagonal().abs(), torch.finfo(basis.dtype).eps * max(basis.shape)
     if float(diagonal.min()) > resolution * float(diagonal.max()):

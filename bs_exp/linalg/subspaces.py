@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def left_subspace(matrix: Float[Tensor, "d_in d_out"], dimension: int) -> Float[Tensor, "d_in dimension"]:
-    """Orthonormal basis of the span of the first left singular vectors, by eigenvectors of the smaller product."""
+    """Orthonormal basis of the span of the first `dimension` left singular vectors, from an eigendecomposition."""
     if matrix.shape[0] <= matrix.shape[1]:
         vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -dimension:]
         return vectors

@@ -42,7 +42,7 @@ _SENTINEL = "<extra_id_{}>"
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs and labels of a model's training loss; `labels` align with the logits, `IGNORED` where none is predicted."""
+    """Inputs and labels of a model's training loss; `labels` align with the logits, `IGNORED` where nothing counts."""
 
     inputs: Inputs
     labels: Int[Tensor, "windows positions"]
