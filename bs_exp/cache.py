@@ -1,8 +1,8 @@
-"""Tensors on disk under a key of their content, so that what was computed once is never computed again.
+"""Computed tensors on disk, under keys of all that they depend on, so that nothing is computed twice.
 
 A stale hit is impossible: the key is a hash of everything the tensors depend on, and the file repeats it. A truncated
-file is impossible to use: files are written under a temporary name, synced and renamed, and their content is compared
-with its checksum when a process first opens them.
+or damaged file is never used: files are written under a temporary name, synced and renamed, and their content is
+compared with its checksum when a process first opens them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAT_VERSION = 5
 
 
 def content_key(**parts: Any) -> str:
-    """SHA-256 of the parts (plain data) and of the format version, as hex."""
+    """SHA-256, in hex, of the parts (data that JSON can hold) and of the format version."""
     text = json.dumps({"format_version": FORMAT_VERSION, **parts}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -41,12 +41,12 @@ class Entry(Protocol):
         """A whole tensor."""
 
     def rows(self, name: str, stop: int) -> Tensor:
-        """The first `stop` rows of a tensor; from disk, no more than these are read."""
+        """The first `stop` rows of a tensor; only these are read from a file."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryEntry:
-    """Tensors that were computed in this process and are kept in it."""
+    """Tensors in the memory of this process."""
 
     tensors: Mapping[str, Tensor]
 
@@ -59,7 +59,7 @@ class MemoryEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Tensors in a file; nothing stays in memory."""
+    """Tensors in a file, read anew at every call."""
 
     path: Path
 
@@ -89,9 +89,9 @@ class Cache:
     _verified: set[Path] = field(default_factory=set)
 
     def check(self) -> None:
-        """CacheError if the folder cannot be made: better known before any work than after.
+        """CacheError if the folder does not exist and cannot be made; called before any work.
 
-        One that is there and cannot be written may hold all that is needed.
+        A folder that exists but is read-only passes, since it may hold all that is needed.
         """
         if self.folder is None:
             return
@@ -107,9 +107,9 @@ class Cache:
         return entry
 
     def store(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> Entry:
-        """Keeps the tensors under a key.
+        """Stores the tensors under a key, and returns their entry.
 
-        Raises CacheError if the folder cannot be written; no half-written file stays behind.
+        Raises CacheError if the folder cannot be written; no partly written file stays behind.
         """
         if self.folder is None:
             return self._memory.setdefault((kind, key), MemoryEntry(dict(tensors)))
@@ -156,7 +156,7 @@ class Cache:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """CRC-32 of the bytes: against bad disks and power cuts, not against malice."""
+    """CRC-32 of the bytes, in hex: it detects damage by disks and power cuts, not intended changes."""
     return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 

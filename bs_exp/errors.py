@@ -4,27 +4,27 @@ from __future__ import annotations
 
 
 class BsExpError(Exception):
-    """Anything that stops a run for a reason outside the code; shown as one message, without a traceback."""
+    """The base of all errors with a cause outside the code; shown as one message, without a traceback."""
 
 
 class ConfigError(BsExpError, ValueError):
-    """A setting that is out of range or does not fit the model."""
+    """A setting is out of range or does not fit the model."""
 
 
 class ModelError(BsExpError):
-    """A model that cannot be loaded, or whose matrices cannot be found."""
+    """A model cannot be loaded, or its matrices cannot be found."""
 
 
 class DataError(BsExpError):
-    """Text that is missing, unreadable or too short."""
+    """A text is missing, unreadable or too short."""
 
 
 class CalibrationError(BsExpError):
-    """Statistics that cannot be used, such as NaN activations."""
+    """Statistics cannot be used, for example because activations are NaN."""
 
 
 class DecompositionError(BsExpError):
-    """A group whose weights or Gram cannot be factorised."""
+    """The weights or the Gram of a group cannot be factorised."""
 
 
 class SaveError(BsExpError, OSError):
@@ -36,16 +36,16 @@ class CacheError(BsExpError):
 
 
 class RecordError(BsExpError):
-    """A run record that cannot be written or read."""
+    """A run record, or another file of results, cannot be written or read."""
 
 
 class SearchError(BsExpError):
-    """A search that cannot begin or go on: its study is elsewhere, another one's, or too many trials failed."""
+    """A search cannot start or continue: its study is unusable or another search's, or too many trials failed."""
 
 
 class LaunchError(BsExpError):
-    """A point of a sweep whose job ended without a result: cancelled, killed, or out of time."""
+    """The job of a sweep's point ended without a result: it was cancelled, killed, or out of time."""
 
 
 class TrackingError(BsExpError):
-    """The tracking service refuses; the run goes on without it."""
+    """The tracking service failed; the run goes on without it."""

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: stages with their timings, progress bars, notes."""
+"""Messages of a run while it runs: stages with their timings, progress bars, notes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _stderr() -> Console:
 
 @dataclass
 class Progress:
-    """Tells the user what happens, and remembers it: `timings` in seconds by stage, `notes` in order.
+    """Prints what a run does to stderr, and keeps it: `timings` in seconds by stage, `notes` in order.
 
-    Progress bars are drawn on terminals only. `quiet` keeps everything off the screen.
+    Progress bars are drawn on terminals only. `quiet` prints nothing.
     """
 
     quiet: bool = False
@@ -39,12 +39,12 @@ class Progress:
 
     @property
     def current(self) -> str | None:
-        """The stage at work; after a failure, the innermost stage that it left."""
+        """The innermost stage that is running; after a failure, the innermost stage that failed."""
         return self._failed or (self._stages[-1] if self._stages else None)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times what happens inside; a stage entered twice adds up, and an outer stage includes its inner ones."""
+        """Times the block; the times of a stage entered twice are added, and an outer stage includes its inner ones."""
         self._stages.append(name)
         start = time.perf_counter()
         finished = False
@@ -61,16 +61,16 @@ class Progress:
                 self._failed = self._failed or name
 
     def note(self, message: str) -> None:
-        """One line for the user, kept in the record."""
+        """Prints a line for the user, and adds it to `notes`, which the record keeps."""
         self.notes.append(message)
         self._print(f"[yellow]note:[/yellow] {escape(message)}")
 
     def track(
         self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None
     ) -> Iterator[Item]:
-        """The items, under a progress bar; the bar goes when they end, also if they end early.
+        """The items, under a progress bar that is removed at the end, also at an early one.
 
-        A label that is a function is asked again after every item.
+        A label that is a function is called again after every item. `total` is the number of items, None if unknown.
         """
         if self.quiet or not self._console.is_terminal:
             yield from iterable

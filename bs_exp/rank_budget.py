@@ -1,4 +1,4 @@
-"""What a group may choose (its ranks, or to stay dense), what a choice costs and loses, the best under a budget."""
+"""The choices of a group (a rank, or to stay dense), their parameters and losses, and the best ones within a budget."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bs_exp.types import Spectrum, WeightGroup
 
 
 def parameter_budget(group_parameters: int, ratio: float) -> int:
-    """Whole parameters within a share, taken as the decimal it was written as: in binary 0.57 * 100 is below 57."""
+    """`ratio * group_parameters` rounded down, with the ratio taken as a decimal: 0.57 of 100 is 57, and not 56."""
     return int(Fraction(repr(ratio)) * group_parameters)
 
 
 def largest_rank(group: WeightGroup, parameters: int, layout: Layout) -> int:
-    """The largest rank that costs at most so many parameters; 0 if not even one component fits.
+    """The largest rank with at most so many parameters; 0 if not even one component fits.
 
     For the plain layout `floor(ratio * n * d_in * d_out / (d_in + n * d_out))` (Basis Sharing, section 3.3).
     """
@@ -32,32 +32,33 @@ def largest_rank(group: WeightGroup, parameters: int, layout: Layout) -> int:
 
 
 def rank_at(group: WeightGroup, ratio: float, layout: Layout) -> int | None:
-    """The largest rank within a share of the group's own parameters, 0 if none is; None (dense) keeps them all."""
+    """The largest rank within a share of the group's own parameters, 0 if none fits; None (dense) at a ratio of 1."""
     return None if ratio == 1.0 else largest_rank(group, parameter_budget(group.parameters, ratio), layout)
 
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """What one group may choose: ranks (None is dense) by rising cost in parameters, and a loss for each."""
+    """The choices of one group: ranks (None is dense) by rising cost in parameters, and a loss for each, in fp64."""
 
     ranks: tuple[int | None, ...]
     costs: Float[Tensor, " choices"]
     losses: Float[Tensor, " choices"]
 
     def best(self, price: float) -> int:
-        """The choice with the least `loss + price * parameters`; of equals the cheaper one."""
+        """Index of the choice with the least `loss + price * parameters`, the cheapest if several are equal."""
         return int((self.losses + price * self.costs).argmin())
 
     def multiples(self, of: int) -> Choices:
-        """Those whose rank is a multiple of `of`, and in any case the cheapest and dense."""
+        """The choices whose rank is a multiple of `of`, and in any case the cheapest one and dense."""
         kept = [i for i, rank in enumerate(self.ranks) if i == 0 or rank is None or rank % of == 0]
         return Choices(tuple(self.ranks[i] for i in kept), self.costs[kept], self.losses[kept])
 
 
 def spectrum_choices(spectrum: Spectrum, layout: Layout, *, lowest: float = 0.0, highest: float = 1.0) -> Choices:
-    """The ranks from `lowest` to `highest` of a group's parameters, with the energy that each of them drops.
+    """The ranks that keep shares from `lowest` to `highest` of a group's parameters, with the energies that they drop.
 
-    A rank that costs as much as the group is no choice: dense costs no more and loses nothing.
+    These losses are in nats, or squared where the spectrum's unit is a norm. A rank that costs as much as the dense
+    group is left out: dense costs no more and loses nothing. Dense is a choice if `highest` is 1.
     """
     group = spectrum.group
     first = max(1, largest_rank(group, parameter_budget(group.parameters, lowest), layout))
@@ -76,14 +77,14 @@ def spectrum_choices(spectrum: Spectrum, layout: Layout, *, lowest: float = 0.0,
 
 
 def cost_of(choices: Sequence[Choices], chosen: Sequence[int]) -> int:
-    """Parameters of a choice per group."""
+    """Parameters in all of one choice (index) per group."""
     return sum(int(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
 
 
 def spend(choices: Sequence[Choices], chosen: Sequence[int], budget: int) -> list[int]:
-    """Spends what is left, each time on the best saving of loss per parameter among the steps that fit.
+    """The choices (indices) after the rest of the budget is spent, always on the step that saves most per parameter.
 
-    What is left in the end is less than any group's next choice.
+    A step takes one group to any larger choice that still fits. What is left in the end is less than the cheapest step.
     """
     chosen = list(chosen)
     left = budget - cost_of(choices, chosen)
@@ -106,7 +107,10 @@ def spend(choices: Sequence[Choices], chosen: Sequence[int], budget: int) -> lis
 
 
 def at_price(choices: Sequence[Choices], budget: int) -> list[int]:
-    """Every group's best choice at the lowest price per parameter that keeps the budget."""
+    """Every group's best choice (index) at the lowest price per parameter at which all fit into the budget.
+
+    If no price suffices, every group has its cheapest choice.
+    """
     cheap = [c.best(0.0) for c in choices]
     if cost_of(choices, cheap) <= budget:
         return cheap
@@ -115,7 +119,7 @@ def at_price(choices: Sequence[Choices], budget: int) -> list[int]:
         low, high = high, 2.0 * high
         if high > 1e300:
             return [0] * len(choices)
-    for _ in range(200):  # until no number lies between
+    for _ in range(200):  # until no float lies between the two
         middle = 0.5 * (low + high)
         if not low < middle < high:
             break

@@ -1,4 +1,4 @@
-"""Checks of settings that several strategies have in common."""
+"""Checks of settings, shared by the strategies; the keyword names of settings appear in the messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SMALLEST_STEP = 0.001
 
 
 def check_choice(setting: str, value: str, allowed: Sequence[str]) -> None:
-    """ConfigError with the options if a setting is none of them."""
+    """ConfigError, with the allowed values, if a setting is none of them."""
     if value not in allowed:
         raise ConfigError(f"{setting} must be one of {', '.join(allowed)}, got {value!r}.")
 
@@ -46,7 +46,7 @@ def check_share(*, above: float | None = None, **settings: float) -> None:
 
 
 def check_step(**settings: float) -> None:
-    """ConfigError for steps so small that rounds, each a pass over the calibration windows, would hardly end."""
+    """ConfigError for steps below 0.001, which would need too many rounds, each a pass over the calibration windows."""
     for setting, value in settings.items():
         if value < _SMALLEST_STEP:
             raise ConfigError(
@@ -56,24 +56,24 @@ def check_step(**settings: float) -> None:
 
 
 def check_unit(meaning: str = "", **settings: float | None) -> None:
-    """ConfigError unless every setting that is not None lies in [0, 1]; `meaning` is told with the bounds."""
+    """ConfigError unless every setting that is not None lies in [0, 1]; the message has `meaning` after the bounds."""
     for setting, value in settings.items():
         if value is not None and not (is_number(value) and 0.0 <= value <= 1.0):
             raise ConfigError(f"{setting} must be between 0 and 1{meaning}, got {value!r}.")
 
 
 def check_names(setting: str, value: Iterable[str]) -> tuple[str, ...]:
-    """The names; ConfigError if they are no list of texts (the letters of a text are not meant)."""
+    """The names as a tuple; ConfigError if they are no list of texts (one text would be taken letter by letter)."""
     if isinstance(value, str) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{setting} must be a list of names, as in [q,k,v], got {value!r}.")
     return tuple(value)
 
 
 def is_number(value: object) -> bool:
-    """Whether a setting is a number; true and false are none."""
+    """Whether a setting is an int or a float; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_plain(value: object) -> bool:
-    """Whether something that was given for a strategy is a mere value: a strategy has a `_target_` and is an object."""
+    """Whether a value given in place of a strategy is plain data instead of an object made from a `_target_`."""
     return value is None or isinstance(value, str | int | float | list | tuple | dict)

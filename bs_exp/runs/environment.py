@@ -1,4 +1,4 @@
-"""Where a run happens: versions, hardware, memory, and the source it runs from. Plain data for the record."""
+"""The environment of a run: versions, hardware, memory, and the source it runs from, as plain data for the record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def versions() -> dict[str, str | None]:
-    """Version by package (None: not installed as a distribution), and Python's own."""
+    """The versions of Python and of `PACKAGES`; None for one that is not installed as a distribution."""
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 
@@ -31,7 +31,7 @@ def _version(package: str) -> str | None:
 
 
 def source(root: Path = SOURCE_ROOT) -> dict[str, Any] | None:
-    """The commit the code is at and whether files differ from it; None outside a git checkout of this project."""
+    """The commit of the code, and whether files differ from it (`dirty`); None outside a git checkout."""
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return None
@@ -79,7 +79,7 @@ def _usable_cores() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Starts the GPU's count anew; the process's own peak cannot be reset."""
+    """Resets the GPU's peak of memory; that of the process cannot be reset."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
