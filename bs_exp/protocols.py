@@ -1,4 +1,4 @@
-"""One small interface per strategy family. Constructor = settings, method = data."""
+"""One small interface per family of strategies: the constructor takes settings, the methods take data."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ class Corpus(Protocol):
 
 
 class Measures(Protocol):
-    """What can be known of any group of matrices, on the model's device and in fp64."""
+    """Weights, statistics and spectra of any group of matrices, in fp64 on the model's device."""
 
     def weight(self, group: WeightGroup) -> Float[Tensor, "d_in columns"]:
         """The concatenated dense weights of a group."""
 
     def statistics(self, group: WeightGroup) -> GroupStatistics:
-        """What calibration gathered for a group."""
+        """The calibration statistics of a group."""
 
     def metric(self, group: WeightGroup) -> Metric:
-        """The metric that whitening and importance make of its statistics."""
+        """The metric that whitening and importance make from a group's statistics."""
 
     def spectrum(self, group: WeightGroup) -> Spectrum:
-        """Its singular values in that metric, from eigenvalues alone."""
+        """The spectrum of a group in its metric, from eigenvalues alone (see `spectrum_of`)."""
 
     def track(self, groups: Sequence[WeightGroup], label: str) -> Iterator[WeightGroup]:
-        """The groups one by one, under a progress bar."""
+        """The groups one by one, under a progress bar with this label."""
 
 
 @dataclass(frozen=True, eq=False)
 class SharingProblem:
-    """All that a sharing strategy may see: the matrices, and what the run will do with the groups.
+    """The input of a sharing strategy: the matrices, the share of parameters to keep, and the layout of factors.
 
-    `measures` is there for strategies that are `measured`: the model's weights and statistics, group by group.
+    `measures` gives weights and statistics to strategies that are `measured`; it is None for the others.
     """
 
     architecture: Architecture
@@ -81,11 +81,11 @@ class SharingProblem:
 
 
 class Sharing(Protocol):
-    """Who shares a basis with whom.
+    """Divides the matrices into groups that share a basis.
 
-    A strategy that is `measured` looks at weights and statistics, so its groups are known only after calibration.
-    `needs` are statistics beyond those that the metric is made of. One that works `in_nats` adds up losses of different
-    matrix types, so the whitening must give them one unit.
+    A strategy that is `measured` reads weights and statistics, so its groups are known only after calibration.
+    `needs` are statistics beyond those that the metric is made from. A strategy that is `in_nats` adds losses of
+    different matrix types, so it needs a whitening whose losses are in nats.
     """
 
     measured: ClassVar[bool]
@@ -98,24 +98,24 @@ class Sharing(Protocol):
         """The model whose matrices are put into groups: `dense` itself, or a twin that stores them in another way."""
 
     def check(self, architecture: Architecture) -> None:
-        """ConfigError if the settings do not fit the model; asked before any work."""
+        """ConfigError if the settings do not fit the model; called before any work."""
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """Every targeted matrix in exactly one group."""
+        """All groups: every targeted matrix is in exactly one of them."""
 
 
 class Analysis(Protocol):
-    """What a run can tell besides its compressed model."""
+    """Writes results besides the compressed model into the run's folder, from the calibration statistics."""
 
     def check(self, architecture: Architecture) -> None:
-        """ConfigError if the settings do not fit the model; asked before any work."""
+        """ConfigError if the settings do not fit the model; called before any work."""
 
     def save(self, problem: SharingProblem, folder: Path) -> tuple[Path, ...]:
-        """The files that it wrote into the run's folder. The problem has measures."""
+        """Writes into `folder` and returns the paths of the files. `problem.measures` is not None."""
 
 
 class Importance(Protocol):
-    """Local importance: which channels count more in the metric.
+    """Local importance: which input channels count more in the metric.
 
     A strategy that re-weights needs a Gram, and a whitening that reads it. Predicted losses are then those of the
     re-weighted metric, no longer errors of the outputs.
@@ -125,11 +125,11 @@ class Importance(Protocol):
     def needs(self) -> frozenset[Statistic]: ...
 
     def reweight(self, statistics: GroupStatistics) -> GroupStatistics:
-        """The statistics with important channels amplified in the Gram; the given ones are not changed."""
+        """The statistics with important channels amplified in the Gram; `statistics` itself is not changed."""
 
 
 class Whitening(Protocol):
-    """In which metric the error of a group is measured.
+    """The metric in which the error of a group is measured.
 
     Importance acts on the Gram: only a whitening that lists it in `needs` can be re-weighted.
     """
@@ -146,7 +146,7 @@ class Layout(Protocol):
     name: ClassVar[str]
 
     def parameters(self, group: WeightGroup, rank: int) -> int:
-        """Stored parameters of a group at a rank; grows with the rank."""
+        """The number of stored parameters of a group at a rank; it grows with the rank."""
 
     def arrange(self, factors: SharedFactors) -> StoredFactors:
         """The factors as they are stored: another form of the same product."""
@@ -154,7 +154,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanObjective:
-    """What a plan is measured by, on the outputs of the model that it makes; lower is better.
+    """How a plan is measured, on the outputs of the model compressed by it; lower is better.
 
     `cosine`: 1 - cosine similarity to the dense model's outputs, averaged over the predicted tokens (DipSVD's paper);
     outputs are logits, or the last hidden states of a model without a head. `perplexity`: the mean loss of the
@@ -176,13 +176,13 @@ class Score(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What scores depend on besides the plan, as plain data: the same only for the same scores."""
+        """Plain data that identifies all that scores depend on besides the plan: equal only if scores are."""
 
     def __call__(self, plan: RankPlan) -> float:
         """The score of a plan."""
 
     def running(self, plan: RankPlan) -> Iterator[float]:
-        """The score over the batches so far, after each of them; the last one is the score."""
+        """The mean score over the batches so far, after each batch; the last value is the score."""
 
     def track(
         self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None
@@ -192,10 +192,10 @@ class Score(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AllocationProblem:
-    """All that an allocator may see: the groups' spectra, what ranks cost, and the share of parameters to keep.
+    """The input of an allocator: the groups' spectra, the share of parameters to keep, and the layout of factors.
 
-    `profile` holds what calibration found of the blocks, as far as the allocator `needs` it; `score` measures plans for
-    those that are decided by measurement.
+    `profile` holds the statistics of blocks that the allocator `needs`; `score` measures plans, and is given only to a
+    `MeasuredAllocation`.
     """
 
     spectra: tuple[Spectrum, ...]
@@ -206,16 +206,16 @@ class AllocationProblem:
 
 
 class Allocation(Protocol):
-    """Who gets the ranks."""
+    """Chooses the rank of every group."""
 
     @property
     def needs(self) -> frozenset[Statistic]: ...
 
     def check(self, groups: tuple[WeightGroup, ...], retain_ratio: float, layout: Layout) -> None:
-        """ConfigError if no plan is possible for these groups and this budget; asked before any work."""
+        """ConfigError if no plan is possible for these groups and this budget; called before any work."""
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """A plan within the budget."""
+        """A plan within the budget: at most `retain_ratio` of the groups' parameters."""
 
 
 @runtime_checkable
@@ -226,7 +226,7 @@ class MeasuredAllocation(Allocation, Protocol):
     def measured_by(self) -> PlanObjective: ...
 
     def check_search(self, identity: Mapping[str, Any]) -> None:
-        """ConfigError if a search with this `Score.identity` cannot start or go on; asked before any work."""
+        """ConfigError if a search with this `Score.identity` cannot start or go on; called before any work."""
 
 
 class Calibration(Protocol):
@@ -240,7 +240,7 @@ class Calibration(Protocol):
 
 
 class Schedule(Protocol):
-    """In how many rounds the model is brought down to the budget."""
+    """The rounds of compression in which the model is brought down to the budget."""
 
     def next_ratio(self, current: float, target: float, loss_at: Callable[[float], float]) -> float:
         """The retained share to compress to next: below `current`, and `target` in the last round.
@@ -251,11 +251,10 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """How candidates are compared: made from `training`, measured by `objective` on `held_out`, windows of which no
-    candidate knows.
+    """How candidate recipes are compared: compressed on `training`, measured by `objective` on `held_out` windows.
 
-    `single_round`: after one round of compression, whatever their schedule. `recalibrate`: the winner is then made from
-    all windows.
+    With `single_round` they are measured after one round of compression, whatever their schedule. With `recalibrate`
+    the best one is then compressed again with all windows.
     """
 
     training: TokenWindows
@@ -266,18 +265,18 @@ class Contest:
 
 
 class Selection(Protocol):
-    """Which of several recipes is used."""
+    """Chooses among several recipes."""
 
     @property
     def candidates(self) -> Mapping[str, Mapping[str, Any]]:
-        """By name, the strategies that a candidate puts in place of the recipe's; without any, nothing is chosen."""
+        """Candidate's name -> the parts of the recipe that it replaces, with their strategies; empty: no selection."""
 
     def contest(self, windows: TokenWindows) -> Contest:
-        """How the candidates are compared on the calibration windows."""
+        """How the candidates are compared on these calibration windows."""
 
 
 class Update(Protocol):
-    """What happens to the factors after truncation.
+    """Changes the factors after truncation.
 
     `reads_windows` says whether the calibration windows are read; where no strategy does, there are none.
     """
@@ -286,7 +285,7 @@ class Update(Protocol):
     def reads_windows(self) -> bool: ...
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
-        """An error for settings that do not fit model or text; asked before any work."""
+        """ConfigError or DataError if the settings do not fit the model or the windows; called before any work."""
 
     def apply(
         self,
@@ -296,34 +295,37 @@ class Update(Protocol):
         data: CalibrationData,
         workspace: Workspace,
     ) -> Mapping[str, Any]:
-        """Changes the factors of the compressed model in place; plain data on what was done, empty for nothing.
+        """Changes the factors of the compressed model in place, and returns a report as plain data, empty for none.
 
         `plan` says which groups are factorised, and at which retained share.
         """
 
 
 class Evaluator(Protocol):
-    """One way to judge a model; dense and compressed models go through the same call."""
+    """Measures a model, in the same way for dense and compressed ones."""
 
     def check(self, model: LoadedModel) -> None:
-        """An error for settings that cannot work with this model; cheap, and asked before any work."""
+        """ConfigError or ModelError if the settings do not fit this model; cheap, and called before any work."""
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
-        """Metrics by name, such as `ppl/wikitext2`, `acc/piqa`, `throughput/decode_tok_s`; texts say how they came."""
+        """Metrics by name, such as `ppl/wikitext2`, `acc/piqa`, `throughput/decode_tok_s`.
+
+        Values that are text describe how the numbers were measured (device, dtype, hash of the text).
+        """
 
 
 class TrackedRun(Protocol):
-    """A run under way in a tracker."""
+    """An open run of a tracker."""
 
     def log(self, metrics: Mapping[str, object]) -> None:
-        """Metrics by name."""
+        """Logs metrics by name."""
 
     def finish(self, record: Mapping[str, object]) -> None:
         """Closes the run with its final record, whatever its status."""
 
 
 class Tracker(Protocol):
-    """Where a run is logged besides its record. TrackingError if that cannot be; the run then goes on without it."""
+    """Logs runs besides their records. Its methods raise TrackingError on failure; the run then goes on without it."""
 
     def start(self, record: Mapping[str, object], folder: Path) -> TrackedRun:
         """Opens the run; files of the tracker go under `folder`."""

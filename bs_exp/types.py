@@ -1,4 +1,4 @@
-"""The nouns: frozen data made by one stage and read by the next.
+"""Frozen data that one stage of the pipeline makes and the next ones read.
 
 Convention (Basis Sharing, section 3): a weight is ``W[d_in, d_out]`` and acts as ``y = x @ W``; matrices of a group
 are concatenated along ``d_out``; the basis acts first, ``y = (x @ basis) @ coefficients + bias``.
@@ -44,7 +44,7 @@ MATRIX_TYPES = (
 
 
 class Task(StrEnum):
-    """What a model was trained to do, and so how token windows are fed to it."""
+    """What a model was trained to do, which decides how token windows are fed to it."""
 
     CAUSAL_LM = "causal_lm"  # predicts the next token (Llama, GPT)
     MASKED_LM = "masked_lm"  # fills in masked tokens (BERT with its head)
@@ -53,7 +53,7 @@ class Task(StrEnum):
 
 
 class Statistic(StrEnum):
-    """What calibration can gather. A strategy lists what it `needs`; nothing else is collected."""
+    """The statistics of calibration. A strategy lists those that it `needs`; no others are collected."""
 
     GRAM = "gram"  # X^T X, one per input site
     INPUT_MOMENTS = "input_moments"  # mean |x|, max |x| and mean x^4 by channel, one of each per input site
@@ -65,9 +65,9 @@ class Statistic(StrEnum):
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """One weight of the model: what it does, in which layer, what feeds it, and the module that stores it.
+    """One weight of the model: its matrix type, its layer, its input site, and the path of the module that stores it.
 
-    Layers of a decoder count on after its encoder's; `stack` tells them apart (0 is the encoder, 1 the decoder).
+    Layers of a decoder are numbered after those of its encoder; `stack` is 0 for the encoder and 1 for the decoder.
     """
 
     matrix: str
@@ -192,7 +192,7 @@ NO_CALIBRATION = CalibrationData(TokenWindows(ids=torch.empty(0, 0, dtype=torch.
 class WeightGroup:
     """Matrices of one type, one per layer, that share a basis. A single layer means: not shared.
 
-    `correction` is the rank of what every layer has besides the shared factors, all for itself; 0 for nothing.
+    `correction` is the rank of each layer's own low-rank term, which is added to the shared factors; 0 for none.
     """
 
     matrix: str
@@ -225,7 +225,7 @@ class WeightGroup:
 
     @property
     def correction_parameters(self) -> int:
-        """Parameters of all layers' own corrections."""
+        """Parameters of the corrections of all layers."""
         return self.size * self.correction * (self.d_in + self.d_out)
 
 
@@ -242,8 +242,8 @@ class InputMoments:
 class WeightGradient:
     """Squared loss gradients of a group's weights, averaged over calibration sequences (empirical Fisher), in fp64.
 
-    `rows` sums them over all columns of the group. `sensitivity` is the root of their sum per layer, in units of the
-    same over all layers of the matrix type: 1 is a layer like the others.
+    `rows` sums them over all columns of the group. `sensitivity` is the square root of their sum per layer, divided by
+    the same quantity for all layers of the matrix type: 1 is a group of average sensitivity.
     """
 
     rows: Float[Tensor, " d_in"]
@@ -254,8 +254,8 @@ class WeightGradient:
 class GroupStatistics:
     """The statistics of one group: Grams are sums over tokens (and, for `gram`, over the group's layers), in fp64.
 
-    `tokens` are those that one layer of the group read, `predictions` those whose losses the output Grams are made of.
-    What no strategy asked for is None.
+    `tokens` is the number of tokens that one layer of the group read, `predictions` the number of predicted tokens
+    whose loss gradients make the output Grams. A statistic that no strategy needs is None.
     """
 
     group: WeightGroup
@@ -269,10 +269,10 @@ class GroupStatistics:
 
 @dataclass(frozen=True, eq=False)
 class LayerProfile:
-    """What calibration knows of whole blocks of the dense model, in fp64; what no strategy asked for is None.
+    """Statistics of whole blocks of the dense model, in fp64; one that no strategy needs is None.
 
-    `sensitivity` sums `||dLoss/dW||_F / ||W||_F` over a block's matrices. `output_singular_values` belong to the
-    outputs of a block (tokens x channels), falling.
+    `sensitivity` sums `||dLoss/dW||_F / ||W||_F` over a block's matrices. `output_singular_values` are those of a
+    block's outputs (tokens x channels), in falling order.
     """
 
     sensitivity: Float[Tensor, " layers"] | None = None
@@ -280,9 +280,9 @@ class LayerProfile:
 
 
 class LossUnit(StrEnum):
-    """What the predicted losses of a metric mean.
+    """The unit of the predicted losses of a metric.
 
-    Only with the plain Gram as metric (whitening `gram`, importance `none`) is it an error of the outputs.
+    It is `OUTPUT_NORM` only if the metric is the Gram itself (whitening `gram`, importance `none`).
     """
 
     OUTPUT_NORM = "output_norm"  # ||X dW||_F on the calibration inputs
@@ -294,8 +294,8 @@ class LossUnit(StrEnum):
 class Metric:
     """The norm `||S dW R||_F` in which a group's error is measured; None is the identity. All in fp64.
 
-    `whitener` S is upper triangular with `S^T S = M + ridge * I`, where M is the Gram, possibly re-weighted, or what
-    else the whitening puts in its place; `right` holds, by layer, a lower triangular R with
+    `whitener` S is upper triangular with `S^T S = M + ridge * I`, where M is the Gram, possibly re-weighted, or another
+    matrix that the whitening uses instead; `right` holds, by layer, a lower triangular R with
     `R R^T = output Gram + damping * I` (`damping` is the largest of the layers').
     """
 
@@ -308,7 +308,7 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """What an allocator may look at: the singular values of the whitened group, and what each component costs in error.
+    """The singular values of a whitened group, in falling order, and the loss of dropping each component.
 
     `energies` add up: `energies[k:].sum()` is the loss at rank k in nats, or the squared loss if `unit` is a norm.
     """
@@ -321,7 +321,7 @@ class Spectrum:
     damping: float = 0.0
 
     def loss(self, rank: int | None) -> float:
-        """Predicted loss at a rank, in the unit of the spectrum; None (dense) loses nothing."""
+        """Predicted loss at a rank, in the unit of the spectrum; 0 for None, which is dense."""
         if rank is None:
             return 0.0
         tail = float(self.energies[rank:].sum().clamp_min(0.0))
@@ -330,10 +330,10 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """All components of a group, best first: `basis @ coefficients` is the weight, the first k give the best rank k.
+    """All components of a group, best first: `basis_t.T @ coefficients` is the weight, the first k the best of rank k.
 
     Components are balanced (basis column and coefficient row have equal norms), so that half precision can hold them.
-    `basis` is stored by component (transposed) so that the first k are a contiguous read.
+    The basis is stored transposed, by component, so that the first k components are a contiguous read.
     """
 
     spectrum: Spectrum
@@ -346,7 +346,7 @@ Corrections = Mapping[int, tuple[Float[Tensor, "d_in correction"], Float[Tensor,
 
 @dataclass(frozen=True, eq=False)
 class SharedFactors:
-    """One basis for a group and one coefficient matrix per layer; `corrections` hold what a layer's product adds."""
+    """One basis for a group and one coefficient matrix per layer; `corrections` are low-rank terms that are added."""
 
     group: WeightGroup
     basis: Float[Tensor, "d_in rank"]
@@ -360,11 +360,12 @@ class SharedFactors:
 
 @dataclass(frozen=True, eq=False)
 class PivotedFactors:
-    """The same product, without the identity that one of its factors can be made to hold: k features are `pivots`.
+    """Factors of the same product, one of which holds a k x k identity, at the features `pivots`, that is not stored.
 
-    A single matrix has them among its outputs: the basis `[d_in, k]` consists of these columns of the product, and the
-    coefficients `[k, d_out - k]` make the others. A shared basis has them among the inputs: it is the identity there,
-    stored is the rest, `[d_in - k, k]`, and the coefficients `[k, d_out]` are rows of the product.
+    In a group of one layer the pivots are outputs: the basis `[d_in, k]` is these columns of the product, and the
+    coefficients `[k, d_out - k]` give the other columns. Where the basis is shared they are inputs: the basis is the
+    identity in these rows and stored for the others, `[d_in - k, k]`, and the coefficients `[k, d_out]` are the rows of
+    the product at these inputs.
     """
 
     group: WeightGroup
@@ -396,9 +397,9 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Who shares with whom, at which rank: plain data that can be saved, read, compared and replayed.
+    """All groups with their ranks: plain data that can be saved, read, compared and replayed.
 
-    `search` tells how a plan was found that was measured against others; plans are equal whatever it says.
+    `search` describes how the plan was found, if plans were measured; it does not count when plans are compared.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -457,7 +458,7 @@ class CompressedModel:
     """A compressed model and the plan it follows; untouched parameters are those of the dense model.
 
     `calibration` is the provenance of the windows that were used, empty if the recipe needed none; `rounds` are the
-    shares that were kept on the way, the last one being the plan's; `update` says what the update did to the factors.
+    shares kept after each round, the last one being the plan's; `update` is the report of the update on its changes.
     """
 
     module: PreTrainedModel
