@@ -47,7 +47,7 @@ class TextFiles:
         object.__setattr__(self, "files", files)
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
-        """The text of all files in order, and its provenance; DataError if one is missing, empty or in another format."""
+        """The text of all files in order, and its provenance; DataError if one is missing, empty or unreadable."""
         text = self.joiner.join(self._read_file(Path(name).expanduser()) for name in self.files)
         return text, describe("text", text, files=list(self.files))
 
