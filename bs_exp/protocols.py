@@ -35,7 +35,7 @@ OBJECTIVES = ("cosine", "perplexity", "kl")
 
 
 class ModelSource(Protocol):
-    """Where the dense model comes from."""
+    """A source of the dense model."""
 
     def load(self) -> LoadedModel:
         """The model in evaluation mode, with its tokenizer and discovered matrices."""
@@ -141,7 +141,7 @@ class Whitening(Protocol):
 
 
 class Layout(Protocol):
-    """How the factors of a group are stored."""
+    """A way to store the factors of a group."""
 
     name: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""How close a compressed model's outputs stay to those of its dense original."""
+"""Similarity of a compressed model's hidden states to those of its dense original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far apart the leading left singular subspaces of matrices are."""
+"""Distances between the leading left singular subspaces of matrices."""
 
 from __future__ import annotations
 

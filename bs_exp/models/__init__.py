@@ -1,1 +1,1 @@
-"""Where models come from, and which of their matrices can be compressed."""
+"""Models: their sources, their compressible matrices, and how factors replace these and are saved."""

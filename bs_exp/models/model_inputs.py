@@ -326,7 +326,7 @@ def _start_token(model: LoadedModel) -> int:
             return int(start)
     raise ModelError(
         f"The configuration of this {type(model.module).__name__} names neither decoder_start_token_id nor "
-        "bos_token_id, so nobody knows with which token its decoder begins. Add one to its config.json."
+        "bos_token_id, so the first token of its decoder is unknown. Add one to its config.json."
     )
 
 

@@ -1,1 +1,1 @@
-"""Where a run is logged besides its record."""
+"""Tracking: services to which a run is logged besides its record. One file per service."""

@@ -1,1 +1,1 @@
-"""Whitening: in which metric the error of a group is measured. One file per strategy."""
+"""Whitening: the metric in which the error of a group is measured. One file per strategy."""
