@@ -117,7 +117,7 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
     if problem := _problem(found, table):
         what, unclear = problem
         raise ModelError(
-            f"{type(model).__name__} (model type {family!r}): {what}.\n{_manual(found, table, sorted(unclear))}"
+            f"{type(model).__name__} (model type {family!r}): {what}.\n{_role_help(found, table, sorted(unclear))}"
         )
     _require_plain(model, [layer for layer, role in found if role != DENSE])
     order = {matrix: position for position, matrix in enumerate(table.sites)}
@@ -242,7 +242,7 @@ def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable)
     return None
 
 
-def _manual(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable, unclear: Sequence[str]) -> str:
+def _role_help(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable, unclear: Sequence[str]) -> str:
     """All linear layers found, as text, and how to set the types of the unclear ones, which only the user knows."""
     rows = {
         f"  {layer.pattern}  {type(layer.module).__name__}  {layer.shape[0]} -> {layer.shape[1]}": role or "?"
