@@ -94,7 +94,7 @@ class TextFiles:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says what the file holds, without that of its packing, in small letters.
+    """The suffix that says what the file holds, in lower case, without the suffix of a compression.
 
     Raises DataError for formats that are not read: markup and tables would be calibrated on as if they were prose.
     """
