@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.errors import ConfigError, RecordError
+from bs_exp.files import write_file
 from bs_exp.protocols import SharingProblem
 from bs_exp.rank_budget import rank_at
 from bs_exp.reporting.collect import PAIRS_FILE, PairTable
@@ -63,7 +64,7 @@ class SharingPays:
             contents |= {f"{name}.{kind}": files[kind] for kind in self.figures}
         try:
             for name, data in contents.items():
-                (folder / name).write_bytes(data)
+                write_file(folder / name, data)
         except OSError as error:
             raise RecordError(f"Cannot write into {folder}: {error}. Free some space, or set hydra.run.dir.") from error
         return tuple(folder / name for name in contents)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bs_exp.errors import RecordError
+from bs_exp.files import write_file
 
 FILE_NAME = "record.json"
 FORMAT_VERSION = 1
@@ -96,22 +95,14 @@ class RunRecord:
 
 
 def write_record(record: RunRecord, folder: Path) -> Path:
-    """Writes `folder/record.json` under a temporary name, then renames it: readers never see half a file."""
+    """Writes `folder/record.json` and returns its path; RecordError if it cannot be written."""
     path = folder / FILE_NAME
     text = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, text)
     except OSError as error:
         raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.run.dir elsewhere.") from error
-    finally:
-        with suppress(OSError):  # never written, or in a folder that cannot be written
-            temporary.unlink()
     return path
 
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
+from bs_exp.files import write_file
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
@@ -64,16 +65,11 @@ class SweepPlan:
     def write(self, folder: Path) -> None:
         """Writes `folder/sweep.json`, whole or not at all; RecordError if that cannot be."""
         path = folder / PLAN_FILE
-        temporary = path.with_name(f".{PLAN_FILE}.{os.getpid()}.tmp")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_file(path, json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
             raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
-        finally:
-            with suppress(OSError):  # renamed, or never written
-                temporary.unlink()
 
     @classmethod
     def read(cls, folder: Path) -> SweepPlan | None:
@@ -129,7 +125,7 @@ def occupied(folder: Path) -> Iterator[None]:
         except Timeout:
             print(f"{folder.name} is under way in {_owner(folder)}: waiting for it to end.", file=sys.stderr)
             lock.acquire(poll_interval=_POLL_SECONDS)
-        (folder / _OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        write_file(folder / _OWNER, f"process {os.getpid()} on {socket.gethostname()}")
     except (OSError, NotImplementedError) as error:
         lock.release()
         raise RecordError(

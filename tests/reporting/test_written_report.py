@@ -196,6 +196,18 @@ def test_files_that_are_no_longer_true_go(tmp_path: Path) -> None:
     assert (out / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("place", ["report", "report/tables", "report/figures"])
+def test_nothing_is_written_through_a_link(cli: Cli, tmp_path: Path, place: str) -> None:
+    folder, home = synthetic.write([synthetic.record()], tmp_path / "received"), tmp_path / "home"
+    home.mkdir()
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).symlink_to(home, target_is_directory=True)
+    ended = cli("report", str(folder))
+    assert ended.status == 1
+    assert "is a link, through which nothing is written" in ended.err
+    assert not list(home.iterdir())
+
+
 def test_a_real_run_can_be_reported(cli: Cli, tiny: tuple[str, ...], tmp_path: Path) -> None:
     assert cli(*tiny, "hydra.run.dir=runs/one", "cache.dir=null").status == 0
     done = cli("report", "runs")
