@@ -6,21 +6,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Metric of throughput -> name of the break-even.
-_RATES = {
-    "throughput/prefill_tok_s": "cost/break_even_prefill_tokens",
-    "throughput/decode_tok_s": "cost/break_even_decode_tokens",
-}
+from bs_exp.records.metrics import BREAK_EVEN, COMPRESSION_SECONDS
+
+
+def break_even_tokens(seconds: float, dense: float, compressed: float) -> float:
+    """Tokens after which the time that the faster model saves is the time that compressing it took.
+
+    Rates are tokens per second, above 0; infinite where the compressed model is not faster.
+    """
+    saved = 1.0 / dense - 1.0 / compressed
+    return seconds / saved if saved > 0 else math.inf
 
 
 def measure_cost(seconds: float, dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a compression, and after how many tokens the faster model has saved as many.
-
-    Infinite where the compressed model is not faster; empty where throughput was not measured.
-    """
-    cost: dict[str, float] = {}
-    for rate, name in _RATES.items():
-        if rate in dense and rate in compressed:
-            saved = 1.0 / dense[rate] - 1.0 / compressed[rate]
-            cost[name] = seconds / saved if saved > 0 else math.inf
-    return {"cost/compression_s": seconds, **cost} if cost else {}
+    """Seconds of a compression and its break-even for each rate of throughput; empty where none was measured."""
+    cost = {
+        name: break_even_tokens(seconds, dense[rate], compressed[rate])
+        for rate, name in BREAK_EVEN.items()
+        if rate in dense and rate in compressed
+    }
+    return {COMPRESSION_SECONDS: seconds, **cost} if cost else {}

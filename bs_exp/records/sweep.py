@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
 from bs_exp.files import write_file
+from bs_exp.records.metrics import default_objective
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
@@ -255,8 +256,7 @@ def objectives(record: RunRecord) -> Mapping[str, float]:
     """The objectives of a run by metric; empty without any."""
     if record.objective is None or isinstance(record.objective, Mapping):
         return record.objective or {}
-    metrics = record.metrics.get("compressed", {})
-    name = record.config.get("objective") or next((name for name in metrics if name.startswith("ppl/")), "objective")
+    name = record.config.get("objective") or default_objective(record.metrics.get("compressed", {})) or "objective"
     return {name: record.objective}
 
 

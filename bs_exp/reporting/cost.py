@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bs_exp.reporting import formats, metrics
+from bs_exp.evaluation.cost import break_even_tokens
+from bs_exp.records import metrics
+from bs_exp.reporting import formats
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
 from bs_exp.reporting.study import Point, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
@@ -39,7 +41,7 @@ class SpeedSetting:
 
     @classmethod
     def of(cls, point: Point) -> SpeedSetting:
-        return cls(tuple(point.compressed.get(f"throughput/{name}") for name in _SETTINGS))
+        return cls(tuple(point.compressed.get(metrics.metric(metrics.THROUGHPUT, name)) for name in _SETTINGS))
 
     @property
     def label(self) -> str:
@@ -105,16 +107,6 @@ def used_cache(point: Point) -> bool:
     return any(count for count in point.record.cache.get("hits", {}).values())
 
 
-def break_even_tokens(seconds: float, dense: Any, compressed: Any) -> float | None:
-    """Tokens after which the time saved is the time that compressing took; None if nothing is saved.
-
-    Speeds are tokens per second.
-    """
-    if not (formats.is_number(dense) and formats.is_number(compressed)) or compressed <= dense or dense <= 0:
-        return None
-    return float(seconds / (1 / dense - 1 / compressed))
-
-
 def cost_tables(section: Section, key: str) -> Iterator[Table]:
     """Speed for each way of measuring it, break-even, and seconds per stage."""
     for i, (setting, entries) in enumerate(speed_settings(section).items(), start=1):
@@ -131,7 +123,7 @@ def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, 
     columns = [Column("removed"), *series_columns(section)]
     columns += [Column("prefill tok/s"), Column("against dense"), Column("decode tok/s"), Column("against dense")]
     columns += [Column("ms per token", hint="one decoding step of the whole batch")]
-    peak = "throughput/peak_memory_bytes"
+    peak = metrics.PEAK_MEMORY
     with_memory = any(peak in point.compressed for _, point in entries)
     columns += [Column("peak memory")] if with_memory else []
     rows = []
@@ -166,7 +158,7 @@ def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, 
 
 
 def _with_spread(found: Any, name: str) -> Cell:
-    low, high = found.get(f"{name}_min"), found.get(f"{name}_max")
+    low, high = found.get(name + metrics.SLOWEST), found.get(name + metrics.FASTEST)
     hint = f"{formats.number(low)} to {formats.number(high)}" if formats.is_number(low) else ""
     return Cell(_whole(found.get(name)), value=found.get(name), hint=hint)
 
@@ -176,7 +168,7 @@ def _whole(value: Any) -> str:
 
 
 def _latency(found: Any) -> Cell:
-    speed, batch = found.get(metrics.DECODE), found.get("throughput/batch_size")
+    speed, batch = found.get(metrics.DECODE), found.get(metrics.metric(metrics.THROUGHPUT, "batch_size"))
     if not (formats.is_number(speed) and formats.is_number(batch)) or speed <= 0:
         return Cell(formats.ABSENT, style="muted")
     milliseconds = 1000 * batch / speed
@@ -215,14 +207,15 @@ def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Ser
 
 def clearly_faster(point: Point, name: str) -> bool:
     """Whether the slowest run of the compressed model beat the fastest of the dense one."""
-    slowest, fastest = point.compressed.get(f"{name}_min"), point.dense.get(f"{name}_max")
+    slowest, fastest = point.compressed.get(name + metrics.SLOWEST), point.dense.get(name + metrics.FASTEST)
     return not (formats.is_number(slowest) and formats.is_number(fastest)) or slowest > fastest
 
 
 def _tokens(point: Point, name: str, cost: float) -> Cell:
-    tokens = break_even_tokens(cost, point.dense.get(name), point.compressed.get(name))
-    if tokens is None:
+    dense, compressed = point.dense.get(name), point.compressed.get(name)
+    if not (formats.is_number(dense) and formats.is_number(compressed)) or not 0 < dense < compressed:
         return Cell("never: not faster", style="muted")
+    tokens = break_even_tokens(cost, dense, compressed)
     if not clearly_faster(point, name):
         return Cell("not clearly faster", style="muted", hint=f"by the medians, {tokens:,.0f}")
     return Cell(f"{tokens:,.0f}" if tokens < 1e7 else f"{tokens:.2e}", value=tokens)

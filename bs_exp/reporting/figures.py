@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bs_exp.reporting import cost, drawing, formats, metrics, ranks
+from bs_exp.records import metrics
+from bs_exp.reporting import cost, drawing, formats, ranks
 from bs_exp.reporting.collect import PairTable
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.results import removed_title
@@ -154,7 +155,7 @@ def _curve_alt(section: Section, name: str) -> str:
     words = [f"Line chart: {metrics.title(name)} of {len(section.series)} series at {len(section.ratios)} ratios."]
     for removed in (section.ratios[0], section.ratios[-1]):
         if best := section.best(removed, name):
-            value = metrics.show(name, best.by_removed[removed].compressed[name])
+            value = formats.metric(name, best.by_removed[removed].compressed[name])
             words.append(f"Best with {removed_title(removed)} removed: {best.label}, {value}.")
     return " ".join(words)
 

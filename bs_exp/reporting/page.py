@@ -10,8 +10,9 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bs_exp.records import metrics
 from bs_exp.records.record import Status
-from bs_exp.reporting import cost, formats, metrics, runs
+from bs_exp.reporting import cost, formats, runs
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.results import removed_title
 from bs_exp.reporting.study import Point, Section, Study
@@ -97,7 +98,7 @@ def winners(section: Section) -> list[Winner]:
         Winner(
             removed_title(removed),
             best.label,
-            metrics.show(name, (point := best.by_removed[removed]).compressed[name]),
+            formats.metric(name, (point := best.by_removed[removed]).compressed[name]),
             formats.change(point.compressed[name], section.dense.get(name)),
             point.number,
         )

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bs_exp.reporting import cost, dials, formats, metrics
+from bs_exp.records import metrics
+from bs_exp.reporting import cost, dials, formats
 from bs_exp.reporting.literature import DENSE, Literature, Method, Reported, literature
 from bs_exp.reporting.results import removed_title
 from bs_exp.reporting.study import Point, Section, Series, Study, model_name
@@ -43,7 +44,7 @@ class Comparison:
 def measured_value(found: Mapping[str, Any], metric: str) -> float | None:
     """A metric of a record; the papers' means are taken over exactly their tasks."""
     if metric in _MEANS:
-        values = [found.get(f"acc/{task}") for task in _MEANS[metric]]
+        values = [found.get(metrics.metric(metrics.ACC, task)) for task in _MEANS[metric]]
         if not all(formats.is_number(value) for value in values):
             return None
         return sum(float(value) for value in values if value is not None) / len(values)
@@ -56,7 +57,7 @@ def measured_by(point: Point, metric: str) -> float | None:
     if metric == _PREFILL:
         return _speedup(point, 0)
     if metric == _GENERATE:
-        return _speedup(point, point.compressed.get("throughput/generated_length"))
+        return _speedup(point, _measured_with(point, "generated_length"))
     if metric == _SECONDS:
         device = str(point.record.provenance.get("model", {}).get("device", "cpu"))
         return None if device == "cpu" or not point.record.timings else cost.compression_seconds(point)
@@ -65,15 +66,20 @@ def measured_by(point: Point, metric: str) -> float | None:
 
 def _speedup(point: Point, generated: Any) -> float | None:
     """The dense model's time for a prompt and so many generated tokens, over the compressed one's."""
-    if str(point.compressed.get("throughput/device", "cpu")).startswith("cpu"):
+    if str(_measured_with(point, "device") or "cpu").startswith("cpu"):
         return None
-    prompt, times = point.compressed.get("throughput/prompt_length"), []
+    prompt, times = _measured_with(point, "prompt_length"), []
     for found in (point.dense, point.compressed):
         prefill, decode = found.get(metrics.PREFILL, 0), found.get(metrics.DECODE, 0)
         if not (formats.is_number(prompt) and formats.is_number(generated) and prefill > 0 and decode > 0):
             return None
         times.append(prompt / prefill + generated / decode)
     return float(times[0] / times[1])
+
+
+def _measured_with(point: Point, setting: str) -> Any:
+    """A setting of the throughput measurement, None if it is not known."""
+    return point.compressed.get(metrics.metric(metrics.THROUGHPUT, setting))
 
 
 def compare(study: Study) -> list[Comparison]:
@@ -162,14 +168,14 @@ def _differences(point: Point, row: Reported, known: Literature, method: Method 
             yield f"perplexity of {windows} windows only"
     elif row.metric in (_PREFILL, _GENERATE):
         for key, name in _SPEED.items():
-            yield from _differ(name, point.compressed.get(f"throughput/{key}"), row.speed.get(key))
+            yield from _differ(name, _measured_with(point, key), row.speed.get(key))
     elif row.metric == _SECONDS:
         gpus = ", ".join(str(gpu.get("name")) for gpu in point.record.hardware.get("gpus") or ())
         yield from _differ("hardware", gpus or None, row.hardware)
         if cost.used_cache(point):
             yield "some Grams or decompositions came from a cache here"
     else:
-        yield from _differ("lm-eval", point.dense.get("lm_eval/version"), protocol.get("lm_eval"))
+        yield from _differ("lm-eval", point.dense.get(metrics.LM_EVAL_VERSION), protocol.get("lm_eval"))
         if (limit := evaluation.get("limit")) is not None:
             yield f"the first {limit} items of each task only"
     yield from (f"reported: {note}" for note in (*protocol.get("notes", ()), *row.notes))
@@ -280,7 +286,7 @@ def _others(section: Section, key: str) -> Iterator[Table]:
     rows_by_metric: dict[str, list[Reported]] = {}
     for row in known.about(section.model):
         asked = row.removed in section.ratios or row.method == DENSE
-        if asked and metrics.family(row.metric) != "acc":  # single tasks would be ten tables more
+        if asked and metrics.kind_of(row.metric) != metrics.ACC:  # single tasks would be ten tables more
             rows_by_metric.setdefault(row.metric, []).append(row)
     for metric, reported in rows_by_metric.items():
         measured = [
@@ -351,7 +357,7 @@ def _show(metric: str, value: float) -> str:
         return formats.seconds(value)
     if metric in (_PREFILL, _GENERATE):
         return f"{value:.2f} x"
-    return f"{value:.3f}" if metric in _MEANS else metrics.show(metric, value)
+    return f"{value:.3f}" if metric in _MEANS else formats.metric(metric, value)
 
 
 def _metric_name(metric: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from bs_exp.records import metrics
 from bs_exp.records.record import Status
-from bs_exp.reporting import formats, metrics
+from bs_exp.reporting import formats
 from bs_exp.reporting.study import Point, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text
 
@@ -44,7 +45,7 @@ def measured(point: Point | None, name: str) -> Cell:
         return Cell(formats.ABSENT, style="muted", hint="not in these records")
     value = point.compressed.get(name)
     if value is not None and point.completed:
-        return Cell(metrics.show(name, value), value=value, hint=_hint(point, name), link=point.number)
+        return Cell(formats.metric(name, value), value=value, hint=_hint(point, name), link=point.number)
     if point.completed:
         return Cell(formats.ABSENT, style="muted", hint="not measured", link=point.number)
     style = "bad" if point.record.status is Status.FAILED else "muted"
@@ -52,7 +53,7 @@ def measured(point: Point | None, name: str) -> Cell:
 
 
 def _hint(point: Point, name: str) -> str:
-    words = [f"dense {metrics.show(name, point.dense[name])}"] if name in point.dense else []
+    words = [f"dense {formats.metric(name, point.dense[name])}"] if name in point.dense else []
     if difference := formats.change(point.compressed.get(name), point.dense.get(name)):
         words.append(difference)
     if formats.is_number(error := metrics.standard_error(point.compressed, name)):
@@ -90,14 +91,14 @@ def _by_ratio(section: Section, name: str, key: str) -> Table:
 
 def _dense_row(section: Section, values: Sequence[Any], names: Sequence[str], before: int = 0) -> Row:
     blank = [text("") for _ in section.dials]
-    shown = (Cell(metrics.show(name, value), value=value) for name, value in zip(names, values, strict=True))
+    shown = (Cell(formats.metric(name, value), value=value) for name, value in zip(names, values, strict=True))
     return Row((*(text("") for _ in range(before)), text("dense"), *blank, *shown), kind="dense")
 
 
 def _everything(section: Section, key: str) -> Table:
     names = section.quality
     columns = [Column("removed", hint="asked for"), *series_columns(section)]
-    columns += [Column(_column_title(name), hint=metrics.title(name)) for name in names]
+    columns += [Column(metrics.short_title(name), hint=metrics.title(name)) for name in names]
     columns += [Column("kept", hint="share of the targeted parameters that is kept"), Column("size")]
     dense_bytes = next((p.record.size["dense_bytes"] for p in section.points if "dense_bytes" in p.record.size), None)
     dense = _dense_row(section, [section.dense.get(name) for name in names], names, before=1)
@@ -133,8 +134,3 @@ def _block(removed: float, entries: Sequence[tuple[Series, Point]], names: Itera
             ),
             kind="block" if i == 0 else "",
         )
-
-
-def _column_title(name: str) -> str:
-    kind, _, rest = name.partition("/")
-    return {"ppl": f"ppl {rest}", "acc": rest, "acc_norm": f"{rest} (norm)"}.get(kind, name)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bs_exp.records import metrics
 from bs_exp.records.record import RunRecord, Status
-from bs_exp.reporting import cost, formats, metrics
+from bs_exp.reporting import cost, formats
 from bs_exp.reporting.results import removed_title
 from bs_exp.reporting.study import Point, Repeat, Study
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
@@ -117,7 +118,7 @@ def _without_empty(found: Table) -> Table:
 
 
 def _metric(name: str, value: Any) -> Cell:
-    return Cell(metrics.show(name, value), value=value)
+    return Cell(formats.metric(name, value), value=value)
 
 
 def problems(study: Study) -> Iterator[Table]:

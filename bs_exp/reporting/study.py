@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bs_exp.records import metrics
 from bs_exp.records.record import RunRecord, Status
-from bs_exp.reporting import dials, formats, metrics
+from bs_exp.reporting import dials, formats
 from bs_exp.reporting.collect import Collection, PairTable, Skipped, Waiting
 from bs_exp.reporting.dials import Flat
-
-_FINGERPRINT = "_sha256/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +103,11 @@ class Section:
 
     @property
     def main_metric(self) -> str | None:
-        """What methods are ranked by: the objective where the points agree on one, else the first perplexity."""
+        """What methods are ranked by: the objective where the points agree on one, else the default."""
         asked = [point.record.config.get("objective") for point in self.points]
         if all(name == asked[0] for name in asked) and asked[0] in self.quality:
             return str(asked[0])
-        return next(iter(self.quality), None)
+        return metrics.default_objective(self.quality) or next(iter(self.quality), None)
 
     def best(self, removed: float, metric: str) -> Series | None:
         """The series that is best at a ratio, or None if nothing was measured there."""
@@ -193,7 +192,7 @@ def _by_text(points: Sequence[Point]) -> list[list[Point]]:
     texts: dict[tuple[tuple[str, Any], ...], list[Point]] = {}
     without: list[Point] = []
     for point in points:
-        text = tuple((k, v) for k, v in point.dense.items() if _FINGERPRINT in k)
+        text = tuple((k, v) for k, v in point.dense.items() if metrics.is_text_hash(k))
         texts.setdefault(text, []).append(point) if text else without.append(point)
     if not texts:
         return [without]

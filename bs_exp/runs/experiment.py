@@ -16,10 +16,11 @@ from datasets.utils import logging as datasets_logging
 from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.evaluation.cost import measure_cost
-from bs_exp.evaluation.size import SIZES, measure_size
+from bs_exp.evaluation.size import measure_size
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
+from bs_exp.records import metrics as names
 from bs_exp.runs import environment
 from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -29,8 +30,6 @@ from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.workspace import Workspace
 
 MODEL_FOLDER = "model"
-_PERPLEXITIES = ("ppl/", "masked_ppl/", "seq2seq_ppl/")
-_SIZE = "size/"
 
 # One number, or one per objective, in their order; None where nothing was measured.
 Objective = float | tuple[float, ...] | None
@@ -62,7 +61,7 @@ class Experiment:
         if isinstance(self.objective, tuple) and len(set(self.objective)) < max(len(self.objective), 1):
             raise ConfigError(
                 f"objective must name a metric, or several different ones, got {list(self.objective)}; null is the "
-                "first perplexity."
+                "first perplexity, or cosine where there is none."
             )
 
     def run(self, recorder: Recorder) -> Objective:
@@ -112,8 +111,8 @@ class Experiment:
         # What an earlier run left in the cache would make it look cheap.
         if self.cache.folder is None or not self.cache.hits:
             before, seconds = recorder.record.metrics["dense"], recorder.record.timings["compress"]
-            self._add(metrics, measure_cost(seconds, before, metrics), "cost", "compressed", recorder)
-        found = {**metrics, **{_SIZE + name: value for name, value in recorder.record.size.items()}}
+            self._add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed", recorder)
+        found = {**metrics, **{names.metric(names.SIZE, name): value for name, value in recorder.record.size.items()}}
         values = {name: float(found[name]) for name in objectives}
         if isinstance(self.objective, tuple):
             recorder.update(objective=values)
@@ -198,9 +197,10 @@ class Experiment:
     def _objectives(self, metrics: Mapping[str, Any]) -> tuple[str, ...]:
         """The metrics to return, checked on the dense model's before the work of compression begins."""
         if self.objective is None:
-            return tuple(name for name in metrics if name.startswith(_PERPLEXITIES))[:1]
+            default = names.default_objective(metrics)
+            return () if default is None else (default,)
         numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-        known = [*numbers, *(_SIZE + name for name in SIZES)]
+        known = [*numbers, *(names.metric(names.SIZE, name) for name in names.SIZES)]
         asked = (self.objective,) if isinstance(self.objective, str) else self.objective
         for name in asked:
             if name not in known:

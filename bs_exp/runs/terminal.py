@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bs_exp.records import metrics
 from bs_exp.records.record import FILE_NAME, RunRecord
 
 _ABSENT = "-"
@@ -22,8 +23,6 @@ _PIPED_WIDTH = 80
 # Stages that round to 0.0 s are left out.
 _SHORT = 0.05
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-_ACCURACIES = ("acc/", "acc_norm/")
-_STANDARD_ERROR = "_stderr/"
 _SIZES = (  # title, dense, compressed
     ("parameters", "dense_parameters", "parameters"),
     ("  in targeted matrices", "dense_targeted_parameters", "targeted_parameters"),
@@ -52,7 +51,7 @@ class Row:
     def cells(self) -> tuple[str, str, str, str]:
         dense, compressed = (_value(v) + _error(e) for v, e in zip(self._values, self.error, strict=True))
         # A share of items changes by points: a relative change of an accuracy misleads.
-        change = _points if self.name.startswith(_ACCURACIES) else _percent
+        change = _points if metrics.is_accuracy(self.name) else _percent
         return self.name, dense, compressed, change(self.dense, self.compressed)
 
     @property
@@ -81,9 +80,9 @@ def metric_rows(record: RunRecord) -> list[Row]:
     dense, compressed = record.metrics.get("dense", {}), record.metrics.get("compressed", {})
     rows = []
     for name in dict.fromkeys([*dense, *compressed]):
-        if _STANDARD_ERROR not in name:
-            error = name.replace("/", _STANDARD_ERROR, 1)
-            rows.append(Row(name, dense.get(name), compressed.get(name), (dense.get(error), compressed.get(error))))
+        if not metrics.is_standard_error(name):
+            errors = (metrics.standard_error(dense, name), metrics.standard_error(compressed, name))
+            rows.append(Row(name, dense.get(name), compressed.get(name), errors))
     return rows
 
 
