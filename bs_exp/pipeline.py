@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from bs_exp.allocation.budget import check_retain_ratio, make_plan, share_out
@@ -35,7 +36,6 @@ from bs_exp.protocols import (
 )
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
-    NO_CALIBRATION,
     CalibrationData,
     CompressedModel,
     LayerProfile,
@@ -111,6 +111,9 @@ class Preparation:
     data: CalibrationData
 
 
+# Of a recipe that reads no text.
+_NO_CALIBRATION = CalibrationData(TokenWindows(ids=torch.empty(0, 0, dtype=torch.long), provenance={}), batch_size=1)
+
 # Cuts the windows of a calibration: by its own method, or one that remembers what was cut before.
 CutWindows = Callable[[Calibration, PreTrainedTokenizerBase], TokenWindows]
 
@@ -138,7 +141,7 @@ def prepare(
         recipe.sharing.check(dense.architecture)
         groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
-    data = NO_CALIBRATION
+    data = _NO_CALIBRATION
     if recipe.reads_windows or reads_windows:
         with progress.stage("tokenise"):
             data = CalibrationData(_windows(dense, recipe.calibration, cut), recipe.calibration.batch_size)

@@ -20,13 +20,24 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
 from bs_exp.files import write_file
 from bs_exp.records.metrics import default_objective
+from bs_exp.records.parsing import (
+    Check,
+    check_fields,
+    decode,
+    encode,
+    list_of,
+    moment,
+    object_with,
+    or_null,
+    read_object,
+    text,
+)
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
@@ -68,29 +79,38 @@ class SweepPlan:
         path = folder / PLAN_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(asdict(self), indent=2) + "\n")
+            write_file(path, json.dumps(encode(asdict(self)), indent=2) + "\n")
         except OSError as error:
             raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
 
     @classmethod
     def read(cls, folder: Path) -> SweepPlan | None:
-        """The plan in a folder; None if it holds none."""
+        """The plan in a folder, None if it holds none; RecordError if it cannot be read."""
         path = folder / PLAN_FILE
-        try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            points = data["points"]
-            return cls(
-                name=data["name"],
-                command=tuple(data["command"]),
-                started=data["started"],
-                points=None if points is None else tuple(Point(p["folder"], tuple(p["settings"])) for p in points),
-            )
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        try:
+            data = decode(read_object(path, "a plan of a sweep"))
+            check_fields(data, _CHECKS, frozenset(), "a plan of a sweep")
+        except RecordError as error:
             raise RecordError(
                 f"{path} is no plan of a sweep ({error}); remove it and start the sweep again."
             ) from error
+        points = data["points"]
+        return cls(
+            name=data["name"],
+            command=tuple(data["command"]),
+            started=data["started"],
+            points=None if points is None else tuple(Point(p["folder"], tuple(p["settings"])) for p in points),
+        )
+
+
+_CHECKS: dict[str, Check] = {
+    "name": text,
+    "command": list_of(text),
+    "started": moment,
+    "points": or_null(list_of(object_with(frozenset({"folder", "settings"}), folder=text, settings=list_of(text)))),
+}
 
 
 def finished_record(folder: Path, config_hash: str, *, with_model: bool) -> RunRecord | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bs_exp.records import metrics
+from bs_exp.records.pairs import PairTable
 from bs_exp.reporting import cost, drawing, formats, ranks
-from bs_exp.reporting.collect import PairTable
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.results import removed_title
 from bs_exp.reporting.study import Point, Section, Series, Study

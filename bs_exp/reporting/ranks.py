@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import correlation
-from typing import Any
 
 from bs_exp.reporting import formats
 from bs_exp.reporting.literature import LayerShares, literature
@@ -32,32 +31,17 @@ class Place:
 def places(point: Point) -> dict[tuple[str, int], Place]:
     """What the plan of a run does with every matrix, by type and layer."""
     found: dict[tuple[str, int], Place] = {}
-    for group in _groups(point):
-        layers = group["layers"]
-        place = Place(group["rank"], _kept(group), len(layers))
-        found.update(((group["matrix"], layer), place) for layer in layers)
+    for planned in point.groups:
+        group = planned.group
+        place = Place(planned.rank, planned.parameters / group.parameters, group.size)
+        found.update(((group.matrix, layer), place) for layer in group.layers)
     return found
-
-
-def _groups(point: Point) -> Sequence[Mapping[str, Any]]:
-    groups: Sequence[Mapping[str, Any]] = (point.record.plan or {}).get("groups", ())
-    return groups
-
-
-def _has_places(point: Point) -> bool:
-    return any(group["layers"] for group in _groups(point))
-
-
-def _kept(group: Mapping[str, Any]) -> float:
-    dense = len(group["layers"]) * group.get("d_in", 0) * group.get("d_out", 0)
-    kept = group.get("parameters")
-    return float(kept / dense) if dense and formats.is_number(kept) else float("nan")
 
 
 def rank_points(section: Section) -> list[tuple[Series, Point]]:
     """One point per series, at the ratio where most series have a plan; of equals, where most is removed."""
     planned = {
-        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and _has_places(p)]
+        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and p.groups]
         for removed in section.ratios
     }
     if not any(planned.values()):
@@ -69,12 +53,13 @@ def layer_shares(point: Point) -> list[float]:
     """Share of its parameters that each layer keeps, by layer; a shared group counts for each of its layers."""
     kept: dict[int, float] = {}
     dense: dict[int, float] = {}
-    for group in _groups(point):
-        size = float(group.get("d_in", 0) * group.get("d_out", 0))
-        for layer in group["layers"]:
-            kept[layer] = kept.get(layer, 0.0) + _kept(group) * size
+    for planned in point.groups:
+        group = planned.group
+        size = float(group.d_in * group.d_out)
+        for layer in group.layers:
+            kept[layer] = kept.get(layer, 0.0) + planned.parameters / group.parameters * size
             dense[layer] = dense.get(layer, 0.0) + size
-    return [kept[layer] / dense[layer] for layer in sorted(kept) if dense[layer]]
+    return [kept[layer] / dense[layer] for layer in sorted(kept)]
 
 
 def correlation_tables(section: Section, key: str) -> Iterator[Table]:
@@ -165,12 +150,12 @@ def _shares(removed: float, label: str, shares: Sequence[float], *, kind: str, l
 
 def rank_table(section: Section, key: str) -> Table | None:
     """Ranks of every completed point: a row per type, a column per layer."""
-    return _table(section, [(s, p) for s in section.series for p in s.completed if _has_places(p)], key, "")
+    return _table(section, [(s, p) for s in section.series for p in s.completed if p.groups], key, "")
 
 
 def short_rank_table(section: Section, key: str) -> Table | None:
     """The same, of as many points as a page can hold: if there are more, those at the ratio that the figure shows."""
-    entries = [(s, p) for s in section.series for p in s.completed if _has_places(p)]
+    entries = [(s, p) for s in section.series for p in s.completed if p.groups]
     if len(entries) <= _MOST_POINTS:
         return _table(section, entries, key, "")
     chosen = rank_points(section)[:_MOST_POINTS]

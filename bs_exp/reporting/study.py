@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.records import metrics
+from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import dials, formats
-from bs_exp.reporting.collect import Collection, PairTable, Skipped, Waiting
+from bs_exp.reporting.collect import Collection, Skipped, Waiting
 from bs_exp.reporting.dials import Flat
+from bs_exp.types import PlannedGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,12 @@ class Point:
     @property
     def compressed(self) -> Mapping[str, Any]:
         return self.record.metrics.get("compressed", {})
+
+    @property
+    def groups(self) -> tuple[PlannedGroup, ...]:
+        """The groups of the plan with their ranks; none if the run never came so far."""
+        plan = self.record.rank_plan
+        return () if plan is None else plan.groups
 
     @cached_property
     def dials(self) -> Flat:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from bs_exp.records import metrics
 from bs_exp.records.record import FILE_NAME, RunRecord
+from bs_exp.types import RankPlan
 
 _ABSENT = "-"
 # Without a terminal the width is unknown; files and logs are read at 80 columns.
@@ -89,8 +90,8 @@ def metric_rows(record: RunRecord) -> list[Row]:
 def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     if settings := [row for row in metric_rows(record) if not row.is_measurement]:
         yield "settings", ", ".join(f"{row.name} {_value(row.dense)}" for row in settings)
-    if record.plan:
-        yield "kept", _kept(record)
+    if (plan := record.rank_plan) is not None:
+        yield "kept", _kept(plan, record.size.get("model_retain_ratio"))
     if long := {name: value for name, value in record.timings.items() if value >= _SHORT}:
         yield "time", ", ".join(f"{name} {_seconds(value)}" for name, value in long.items())
     if hits := record.cache.get("hits"):
@@ -113,14 +114,13 @@ def _table(record: RunRecord) -> Table:
     return table
 
 
-def _kept(record: RunRecord) -> str:
-    plan = record.plan or {}
-    whole = record.size.get("model_retain_ratio")
-    shared = sum(len(group["layers"]) > 1 and group["rank"] is not None for group in plan["groups"])
+def _kept(plan: RankPlan, whole: float | None) -> str:
+    """What the plan keeps of its matrices, and `whole`, the share kept of the model's parameters."""
+    shared = sum(planned.group.size > 1 and planned.rank is not None for planned in plan.groups)
     return (
-        f"{plan['retain_ratio']:.1%} of the targeted parameters (asked: {plan['requested_ratio']:.1%})"
+        f"{plan.retain_ratio:.1%} of the targeted parameters (asked: {plan.requested_ratio:.1%})"
         + (f", {whole:.1%} of the model" if whole is not None else "")
-        + f"; {len(plan['groups'])} {'group' if len(plan['groups']) == 1 else 'groups'}, {shared} with a shared basis"
+        + f"; {len(plan.groups)} {'group' if len(plan.groups) == 1 else 'groups'}, {shared} with a shared basis"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -167,9 +168,28 @@ def test_plan_comes_back_from_disk(tmp_path: Path) -> None:
         plan.write(tmp_path)
         assert SweepPlan.read(tmp_path) == plan
         assert [path.name for path in tmp_path.iterdir()] == [PLAN_FILE]
-    (tmp_path / PLAN_FILE).write_text("{}")
-    with pytest.raises(RecordError, match=r"sweep\.json is no plan"):
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"points": 5}, "points is no list"),
+        ({"points": [{"folder": "a"}]}, r"points\[0\].settings is missing"),
+        ({"started": 5}, "started is no time"),
+        ({"name": None}, "name is no text"),
+        ({"colour": "red"}, "unknown fields colour"),
+        ("null", "holds no JSON object"),
+        ("", "half-written"),
+        ("[" * 200_000, "is not JSON"),
+    ],
+)
+def test_a_damaged_plan_is_named(tmp_path: Path, change: dict[str, Any] | str, complaint: str) -> None:
+    _plan("a").write(tmp_path)
+    path = tmp_path / PLAN_FILE
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RecordError, match=complaint) as caught:
         SweepPlan.read(tmp_path)
+    assert "sweep.json is no plan of a sweep" in str(caught.value)
 
 
 def test_settings_in_common_are_not_repeated() -> None:

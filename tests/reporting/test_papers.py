@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord
-from bs_exp.reporting.collect import Collection, Found, PairTable
+from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.literature import literature
 from bs_exp.reporting.papers import Comparison, compare, measured_value, paper_tables
 from bs_exp.reporting.study import Study, arrange

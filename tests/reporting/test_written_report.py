@@ -146,7 +146,7 @@ def test_everything_that_went_wrong_is_named(tmp_path: Path) -> None:
     synthetic.write(records, tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / FILE_NAME).write_text('{"name": "s')
-    SweepPlan("s", (), "2026", (Point("later", ("retain_ratio=0.1",)),)).write(tmp_path)
+    SweepPlan("s", (), "2026-01-01T00:00:00+00:00", (Point("later", ("retain_ratio=0.1",)),)).write(tmp_path)
     page = _page(tmp_path)
     assert {"t-failed", "t-unfinished", "t-waiting", "t-skipped", "t-repeated"} <= set(page.all("id"))
     words = " ".join("".join(page.words).split())
