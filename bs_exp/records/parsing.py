@@ -20,8 +20,8 @@ Check = Callable[[str, Any], None]
 
 # Levels of lists and objects; what runs write has about ten.
 _DEEPEST = 100
-# Larger numbers overflow in the arithmetic of tables and axes. A loss of 690 nats per token is a perplexity of 1e299.
-LARGEST = 1e300
+# Larger numbers overflow where tables and logarithmic axes calculate. As a perplexity, this is 575 nats per token.
+LARGEST = 1e250
 _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -56,7 +56,7 @@ def encode(value: Any) -> Any:
 def decode(value: Any, name: str = "", level: int = 0) -> Any:
     """The inverse of `encode` for the value of the field `name`, or for a whole object.
 
-    RecordError for nesting above 100 levels, finite numbers beyond 1e300, and texts that are not Unicode.
+    RecordError for nesting above 100 levels, finite numbers beyond 1e250, and texts that are not Unicode.
     """
     if level > _DEEPEST:
         raise RecordError(f"{re.split(r'[.[]', name)[0]} is nested deeper than {_DEEPEST} levels: damaged.")

@@ -139,8 +139,8 @@ def group_size(point: Point) -> int | None:
     sharing = point.record.config.get("sharing", {})
     found = sharing.get("group_size", 1) if isinstance(sharing, Mapping) else 1
     if isinstance(found, Mapping):
-        sizes = set(found.values())
-        return sizes.pop() if len(sizes) == 1 else None
+        sizes = list(found.values())
+        found = sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
     return found if isinstance(found, int) else None
 
 
