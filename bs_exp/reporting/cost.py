@@ -8,26 +8,22 @@ from typing import Any
 
 from bs_exp.evaluation.cost import break_even_tokens
 from bs_exp.records import metrics
+from bs_exp.records.stages import BEFORE_COMPRESSION, COMPRESSION, Stage, evaluated_model
 from bs_exp.reporting import formats
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
 from bs_exp.reporting.study import Point, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
-# Holds the stages of compression, and what happens between them.
-_COMPRESS = "compress"
-# Stages that compressing takes. Loading, evaluating and saving are paid for a dense model too.
-COMPRESSION_STAGES = ("tokenise", "group", "profile", "calibrate", "decompose", "allocate", "replace", "update")
-_EVALUATIONS = {"(dense)": "evaluate dense", "(compressed)": "evaluate compressed"}
-# Usually done before compression begins.
-_BEFORE = ("tokenise", "group")
-_TOGETHER = {
-    "configure": "load",
-    "check evaluation": "load",
-    "compress": "other compression",
-    "tokenise": "calibrate",
-    "profile": "calibrate",
-    "group": "allocate",
+# Stages that the phases below are made of, where they are not one stage alone.
+_PHASES: dict[str, str] = {
+    Stage.CONFIGURE: "load",
+    Stage.CHECK_EVALUATION: "load",
+    Stage.COMPRESS: "other compression",
+    Stage.TOKENISE: "calibrate",
+    Stage.PROFILE: "calibrate",
+    Stage.GROUP: "allocate",
 }
+_EVALUATE = "evaluate "
 # In milliseconds a stage says nothing.
 _SHORT = 0.05
 _SETTINGS = ("device", "dtype", "batch_size", "prompt_length", "generated_length")
@@ -61,9 +57,9 @@ def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Po
 
 def compression_seconds(point: Point) -> float:
     """What compressing took, loading and evaluation aside."""
-    if _COMPRESS in point.record.timings:
-        return point.record.timings[_COMPRESS]
-    return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION_STAGES)
+    if Stage.COMPRESS in point.record.timings:
+        return point.record.timings[Stage.COMPRESS]
+    return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +79,7 @@ class SharedCost:
 
 def seconds_without_evaluation(point: Point) -> float:
     """What a run took, evaluation aside."""
-    return sum(seconds for phase, seconds in phases(point).items() if phase not in _EVALUATIONS.values())
+    return sum(seconds for phase, seconds in phases(point).items() if not phase.startswith(_EVALUATE))
 
 
 def shared_costs(series: Series) -> list[SharedCost]:
@@ -229,9 +225,9 @@ def _reused(point: Point) -> str:
 def own_timings(point: Point) -> dict[str, float]:
     """Seconds by stage, none counted twice: of the stage around compression, what its inner stages do not explain."""
     timings = dict(point.record.timings)
-    if _COMPRESS in timings:
-        inside = sum(timings.get(stage, 0.0) for stage in COMPRESSION_STAGES if stage not in _BEFORE)
-        timings[_COMPRESS] = max(0.0, timings[_COMPRESS] - inside)
+    if Stage.COMPRESS in timings:
+        inside = sum(timings.get(stage, 0.0) for stage in COMPRESSION if stage not in BEFORE_COMPRESSION)
+        timings[Stage.COMPRESS] = max(0.0, timings[Stage.COMPRESS] - inside)
     return timings
 
 
@@ -239,7 +235,8 @@ def phases(point: Point) -> dict[str, float]:
     """Seconds by phase: the stages of compression, and all of loading and of either evaluation together."""
     found: dict[str, float] = {}
     for stage, seconds in own_timings(point).items():
-        phase = next((phase for end, phase in _EVALUATIONS.items() if stage.endswith(end)), _TOGETHER.get(stage, stage))
+        model = evaluated_model(stage)
+        phase = _PHASES.get(stage, stage) if model is None else f"{_EVALUATE}{model}"
         found[phase] = found.get(phase, 0.0) + seconds
     return found
 

@@ -21,6 +21,7 @@ from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
 from bs_exp.records import metrics as names
+from bs_exp.records.stages import Stage, evaluation_stage
 from bs_exp.runs import environment
 from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -93,7 +94,7 @@ class Experiment:
         objectives = self._objectives(dense_metrics)
         # Global generators start here, whether the work so far was done or taken from an earlier run.
         transformers.set_seed(self.seed)
-        with recorder.progress.stage("compress"):
+        with recorder.progress.stage(Stage.COMPRESS):
             selected = select(dense, recipe, self.selection, preparation, workspace)
             recipe, preparation = selected.recipe, selected.preparation
             recorder.update(selection=dict(selected.report))
@@ -110,7 +111,7 @@ class Experiment:
         self._measure_again_if_changed(dense, dense_metrics, metrics, recorder)
         # What an earlier run left in the cache would make it look cheap.
         if self.cache.folder is None or not self.cache.hits:
-            before, seconds = recorder.record.metrics["dense"], recorder.record.timings["compress"]
+            before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
             self._add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed", recorder)
         found = {**metrics, **{names.metric(names.SIZE, name): value for name, value in recorder.record.size.items()}}
         values = {name: float(found[name]) for name in objectives}
@@ -122,7 +123,7 @@ class Experiment:
         return value
 
     def _load(self, recorder: Recorder) -> LoadedModel:
-        with recorder.progress.stage("load"):
+        with recorder.progress.stage(Stage.LOAD):
             dense = self.dense.find(self.model)
             if dense is None:
                 dense = self.model.load()
@@ -134,7 +135,7 @@ class Experiment:
         return dense
 
     def _check_evaluators(self, dense: LoadedModel, recorder: Recorder) -> None:
-        with recorder.progress.stage("check evaluation"):
+        with recorder.progress.stage(Stage.CHECK_EVALUATION):
             for name, evaluator in self.evaluators.items():
                 with _about_evaluator(name):
                     evaluator.check(dense)
@@ -182,7 +183,7 @@ class Experiment:
     def _measure(
         self, name: str, evaluator: Evaluator, model: LoadedModel, label: str, recorder: Recorder
     ) -> dict[str, Any]:
-        with recorder.progress.stage(f"{name} ({label})"), _about_evaluator(name):
+        with recorder.progress.stage(evaluation_stage(name, label)), _about_evaluator(name):
             return dict(evaluator.evaluate(model))
 
     def _add(
@@ -208,7 +209,7 @@ class Experiment:
         return asked
 
     def _analyse(self, preparation: Preparation, recipe: Recipe, recorder: Recorder) -> None:
-        with recorder.progress.stage("analyse"):
+        with recorder.progress.stage(Stage.ANALYSE):
             problem = measured_problem(preparation, recipe, Workspace(self.cache, recorder.progress))
             for path in self.analysis.save(problem, recorder.folder):
                 recorder.progress.note(f"analysis: {path.name}")
@@ -216,7 +217,7 @@ class Experiment:
     def _save(self, compressed: CompressedModel, dense: LoadedModel, recorder: Recorder) -> None:
         if not self.save_model:
             return
-        with recorder.progress.stage("save"):
+        with recorder.progress.stage(Stage.SAVE):
             folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER)
         saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)
