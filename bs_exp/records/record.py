@@ -93,7 +93,7 @@ class RunRecord:
 
     @cached_property
     def rank_plan(self) -> RankPlan | None:
-        """`plan` as it was made; None if the run never came so far."""
+        """`plan` as it was made; None if the run ended before allocation."""
         return None if self.plan is None else RankPlan.from_dict(self.plan)
 
     def to_dict(self) -> dict[str, Any]:

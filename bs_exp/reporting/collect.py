@@ -1,4 +1,4 @@
-"""The records below some folders. What cannot be read is named, never left out in silence."""
+"""The records, plans of sweeps and tables of pairs below some folders, with a list of those that cannot be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bs_exp.records.sweep import PLAN_FILE, SweepPlan
 
 @dataclass(frozen=True)
 class Found:
-    """A record and the folder of its run, as the reader of a report knows it."""
+    """A record and the folder of its run, as given on the command line."""
 
     record: RunRecord
     folder: Path
@@ -39,7 +39,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Collection:
-    """All that a report is made of, in the order of sweeps, jobs and start times."""
+    """The contents of a report; records are in the order of sweeps, jobs and start times."""
 
     found: tuple[Found, ...]
     skipped: tuple[Skipped, ...]

@@ -11,7 +11,7 @@ from bs_exp.records import metrics
 from bs_exp.records.stages import BEFORE_COMPRESSION, COMPRESSION, Stage, evaluated_model
 from bs_exp.reporting import formats
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
-from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
 # Stages that the phases below are made of, where they are not one stage alone.
@@ -36,7 +36,7 @@ class SpeedSetting:
     values: tuple[Any, ...]
 
     @classmethod
-    def of(cls, point: Point) -> SpeedSetting:
+    def of(cls, point: ReportedRun) -> SpeedSetting:
         return cls(tuple(point.compressed.get(metrics.metric(metrics.THROUGHPUT, name)) for name in _SETTINGS))
 
     @property
@@ -45,9 +45,9 @@ class SpeedSetting:
         return f"{device}, {dtype}, batch {batch}, {prompt} prompt and {generated} generated tokens"
 
 
-def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Point]]]:
+def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, ReportedRun]]]:
     """Completed points with a throughput, by the way it was measured."""
-    found: dict[SpeedSetting, list[tuple[Series, Point]]] = {}
+    found: dict[SpeedSetting, list[tuple[Series, ReportedRun]]] = {}
     for series in section.series:
         for point in series.completed:
             if metrics.DECODE in point.compressed:
@@ -55,7 +55,7 @@ def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Po
     return found
 
 
-def compression_seconds(point: Point) -> float:
+def compression_seconds(point: ReportedRun) -> float:
     """What compressing took, loading and evaluation aside."""
     if Stage.COMPRESS in point.record.timings:
         return point.record.timings[Stage.COMPRESS]
@@ -66,7 +66,7 @@ def compression_seconds(point: Point) -> float:
 class SharedCost:
     """What points of one sweep took together and the first of them alone, in seconds, evaluation aside."""
 
-    first: Point
+    first: ReportedRun
     points: int
     first_seconds: float
     all_seconds: float
@@ -77,28 +77,28 @@ class SharedCost:
         return self.all_seconds / self.first_seconds
 
 
-def seconds_without_evaluation(point: Point) -> float:
+def seconds_without_evaluation(point: ReportedRun) -> float:
     """What a run took, evaluation aside."""
     return sum(seconds for phase, seconds in phases(point).items() if not phase.startswith(_EVALUATE))
 
 
 def shared_costs(series: Series) -> list[SharedCost]:
     """For each sweep that ran points of a series at two ratios or more, what they cost beside the first of them."""
-    sweeps: dict[str, list[Point]] = {}
+    sweeps: dict[str, list[ReportedRun]] = {}
     for point in series.completed:
         if point.record.sweep and point.record.timings:
             sweeps.setdefault(str(point.record.sweep.get("id")), []).append(point)
     return [_shared(points) for points in sweeps.values() if len(points) > 1]
 
 
-def _shared(points: Sequence[Point]) -> SharedCost:
+def _shared(points: Sequence[ReportedRun]) -> SharedCost:
     first = min(points, key=lambda point: (point.record.started, point.number))
     # No run is free; and a record that says so must not divide by zero.
     own = max(seconds_without_evaluation(first), 1e-9)
     return SharedCost(first, len(points), own, sum(seconds_without_evaluation(point) for point in points))
 
 
-def used_cache(point: Point) -> bool:
+def used_cache(point: ReportedRun) -> bool:
     """Whether earlier work was reused, so that the timings tell less than a fresh run would take."""
     return any(count for count in point.record.cache.get("hits", {}).values())
 
@@ -115,7 +115,7 @@ def cost_tables(section: Section, key: str) -> Iterator[Table]:
         yield _timings(section, f"{key}-timings")
 
 
-def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, Point]], key: str) -> Table:
+def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, ReportedRun]], key: str) -> Table:
     columns = [Column("removed"), *series_columns(section)]
     columns += [Column("prefill tok/s"), Column("against dense"), Column("decode tok/s"), Column("against dense")]
     columns += [Column("ms per token", hint="one decoding step of the whole batch")]
@@ -175,7 +175,7 @@ def _bytes(value: Any) -> Cell:
     return Cell(formats.size(value), value=value)
 
 
-def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Series, Point]], key: str) -> Table:
+def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Series, ReportedRun]], key: str) -> Table:
     columns = [Column("removed"), *series_columns(section), Column("compressing took")]
     columns += [Column("prompt tokens"), Column("generated tokens"), Column("reused", numeric=False)]
     rows = []
@@ -201,13 +201,13 @@ def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Ser
     )
 
 
-def clearly_faster(point: Point, name: str) -> bool:
+def clearly_faster(point: ReportedRun, name: str) -> bool:
     """Whether the slowest run of the compressed model beat the fastest of the dense one."""
     slowest, fastest = point.compressed.get(name + metrics.SLOWEST), point.dense.get(name + metrics.FASTEST)
     return not (formats.is_number(slowest) and formats.is_number(fastest)) or slowest > fastest
 
 
-def _tokens(point: Point, name: str, cost: float) -> Cell:
+def _tokens(point: ReportedRun, name: str, cost: float) -> Cell:
     dense, compressed = point.dense.get(name), point.compressed.get(name)
     if not (formats.is_number(dense) and formats.is_number(compressed)) or not 0 < dense < compressed:
         return Cell("never: not faster", style="muted")
@@ -217,12 +217,12 @@ def _tokens(point: Point, name: str, cost: float) -> Cell:
     return Cell(f"{tokens:,.0f}" if tokens < 1e7 else f"{tokens:.2e}", value=tokens)
 
 
-def _reused(point: Point) -> str:
+def _reused(point: ReportedRun) -> str:
     hits = point.record.cache.get("hits", {})
     return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in hits.items() if count) or "nothing"
 
 
-def own_timings(point: Point) -> dict[str, float]:
+def own_timings(point: ReportedRun) -> dict[str, float]:
     """Seconds by stage, none counted twice: of the stage around compression, what its inner stages do not explain."""
     timings = dict(point.record.timings)
     if Stage.COMPRESS in timings:
@@ -231,7 +231,7 @@ def own_timings(point: Point) -> dict[str, float]:
     return timings
 
 
-def phases(point: Point) -> dict[str, float]:
+def phases(point: ReportedRun) -> dict[str, float]:
     """Seconds by phase: the stages of compression, and all of loading and of either evaluation together."""
     found: dict[str, float] = {}
     for stage, seconds in own_timings(point).items():
@@ -241,7 +241,7 @@ def phases(point: Point) -> dict[str, float]:
     return found
 
 
-def stages(points: Sequence[Point]) -> list[str]:
+def stages(points: Sequence[ReportedRun]) -> list[str]:
     """Stages that took time in some run, in the order in which runs meet them."""
     return [
         stage

@@ -1,4 +1,4 @@
-"""What a configuration says, key by key, and which of its keys tell the points of a study apart."""
+"""Configurations as flat settings, and which of these differ between the runs of a study."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from statistics import correlation
 from bs_exp.reporting import formats
 from bs_exp.reporting.literature import LayerShares, literature
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
-from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table
 
 _SPREAD = 0.02
@@ -28,8 +28,8 @@ class Place:
     shared: int
 
 
-def places(point: Point) -> dict[tuple[str, int], Place]:
-    """What the plan of a run does with every matrix, by type and layer."""
+def places(point: ReportedRun) -> dict[tuple[str, int], Place]:
+    """(matrix type, layer) -> its rank and share kept, for every matrix of a run's plan."""
     found: dict[tuple[str, int], Place] = {}
     for planned in point.groups:
         group = planned.group
@@ -38,7 +38,7 @@ def places(point: Point) -> dict[tuple[str, int], Place]:
     return found
 
 
-def rank_points(section: Section) -> list[tuple[Series, Point]]:
+def rank_points(section: Section) -> list[tuple[Series, ReportedRun]]:
     """One point per series, at the ratio where most series have a plan; of equals, where most is removed."""
     planned = {
         removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and p.groups]
@@ -49,7 +49,7 @@ def rank_points(section: Section) -> list[tuple[Series, Point]]:
     return planned[max(planned, key=lambda removed: (len(planned[removed]), removed))]
 
 
-def layer_shares(point: Point) -> list[float]:
+def layer_shares(point: ReportedRun) -> list[float]:
     """Share of its parameters that each layer keeps, by layer; a shared group counts for each of its layers."""
     kept: dict[int, float] = {}
     dense: dict[int, float] = {}
@@ -63,7 +63,7 @@ def layer_shares(point: Point) -> list[float]:
 
 
 def correlation_tables(section: Section, key: str) -> Iterator[Table]:
-    """How alike two methods spread the parameters over the layers: Pearson's r of the layers' shares, at each ratio.
+    """Pearson's r between the shares that two methods leave to each layer, for all pairs of methods at each ratio.
 
     Shares and correlations that papers report for the model stand beside them.
     """
@@ -162,7 +162,7 @@ def short_rank_table(section: Section, key: str) -> Table | None:
     return _table(section, chosen, key, f" {len(chosen)} of {len(entries)} runs; the CSV file has all.")
 
 
-def _table(section: Section, entries: Sequence[tuple[Series, Point]], key: str, note: str) -> Table | None:
+def _table(section: Section, entries: Sequence[tuple[Series, ReportedRun]], key: str, note: str) -> Table | None:
     found = [places(point) for _, point in entries]
     layers = sorted({layer for planned in found for _, layer in planned})
     if not layers:

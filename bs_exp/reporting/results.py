@@ -8,7 +8,7 @@ from typing import Any
 from bs_exp.records import metrics
 from bs_exp.records.record import Status
 from bs_exp.reporting import formats
-from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text
 
 # A search tries another ratio in every trial: as columns they would be a table of holes.
@@ -39,7 +39,7 @@ def series_cells(series: Series) -> list[Cell]:
     return [text(series.method), *(text(value) for value in series.values)]
 
 
-def measured(point: Point | None, name: str) -> Cell:
+def measured(point: ReportedRun | None, name: str) -> Cell:
     """A metric of a compressed model; where there is none, why."""
     if point is None:
         return Cell(formats.ABSENT, style="muted", hint="not in these records")
@@ -52,7 +52,7 @@ def measured(point: Point | None, name: str) -> Cell:
     return Cell(_STATUS[point.record.status], style=style, hint=_why(point), link=point.number)
 
 
-def _hint(point: Point, name: str) -> str:
+def _hint(point: ReportedRun, name: str) -> str:
     words = [f"dense {formats.metric(name, point.dense[name])}"] if name in point.dense else []
     if difference := formats.change(point.compressed.get(name), point.dense.get(name)):
         words.append(difference)
@@ -61,7 +61,7 @@ def _hint(point: Point, name: str) -> str:
     return ", ".join(words)
 
 
-def _why(point: Point) -> str:
+def _why(point: ReportedRun) -> str:
     return str((point.record.error or {}).get("message", "the process ended before the run did"))
 
 
@@ -117,7 +117,7 @@ def _everything(section: Section, key: str) -> Table:
     )
 
 
-def _block(removed: float, entries: Sequence[tuple[Series, Point]], names: Iterable[str]) -> Iterator[Row]:
+def _block(removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]) -> Iterator[Row]:
     columns = [
         mark_best([measured(point, name) for _, point in entries], lowest=metrics.lower_is_better(name))
         for name in names

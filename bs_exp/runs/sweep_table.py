@@ -1,4 +1,4 @@
-"""The lines at the end of a sweep: every point, what became of it, and what to do next. Made from the records alone."""
+"""The text at the end of a sweep, made from its records: the outcome of every point, the best one, what to do next."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.text import Text
 
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import RunRecord
-from bs_exp.records.sweep import Outcome, PointState, duration, objectives, seconds, varying
+from bs_exp.records.sweep import PointOutcome, PointState, duration, objectives, seconds, varying
 
 _PIPED_WIDTH = 100
-_FINISHED = (Outcome.COMPLETED, Outcome.KEPT)
-_UNFINISHED = (Outcome.FAILED, Outcome.INTERRUPTED, Outcome.KILLED, Outcome.RUNNING, Outcome.NOT_RUN)
+_FINISHED = (PointOutcome.COMPLETED, PointOutcome.KEPT)
+_UNFINISHED = tuple(outcome for outcome in PointOutcome if outcome not in _FINISHED)
 
 
 def print_sweep(name: str, folder: Path, states: list[PointState], console: Console | None = None) -> None:
@@ -31,12 +31,12 @@ def print_sweep(name: str, folder: Path, states: list[PointState], console: Cons
         console.print(_table(name, states))
     lines = [line.rstrip() for line in capture.get().splitlines()]
     for state in states:
-        if state.outcome is Outcome.FAILED and state.record and state.record.error:
+        if state.outcome is PointOutcome.FAILED and state.record and state.record.error:
             message = str(state.record.error["message"]).splitlines()[0]
             lines.append(f"failed   {state.point.folder}: {message}")
     lines += [f"best     {line}" for line in _best(states)]
     counts = Counter(state.outcome for state in states)
-    lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in Outcome if counts[o]))
+    lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in PointOutcome if counts[o]))
     if any(state.outcome in _UNFINISHED for state in states):
         lines.append("resume   the same command again runs what is not completed, and nothing else")
     lines.append(f"records  {folder}")

@@ -1,4 +1,4 @@
-"""The table at the end of a run: dense and compressed side by side. Made from the record alone."""
+"""The text at the end of a run, made from its record: metrics of the dense and the compressed model, cost, places."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SIZES = (  # title, dense, compressed
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """A metric of both models; `error` is the standard error of each."""
 
     name: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def is_measurement(self) -> bool:
-        """Tells the models apart: a fraction, or a count that differs. The rest is settings: text, equal counts."""
+        """True for fractions, and for counts that differ between the models; texts and equal counts are settings."""
         values = (self.dense, self.compressed)
         if any(isinstance(value, str) for value in values):
             return False
@@ -61,7 +61,7 @@ class Row:
 
 
 def print_report(record: RunRecord, folder: Path, console: Console | None = None) -> None:
-    """Prints what a run found, how long it took, and where record and model lie."""
+    """Prints the table of metrics and sizes, then settings, seconds by stage, and the paths of record and model."""
     console = console or Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
@@ -76,14 +76,14 @@ def print_report(record: RunRecord, folder: Path, console: Console | None = None
     console.file.write("\n".join(lines) + "\n")
 
 
-def metric_rows(record: RunRecord) -> list[Row]:
+def metric_rows(record: RunRecord) -> list[MetricRow]:
     """Every metric of a record, its standard error beside it."""
     dense, compressed = record.metrics.get("dense", {}), record.metrics.get("compressed", {})
     rows = []
     for name in dict.fromkeys([*dense, *compressed]):
         if not metrics.is_standard_error(name):
             errors = (metrics.standard_error(dense, name), metrics.standard_error(compressed, name))
-            rows.append(Row(name, dense.get(name), compressed.get(name), errors))
+            rows.append(MetricRow(name, dense.get(name), compressed.get(name), errors))
     return rows
 
 
@@ -110,7 +110,7 @@ def _table(record: RunRecord) -> Table:
     table.add_section()
     for name, dense, compressed in _SIZES:
         if compressed in record.size:
-            table.add_row(*Row(name, record.size.get(dense), record.size[compressed]).cells)
+            table.add_row(*MetricRow(name, record.size.get(dense), record.size[compressed]).cells)
     return table
 
 

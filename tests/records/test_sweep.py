@@ -18,10 +18,10 @@ from bs_exp.errors import RecordError
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, write_record
 from bs_exp.records.sweep import (
     PLAN_FILE,
-    Outcome,
-    Point,
+    PointOutcome,
     PointState,
     SweepPlan,
+    SweepPoint,
     duration,
     finished_record,
     kept_objective,
@@ -54,7 +54,7 @@ def _record(**changes: Any) -> RunRecord:
 
 
 def _plan(*folders: str) -> SweepPlan:
-    return SweepPlan("mine", ("python",), START, tuple(Point(f, ("seed=1", f"x={f}")) for f in folders))
+    return SweepPlan("mine", ("python",), START, tuple(SweepPoint(f, ("seed=1", f"x={f}")) for f in folders))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_point_belongs_to_one_process_and_others_wait(tmp_path: Path, capsys: 
     folder = tmp_path / "point"
     with _hold(folder) as other:
         write_record(_record(status=Status.RUNNING, finished=None), folder)
-        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [Outcome.RUNNING]
+        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [PointOutcome.RUNNING]
         assert other.stdin is not None
         other.stdin.write("\n")
         other.stdin.close()
@@ -137,7 +137,7 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
         write_record(_record(status=Status.RUNNING, finished=None), folder)
         other.kill()
         other.wait()
-        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [Outcome.KILLED]
+        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [PointOutcome.KILLED]
         with occupied(folder):
             assert not (folder / "done").exists()
 
@@ -203,9 +203,9 @@ def test_progress_line_counts_and_estimates(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("time.time", lambda: 1767225600.0 + 7 * 3600)
     plan = _plan("a", "b", "c")
     assert plan.points is not None
-    outcomes = (Outcome.COMPLETED, Outcome.KEPT, Outcome.NOT_RUN)
+    outcomes = (PointOutcome.COMPLETED, PointOutcome.KEPT, PointOutcome.NOT_RUN)
     states = [
-        PointState(point, outcome, None if outcome is Outcome.NOT_RUN else _record())
+        PointState(point, outcome, None if outcome is PointOutcome.NOT_RUN else _record())
         for point, outcome in zip(plan.points, outcomes, strict=True)
     ]
     assert progress_line(states, "a", plan) == "[2/3] completed x=a  ppl/text 12.5  60 min; about 5.0 h left"

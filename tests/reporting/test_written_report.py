@@ -17,7 +17,7 @@ import pytest
 
 from bs_exp.records.record import FILE_NAME, Status, read_record, write_record
 from bs_exp.records.stages import Stage, evaluated_model
-from bs_exp.records.sweep import Point, SweepPlan
+from bs_exp.records.sweep import SweepPlan, SweepPoint
 from bs_exp.reporting.report import write_figures, write_report
 from tests.support import synthetic
 
@@ -126,7 +126,7 @@ def test_what_records_say_is_never_markup(tmp_path: Path) -> None:
     write_record(synthetic.record(hub=f"evil/{EVIL}", timings={EVIL: 3.0}), tmp_path / "d")
     (tmp_path / "<img src=y>").mkdir()
     (tmp_path / "<img src=y>" / FILE_NAME).write_text("{")
-    SweepPlan(EVIL, (EVIL,), "2026", (Point("later", (EVIL,)),)).write(tmp_path)
+    SweepPlan(EVIL, (EVIL,), "2026", (SweepPoint("later", (EVIL,)),)).write(tmp_path)
     page = _page(tmp_path)
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert len(page.scripts) == 1
@@ -147,7 +147,7 @@ def test_everything_that_went_wrong_is_named(tmp_path: Path) -> None:
     synthetic.write(records, tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / FILE_NAME).write_text('{"name": "s')
-    SweepPlan("s", (), "2026-01-01T00:00:00+00:00", (Point("later", ("retain_ratio=0.1",)),)).write(tmp_path)
+    SweepPlan("s", (), "2026-01-01T00:00:00+00:00", (SweepPoint("later", ("retain_ratio=0.1",)),)).write(tmp_path)
     page = _page(tmp_path)
     assert {"t-failed", "t-unfinished", "t-waiting", "t-skipped", "t-repeated"} <= set(page.all("id"))
     words = " ".join("".join(page.words).split())
