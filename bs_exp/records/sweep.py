@@ -3,8 +3,8 @@
     outputs/sweeps/NAME/sweep.json                what is run, and since when
     outputs/sweeps/NAME/0a1b2c3d4e5f/record.json  a point: the first digits of its configuration's hash
 
-The same settings have the same folder whatever the order of the grid, the launcher or the process. A point is run by one
-process at a time. Completed points are kept; those that failed or were killed are run again.
+The same settings have the same folder whatever the order of the grid, the launcher or the process. A point is run by
+one process at a time. Completed points are kept; those that failed or were killed are run again.
 """
 
 from __future__ import annotations

@@ -86,6 +86,19 @@ def test_nothing_and_half_a_record_are_not_finished(tmp_path: Path, capsys: pyte
     assert f"{tmp_path}/{FILE_NAME} is not JSON" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", [{"started": None}, {"config": None}, {"sweep": {"settings": 5}}, {"finished": 5}])
+def test_a_record_of_a_wrong_kind_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    path = write_record(_record(), tmp_path / "a")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert finished_record(tmp_path / "a", "hash", with_model=False) is None
+    words = capsys.readouterr().err
+    assert str(path) in words and next(iter(change)) in words and "The point is run again." in words
+    for plan in (_plan("a"), SweepPlan("mine", ("python",), START, None)):
+        assert [state.outcome for state in survey(tmp_path, plan)] == [PointOutcome.NOT_RUN]
+
+
 def test_a_sweeper_gets_back_what_the_run_returned() -> None:
     assert kept_objective(_record()) == 12.5
     assert kept_objective(_record(objective={"ppl/text": 12.5, "size/bytes": 3.0})) == (12.5, 3.0)
