@@ -24,6 +24,7 @@ from bs_exp.cli.config import build, describe, in_sweep
 from bs_exp.cli.explain import explain
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.progress import Progress
+from bs_exp.records.stages import Stage
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
 from bs_exp.runs.terminal import print_report
 
@@ -108,7 +109,7 @@ def _work(
     from bs_exp.runs.recorder import Recorder
 
     with Recorder(record, folder, progress) as recorder:
-        with progress.stage("configure"):
+        with progress.stage(Stage.CONFIGURE):
             experiment = build(cfg, dense)
         objective = experiment.run(recorder)
     return objective, recorder.record

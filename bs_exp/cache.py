@@ -1,16 +1,14 @@
 """Computed tensors on disk, under keys of all that they depend on, so that nothing is computed twice.
 
 A stale hit is impossible: the key is a hash of everything the tensors depend on, and the file repeats it. A truncated
-or damaged file is never used: files are written under a temporary name, synced and renamed, and their content is
-compared with its checksum when a process first opens them.
+or damaged file is never used: files appear whole (`bs_exp.files`), and their content is compared with its checksum when
+a process first opens them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bs_exp.errors import CacheError
+from bs_exp.files import replacing
 
 FORMAT_VERSION = 5
 
@@ -114,22 +113,14 @@ class Cache:
         if self.folder is None:
             return self._memory.setdefault((kind, key), MemoryEntry(dict(tensors)))
         path = self._path(kind, key)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask says; safetensors lets only the owner read
             stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(stored, temporary, {"key": key, **{name: _checksum(tensor) for name, tensor in stored.items()}})
-            temporary.chmod(mode)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            checksums = {name: _checksum(tensor) for name, tensor in stored.items()}
+            with replacing(path) as temporary:
+                save_file(stored, temporary, {"key": key, **checksums})
         except (OSError, SafetensorError) as error:
             raise _unwritable(path, error) from error
-        finally:
-            if temporary.exists():
-                temporary.unlink()
         return FileEntry(path)
 
     def _path(self, kind: str, key: str) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from bs_exp.allocation.budget import check_retain_ratio, make_plan, share_out
@@ -33,9 +34,9 @@ from bs_exp.protocols import (
     Update,
     Whitening,
 )
+from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
-    NO_CALIBRATION,
     CalibrationData,
     CompressedModel,
     LayerProfile,
@@ -111,6 +112,9 @@ class Preparation:
     data: CalibrationData
 
 
+# Of a recipe that reads no text.
+_NO_CALIBRATION = CalibrationData(TokenWindows(ids=torch.empty(0, 0, dtype=torch.long), provenance={}), batch_size=1)
+
 # Cuts the windows of a calibration: by its own method, or one that remembers what was cut before.
 CutWindows = Callable[[Calibration, PreTrainedTokenizerBase], TokenWindows]
 
@@ -133,14 +137,14 @@ def prepare(
     Windows are cut if a strategy of the recipe reads them, or if the caller does (`reads_windows`).
     Raises ConfigError, ModelError or DataError.
     """
-    with progress.stage("group"):
+    with progress.stage(Stage.GROUP):
         dense = recipe.sharing.view(dense)
         recipe.sharing.check(dense.architecture)
         groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
-    data = NO_CALIBRATION
+    data = _NO_CALIBRATION
     if recipe.reads_windows or reads_windows:
-        with progress.stage("tokenise"):
+        with progress.stage(Stage.TOKENISE):
             data = CalibrationData(_windows(dense, recipe.calibration, cut), recipe.calibration.batch_size)
     if recipe.reads_text:
         check_gatherable(dense, data, _needs_by_strategy(recipe))
@@ -180,19 +184,19 @@ def compress(
     comparison = _comparison(dense, recipe, data)
     profile = None
     if recipe.allocation.needs:
-        with progress.stage("profile"):
+        with progress.stage(Stage.PROFILE):
             profile = profile_blocks(whole, data, needs=recipe.allocation.needs, workspace=workspace)
     measures = _measures(dense, dense, data, recipe, recipe.metric_needs | recipe.sharing.needs, workspace)
     groups = prepared.groups
     if groups is None:
         measures.gather()
-        with progress.stage("group"):
+        with progress.stage(Stage.GROUP):
             groups = recipe.sharing.groups(_sharing_problem(dense, recipe, measures))
             recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
     rounds = [1.0]
     while True:
         decompositions = decompose_groups(groups, measures)
-        with progress.stage("allocate"):
+        with progress.stage(Stage.ALLOCATE):
             score = None
             if comparison is not None:
                 score = PlanScore(
@@ -203,7 +207,7 @@ def compress(
                     workspace=workspace,
                 )
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
-        with progress.stage("replace"):
+        with progress.stage(Stage.REPLACE):
             module = twin(dense.module)
             factors = (recipe.layout.arrange(shared) for shared in decompositions.truncated(plan))
             replace_matrices(module, dense.architecture, factors, layout=recipe.layout.name)
@@ -214,7 +218,7 @@ def compress(
         progress.note(f"round {len(rounds) - 1}: {told}")
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
         measures = _measures(dense, current, data, recipe, recipe.metric_needs, workspace)
-    with progress.stage("update"):
+    with progress.stage(Stage.UPDATE):
         report = recipe.update.apply(module, dense, plan, data, workspace)
     return CompressedModel(
         module=module, plan=plan, calibration=data.windows.provenance, rounds=tuple(rounds[1:]), update=report

@@ -45,6 +45,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times the block; the times of a stage entered twice are added, and an outer stage includes its inner ones."""
+        name = str(name)  # one of bs_exp.records.stages, as plain text in the record
         self._stages.append(name)
         start = time.perf_counter()
         finished = False

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from bs_exp.errors import RecordError
+
+if TYPE_CHECKING:  # readers of records need the plan below, and should not wait for torch
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a matrix does in its block; `models/roles.yaml` says which names mean which.
 MATRIX_TYPES = (
@@ -172,7 +175,7 @@ class TokenWindows:
 class CalibrationData:
     """The windows on which statistics are gathered, and how many of them the model reads at once.
 
-    Made once, before the first stage. A recipe that reads no text has `NO_CALIBRATION`.
+    Made once, before the first stage. A recipe that reads no text has none.
     """
 
     windows: TokenWindows
@@ -183,9 +186,6 @@ class CalibrationData:
         """The ids of the windows, `batch_size` windows at a time; the last batch may be smaller."""
         batches: tuple[Tensor, ...] = self.windows.ids.split(self.batch_size)
         return batches
-
-
-NO_CALIBRATION = CalibrationData(TokenWindows(ids=torch.empty(0, 0, dtype=torch.long), provenance={}), batch_size=1)
 
 
 @dataclass(frozen=True, order=True)
@@ -341,7 +341,7 @@ class Decomposition:
     coefficients: Float[Tensor, "full_rank columns"]
 
 
-Corrections = Mapping[int, tuple[Float[Tensor, "d_in correction"], Float[Tensor, "correction d_out"]]]
+Corrections: TypeAlias = "Mapping[int, tuple[Float[Tensor, 'd_in correction'], Float[Tensor, 'correction d_out']]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -451,6 +451,34 @@ class RankPlan:
                 for g in self.groups
             ],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; entries that it does not write are ignored. RecordError if it cannot be read."""
+        try:
+            return cls(
+                groups=tuple(_planned_group(group) for group in data["groups"]),
+                requested_ratio=data["requested_ratio"],
+                layout=data.get("layout", "plain"),
+                search=data.get("search", {}),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"This is no plan as RankPlan.to_dict makes it: {error!r}.") from error
+
+
+def _planned_group(data: Mapping[str, Any]) -> PlannedGroup:
+    """A group of a plan from its entry in `RankPlan.to_dict`."""
+    return PlannedGroup(
+        group=WeightGroup(
+            data["matrix"], tuple(data["layers"]), data["d_in"], data["d_out"], data.get("correction", 0)
+        ),
+        rank=data["rank"],
+        parameters=data["parameters"],
+        predicted_loss=data["predicted_loss"],
+        ridge=data["ridge"],
+        damping=data.get("damping", 0.0),
+        loss_unit=LossUnit(data.get("loss_unit", LossUnit.OUTPUT_NORM)),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BertConfig
 import bs_exp  # noqa: F401  registers the plug-in with which compressed models load
 from bs_exp.models.tiny import byte_tokenizer
 from bs_exp.records.record import read_record
+from bs_exp.reporting.collect import collect
+from bs_exp.reporting.study import arrange
 from bs_exp.types import Task
 
 Cli = Callable[..., Any]
@@ -75,8 +77,37 @@ def test_an_encoder_without_a_head(cli: Cli, settings: tuple[str, ...], tmp_path
     assert done.status == 0, done.err
     record = read_record(tmp_path / "out")
     assert 0.0 < record.metrics["compressed"]["relative_error/python_docs"] < 1.0
-    assert record.objective is None
+    assert record.objective == record.metrics["compressed"]["cosine/python_docs"]
     refused = cli(*model, *settings, "evaluation=similarity", "experiment=fwsvd")
     assert refused.status == 1
     assert "FisherRowsWhitening, made from gradients of the loss, needs logits" in refused.err
     assert "similarity (dense)" not in refused.err
+
+
+@pytest.mark.parametrize(
+    ("family", "evaluation", "metric"),
+    [
+        ("bert", "encoder", "masked_ppl/python_docs"),
+        ("t5", "seq2seq", "seq2seq_ppl/python_docs"),
+        ("bert", "similarity", "cosine/python_docs"),
+    ],
+)
+def test_a_sweep_is_ranked_by_what_the_model_can_be_judged_by(
+    cli: Cli, settings: tuple[str, ...], tmp_path: Path, family: str, evaluation: str, metric: str
+) -> None:
+    model = ("model=tiny_random", f"model.family={family}", "model.layers=2", "experiment=svd_llm")
+    done = cli("-m", *model, *settings, f"evaluation={evaluation}", "retain_ratio=0.9,0.4", "hydra.sweep.dir=sweep")
+    assert done.status == 0, done.err
+    records = {p: read_record(p).metrics["compressed"][metric] for p in tmp_path.glob("sweep/*/")}
+    assert len(set(records.values())) == 2
+    best = (max if metric.startswith("cosine") else min)(records.values())
+    assert all(read_record(folder).objective == value for folder, value in records.items())
+    (header,) = [line.split() for line in done.out.splitlines() if line.split()[:1] == ["point"]]
+    assert header == ["point", "outcome", metric, "time", "folder"]
+    winner = next(read_record(folder) for folder, value in records.items() if value == best)
+    assert f"best     {metric} {best:.5g}: retain_ratio={winner.config['retain_ratio']}\n" in done.out
+    (section,) = arrange(collect([tmp_path / "sweep"])).sections
+    assert section.main_metric == metric
+    report = cli("report", "sweep")
+    assert report.status == 0, report.err
+    assert (tmp_path / "sweep" / "report" / "tables" / f"m1-{metric.replace('/', '-')}.csv").is_file()

@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists() or os.name != "posix", reason="needs a full device")
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bs_exp.cache.os.fsync", _no_space)
+    monkeypatch.setattr("bs_exp.files.os.fsync", _no_space)
     with pytest.raises(CacheError, match="No space left"):
         Cache(tmp_path).store("gram", "k", TENSORS)
     assert list((tmp_path / "gram").iterdir()) == []

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import RootConfig, build, config_hash
+from bs_exp.cli.config import RootConfig, build, config_hash, hash_of
 from bs_exp.cli.explain import explain
 from bs_exp.errors import ConfigError
 from bs_exp.sharing.adjacent import AdjacentSharing
@@ -132,6 +132,19 @@ def test_runs_started_at_once_get_their_own_folders(composed: Compose) -> None:
     first, second = (composed(return_hydra_config=True).hydra for _ in range(2))
     assert first.run.dir != second.run.dir
     assert first.run.dir == first.run.dir  # the suffix is drawn once per configuration
+
+
+@pytest.mark.parametrize(
+    ("preset", "digest"),
+    [
+        ("svd_llm", "8b4906c85608517342e2d60735485009ce829ef6d080173765962337800fa00e"),
+        ("basis_sharing", "9cb2e39a349743e9b68223170aebc7a8dbdcd589f5837d6c5bb92d8f9ca11af9"),
+        ("best", "174e42aa69c5ef846402df50c1d56aab5373fea6b3100e13a1e0b95ecd5695c4"),
+    ],
+)
+def test_points_of_earlier_sweeps_are_found_again(composed: Compose, preset: str, digest: str) -> None:
+    """Folders of points are named by this hash: another one would run all of them again."""
+    assert hash_of(composed(f"experiment={preset}", return_hydra_config=True)) == digest
 
 
 def test_hash_sees_what_changes_a_result(composed: Compose) -> None:

@@ -33,7 +33,7 @@ KNOW_HYDRA = {
 }
 # From the ground up: a room may import rooms of earlier floors only (and its own files).
 FLOORS = (
-    {"errors", "types"},
+    {"errors", "files", "types"},
     {"cache", "linalg", "progress", "validation"},
     {"records", "workspace"},
     {"protocols"},

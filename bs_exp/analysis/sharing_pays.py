@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.errors import ConfigError, RecordError
+from bs_exp.files import write_file
 from bs_exp.protocols import SharingProblem
 from bs_exp.rank_budget import rank_at
-from bs_exp.reporting.collect import PAIRS_FILE, PairTable
+from bs_exp.records.pairs import PAIRS_FILE, pair_table, pairs_document
 from bs_exp.reporting.figures import pair_figures
 from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup, WeightMatrix
 from bs_exp.validation import check_at_least, check_choice
@@ -56,15 +56,15 @@ class SharingPays:
     def save(self, problem: SharingProblem, folder: Path) -> tuple[Path, ...]:
         """Writes the table and its figures, and returns their paths; RecordError if the folder cannot be written."""
         tables = self.tables(problem)
-        drawn = pair_figures([_pair_table(table, folder) for table in tables]) if self.figures else []
-        contents: dict[str, bytes] = {PAIRS_FILE: json.dumps(_document(problem, tables), indent=1).encode()}
+        drawn = pair_figures([pair_table(table, folder) for table in tables]) if self.figures else []
+        contents: dict[str, bytes] = {PAIRS_FILE: pairs_document(_facts(problem), tables).encode()}
         for number, figure in enumerate(drawn, start=1):
             name = Path(PAIRS_FILE).stem + (f"-{number}" if len(drawn) > 1 else "")
             files = {"svg": figure.svg.encode(), "png": figure.png}
             contents |= {f"{name}.{kind}": files[kind] for kind in self.figures}
         try:
             for name, data in contents.items():
-                (folder / name).write_bytes(data)
+                write_file(folder / name, data)
         except OSError as error:
             raise RecordError(f"Cannot write into {folder}: {error}. Free some space, or set hydra.run.dir.") from error
         return tuple(folder / name for name in contents)
@@ -120,22 +120,9 @@ def _pair(group: WeightGroup, losses: Mapping[tuple[int, ...], float]) -> dict[s
     }
 
 
-def _values(table: Mapping[str, Any]) -> list[list[float | None]]:
-    """Joint minus separate loss by pair, as a symmetric matrix; None where there is no pair."""
-    differences = {tuple(pair["layers"]): pair["difference"] for pair in table["pairs"]}
-    return [[differences.get((min(a, b), max(a, b))) for b in table["layers"]] for a in table["layers"]]
-
-
-def _pair_table(table: Mapping[str, Any], folder: Path) -> PairTable:
-    values = tuple(tuple(row) for row in _values(table))
-    return PairTable(table["matrix"], tuple(table["layers"]), values, folder, table["unit"])
-
-
-def _document(problem: SharingProblem, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _facts(problem: SharingProblem) -> dict[str, Any]:
     return {
         "what": "loss of one shared basis (joint) against one basis each (separate), at the same stored parameters",
         "retain_ratio": problem.retain_ratio,
         "layout": problem.layout.name,
-        "unit": tables[0]["unit"] if tables else "",
-        "tables": [{**table, "values": _values(table)} for table in tables],
     }

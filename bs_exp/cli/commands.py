@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bs_exp.errors import RecordError
+
 COMMANDS = ("report", "figures")
 
 
@@ -17,6 +19,8 @@ def run_command(arguments: Sequence[str]) -> None:
 
     options = _parser().parse_args(list(arguments))
     default = options.folders[0] / "report"
+    if options.out is None and default.is_symlink():  # a received folder must not choose where its report goes
+        raise RecordError(f"{default} is a link, through which nothing is written. Name a folder with --out.")
     if options.command == "report":
         written = write_report(options.folders, options.out or default)
         result = written.folder / PAGE

@@ -27,14 +27,13 @@ from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.explain import INTERNAL_KEYS, list_options
 from bs_exp.errors import ConfigError
 from bs_exp.records.record import RunRecord
+from bs_exp.records.settings import WITHOUT_EFFECT
 from bs_exp.records.sweep import point_folder, shown_settings
 
 if TYPE_CHECKING:
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
-# What does not change a result, and so not the hash of its configuration either.
-_NOT_HASHED = frozenset({"name", "cache", "debug", "force", "save_model", "tracking"})
 # A folder's name that says what was set is better than a hash, as long as it is short and plain.
 _PLAIN_NAME = re.compile(r"[\w.,=+-]{1,80}")
 
@@ -241,7 +240,7 @@ def sweep_name(cfg: DictConfig) -> str:
     Settings that change no result do not count. What is too long for a name, or not plain, is told by a hash.
     """
     name = cfg.hydra.runtime.choices.get("sweeps") or "grid"
-    ignored = {"sweeps", *_NOT_HASHED}
+    ignored = {"sweeps", *WITHOUT_EFFECT}
     overrides = sorted(o for o in cfg.hydra.overrides.task if re.split(r"[=.@]", o.lstrip("+~"))[0] not in ignored)
     if not overrides:
         return str(name)
@@ -259,4 +258,4 @@ def config_hash(config: Mapping[Any, Any]) -> str:
 
 def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """The part of a configuration that can change a result."""
-    return {key: value for key, value in config.items() if key not in _NOT_HASHED}
+    return {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bs_exp.cli.config import hash_of
 from bs_exp.records.record import utc_now
-from bs_exp.records.sweep import Outcome, Point, SweepPlan, point_folder, shown_settings, survey
+from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, point_folder, shown_settings, survey
 from bs_exp.runs.sweep_table import print_sweep
 
 _FOLDER = "hydra.sweep.dir"
@@ -53,7 +53,7 @@ class SweepCallback(Callback):
         plan.write(folder)
         _current.folder, _current.plan = folder, plan
         if points is not None:
-            kept = sum(state.outcome is Outcome.KEPT for state in survey(folder, plan))
+            kept = sum(state.outcome is PointOutcome.KEPT for state in survey(folder, plan))
             again = f", {kept} of them finished before" if kept else ""
             print(f"sweep {folder.name}: {len(points)} points in {folder}{again}", file=sys.stderr)
 
@@ -81,20 +81,20 @@ def _fix_folder(config: DictConfig) -> None:
         overrides.append(f"{_FOLDER}='{quoted}'")
 
 
-def _grid(config: DictConfig) -> tuple[Point, ...] | None:
+def _grid(config: DictConfig) -> tuple[SweepPoint, ...] | None:
     """The points of a grid, each once; None for a sweeper that chooses its points, or settings that do not compose."""
     if config.hydra.sweeper._target_ != _GRID_SWEEPER:
         return None
     loader = GlobalHydra.instance().config_loader()
     params = config.hydra.sweeper.params or {}
     settings = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
-    points: dict[str, Point] = {}
+    points: dict[str, SweepPoint] = {}
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(settings)
         for batch in BasicSweeper.split_arguments(overrides, None):
             for job in batch:
                 folder = point_folder(hash_of(loader.load_sweep_config(config, job)))
-                points.setdefault(folder, Point(folder, shown_settings(job)))
+                points.setdefault(folder, SweepPoint(folder, shown_settings(job)))
     except (HydraException, OmegaConfBaseException):
         return None  # the sweeper meets the same error next, and ends with it
     return tuple(points.values())

@@ -166,9 +166,9 @@ class CalibrationSet:
     batch_size: int
     seed: int
     special_tokens: bool
-    mask_share: float = 0.15
-    source_share: float = 0.5
-    target: Target = "continuation"
+    mask_share: float = Feeding.mask_share
+    source_share: float = Feeding.source_share
+    target: Target = Feeding.target
 
     def __post_init__(self) -> None:
         check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from bs_exp.demo.documentation import read_python_docs
 from bs_exp.demo.training_data import END_OF_TEXT, END_OF_TEXT_ID, TrainingData
+from bs_exp.files import write_file
 
 PROMPTS = ("Return the", "Parameters\nx : array_like\n    ", "This module provides")
 EVALUATION_BATCH = 16
@@ -64,9 +65,7 @@ def export(
     for prompt, sample in samples.items():
         print(f"--- {prompt!r}\n{sample}", flush=True)
     print(f"heldout loss {loss:.4f} perplexity {math.exp(loss):.3f}", flush=True)
-    (folder / "README.md").write_text(
-        _card(shipped, data, loss, samples[PROMPTS[0]], tokens_seen, recipe), encoding="utf-8"
-    )
+    write_file(folder / "README.md", _card(shipped, data, loss, samples[PROMPTS[0]], tokens_seen, recipe))
 
 
 @torch.no_grad()

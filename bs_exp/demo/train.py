@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bs_exp.demo.export import export, heldout_loss
 from bs_exp.demo.training_data import END_OF_TEXT_ID, Batches, TrainingData, load_training_data
+from bs_exp.files import replacing
 
 WORK_FOLDER = Path("outputs/demo_training")
 MODEL_FOLDER = Path(__file__).parent / "model"
@@ -128,11 +129,11 @@ class Checkpoints:
         self._origin = {"fingerprint": fingerprint, "settings": recipe.stable_settings()}
 
     def save(self, step: int, trainee: Trainee) -> None:
-        """Write the state before `step`, under a temporary name that is then renamed."""
+        """Keep the state before `step`."""
         name = "stable.pt" if step <= self._recipe.decay_start else "decay.pt"
-        partial = self._folder / f"{name}.partial"
-        torch.save({**self._origin, "schedule": self._schedule, "step": step, **trainee.state()}, partial)
-        partial.rename(self._folder / name)
+        state = {**self._origin, "schedule": self._schedule, "step": step, **trainee.state()}
+        with replacing(self._folder / name) as partial:
+            torch.save(state, partial)
 
     def resume(self, trainee: Trainee) -> int:
         """Restore the most advanced state that belongs to this run; returns its step, 0 if there is none.

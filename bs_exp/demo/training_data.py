@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bs_exp.demo import documentation
 from bs_exp.demo.documentation import PythonDocs, read_python_docs
+from bs_exp.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
@@ -38,14 +39,13 @@ def load_training_data(folder: Path, vocab_size: int) -> TrainingData:
     if not (ids_file.is_file() and tokenizer_file.is_file()):
         corpus = read_python_docs("train")
         tokenizer = train_tokenizer(corpus, vocab_size)
-        partial = folder / f"tokens-{key}.partial.npz"
-        np.savez(
-            partial,
-            train=encode_documents(tokenizer, corpus),
-            heldout=encode_text(tokenizer, read_python_docs("heldout").text),
-        )
-        tokenizer.save(str(tokenizer_file))
-        partial.rename(ids_file)  # last, so that a finished file means a finished pair
+        train = encode_documents(tokenizer, corpus)
+        heldout = encode_text(tokenizer, read_python_docs("heldout").text)
+        with replacing(tokenizer_file) as partial:
+            tokenizer.save(str(partial))
+        # Last, so that a finished file means a finished pair. An open file: savez adds .npz to names.
+        with replacing(ids_file) as partial, partial.open("wb") as file:
+            np.savez(file, train=train, heldout=heldout)
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     with np.load(ids_file) as ids:
         train, heldout = ids["train"], ids["heldout"]

@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_task
+from bs_exp.records import metrics as names
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_at_least
 
@@ -146,7 +147,7 @@ def _unknown(name: str, manager: TaskManager) -> str:
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, float | str]:
     """The harness' `metric,filter` of each task as `metric/TASK`, with the filter appended where a task has several."""
-    metrics: dict[str, float | str] = {"lm_eval/version": metadata.version("lm_eval")}
+    metrics: dict[str, float | str] = {names.LM_EVAL_VERSION: metadata.version("lm_eval")}
     for task, measured in results["results"].items():
         for key, value in measured.items():
             metric, _, filter_name = key.partition(",")
@@ -154,14 +155,14 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, float | str]:
             if filter_name and isinstance(value, int | float):
                 metrics[f"{metric}/{task}" if filter_name == "none" else f"{metric}/{task}/{filter_name}"] = value
     for task, samples in results["n-samples"].items():
-        metrics[f"items/{task}"] = samples["effective"]
+        metrics[names.metric(names.ITEMS, task)] = samples["effective"]
     for task, version in results["versions"].items():
         if version is not None:
-            metrics[f"task_version/{task}"] = str(version)
-    for metric in ("acc", "acc_norm"):
+            metrics[names.metric(names.TASK_VERSION, task)] = str(version)
+    for metric in names.ACCURACIES:
         scored = list(_scored(metric, metrics, results))
         if scored:
-            metrics[f"{metric}/mean"] = sum(scored) / len(scored)
+            metrics[names.metric(metric, names.MEAN)] = sum(scored) / len(scored)
     return metrics
 
 

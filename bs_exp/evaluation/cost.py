@@ -6,22 +6,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Metric of throughput -> name of the break-even.
-_RATES = {
-    "throughput/prefill_tok_s": "cost/break_even_prefill_tokens",
-    "throughput/decode_tok_s": "cost/break_even_decode_tokens",
-}
+from bs_exp.records.metrics import BREAK_EVEN, COMPRESSION_SECONDS
+
+
+def break_even_tokens(seconds: float, dense: float, compressed: float) -> float:
+    """Tokens after which the time that the faster model saves is the time that compressing it took.
+
+    Rates are tokens per second, above 0; infinite where the compressed model is not faster.
+    """
+    saved = 1.0 / dense - 1.0 / compressed
+    return seconds / saved if saved > 0 else math.inf
 
 
 def measure_cost(seconds: float, dense: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, float]:
     """`cost/compression_s`, and as `cost/break_even_*_tokens` after how many tokens as many seconds are saved.
 
-    `dense` and `compressed` are metrics by name. A break-even is infinite if the compressed model is not faster. Where
-    throughput was not measured, the result is empty.
+    `dense` and `compressed` are metrics by name. Where throughput was not measured, the result is empty.
     """
-    cost: dict[str, float] = {}
-    for rate, name in _RATES.items():
-        if rate in dense and rate in compressed:
-            saved = 1.0 / dense[rate] - 1.0 / compressed[rate]
-            cost[name] = seconds / saved if saved > 0 else math.inf
-    return {"cost/compression_s": seconds, **cost} if cost else {}
+    cost = {
+        name: break_even_tokens(seconds, dense[rate], compressed[rate])
+        for rate, name in BREAK_EVEN.items()
+        if rate in dense and rate in compressed
+    }
+    return {COMPRESSION_SECONDS: seconds, **cost} if cost else {}

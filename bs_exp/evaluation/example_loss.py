@@ -8,14 +8,15 @@ from torch import Tensor
 from bs_exp.evaluation.perplexity import perplexity_of
 from bs_exp.evaluation.texts import TextSettings, read_windows, tracked
 from bs_exp.models.model_inputs import feeder
+from bs_exp.records.metrics import NONFINITE, TEXT_SHA256, TOKENS, metric
 from bs_exp.types import LoadedModel
 
 
-def example_perplexity(model: LoadedModel, settings: TextSettings, prefix: str) -> dict[str, float | str]:
-    """`PREFIX/NAME`: exp of the mean loss over all predicted tokens of a corpus, every token weighing the same.
+def example_perplexity(model: LoadedModel, settings: TextSettings, kind: str) -> dict[str, float | str]:
+    """`KIND/NAME`: exp of the mean loss over all predicted tokens of a corpus, every token weighing the same.
 
-    Also `PREFIX_tokens/NAME`, the number of these tokens, and `PREFIX_text_sha256/NAME`. Losses that are not finite
-    make the perplexity `inf`; `PREFIX_nonfinite/NAME` then counts them.
+    Also `KIND_tokens/NAME`, the number of these tokens, and `KIND_text_sha256/NAME`. Losses that are not finite
+    make the perplexity `inf`; `KIND_nonfinite/NAME` then counts them.
     """
     metrics: dict[str, float | str] = {}
     reader = feeder(model, settings.feeding)
@@ -23,14 +24,14 @@ def example_perplexity(model: LoadedModel, settings: TextSettings, prefix: str) 
         windows, text_hash = read_windows(settings, corpus, model)
         losses: list[Tensor] = []
         with torch.inference_mode():
-            for batch in tracked(windows.ids.split(settings.batch_size), f"{prefix} on {name}"):
+            for batch in tracked(windows.ids.split(settings.batch_size), f"{kind} on {name}"):
                 examples = reader.examples(batch.to(model.device))
                 logits = model.module(**examples.inputs).logits
                 losses.append(examples.loss(logits, reduction="none").double().cpu())
         found = torch.cat(losses)
-        metrics[f"{prefix}/{name}"] = perplexity_of(float(found.mean()))
-        metrics[f"{prefix}_tokens/{name}"] = len(found)
-        metrics[f"{prefix}_text_sha256/{name}"] = text_hash
+        metrics[metric(kind, name)] = perplexity_of(float(found.mean()))
+        metrics[metric(kind, name, TOKENS)] = len(found)
+        metrics[metric(kind, name, TEXT_SHA256)] = text_hash
         if nonfinite := int((~found.isfinite()).sum()):
-            metrics[f"{prefix}_nonfinite/{name}"] = nonfinite
+            metrics[metric(kind, name, NONFINITE)] = nonfinite
     return metrics

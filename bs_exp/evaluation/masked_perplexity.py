@@ -9,6 +9,7 @@ from bs_exp.evaluation.example_loss import example_perplexity
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit
 from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
+from bs_exp.records.metrics import MASKED_PPL
 from bs_exp.types import Feeding, LoadedModel, Task
 
 
@@ -44,4 +45,4 @@ class MaskedPerplexity:
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`masked_ppl/NAME`, and with it the number of tokens and the text's hash: see `example_perplexity`."""
-        return example_perplexity(model, self, "masked_ppl")
+        return example_perplexity(model, self, MASKED_PPL)

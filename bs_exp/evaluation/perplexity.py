@@ -19,6 +19,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.evaluation.texts import tracked
 from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
+from bs_exp.records.metrics import NONFINITE, PPL, TEXT_SHA256, TOKENS, metric
 from bs_exp.types import LoadedModel, Task, TokenWindows
 from bs_exp.validation import check_at_least, check_choice
 
@@ -76,11 +77,11 @@ class Perplexity:
             text, origin = corpus.read()
             windows = self._windows(text, model)
             losses = list(self._window_losses(windows, model.module, label=f"perplexity on {name}"))
-            metrics[f"ppl/{name}"] = perplexity_of(_mean(losses, self.average))
-            metrics[f"ppl_tokens/{name}"] = sum(len(window) for window in losses)
-            metrics[f"ppl_text_sha256/{name}"] = str(origin["fingerprint"])
+            metrics[metric(PPL, name)] = perplexity_of(_mean(losses, self.average))
+            metrics[metric(PPL, name, TOKENS)] = sum(len(window) for window in losses)
+            metrics[metric(PPL, name, TEXT_SHA256)] = str(origin["fingerprint"])
             if nonfinite := int((~torch.cat(losses).isfinite()).sum()):
-                metrics[f"ppl_nonfinite/{name}"] = nonfinite
+                metrics[metric(PPL, name, NONFINITE)] = nonfinite
         return metrics
 
     def _windows(self, text: str, model: LoadedModel) -> TokenWindows:

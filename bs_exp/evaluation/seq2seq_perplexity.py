@@ -9,6 +9,7 @@ from bs_exp.evaluation.example_loss import example_perplexity
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit
 from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
+from bs_exp.records.metrics import SEQ2SEQ_PPL
 from bs_exp.types import Feeding, LoadedModel, Target, Task
 
 
@@ -45,4 +46,4 @@ class Seq2SeqPerplexity:
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`seq2seq_ppl/NAME`, and with it the number of tokens and the text's hash: see `example_perplexity`."""
-        return example_perplexity(model, self, "seq2seq_ppl")
+        return example_perplexity(model, self, SEQ2SEQ_PPL)

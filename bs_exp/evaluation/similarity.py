@@ -12,6 +12,7 @@ from torch.nn import functional
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, read_windows, tracked
 from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.protocols import Corpus
+from bs_exp.records.metrics import COSINE, RELATIVE_ERROR, SIMILARITY, TEXT_SHA256, TOKENS, metric
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
 
 
@@ -55,10 +56,10 @@ class Similarity:
         for name, corpus in self.corpora.items():
             windows, text_hash = read_windows(self, corpus, model)
             cosine, error, tokens = self._compare(model, windows, f"similarity on {name}")
-            metrics[f"cosine/{name}"] = cosine
-            metrics[f"relative_error/{name}"] = error
-            metrics[f"similarity_tokens/{name}"] = tokens
-            metrics[f"similarity_text_sha256/{name}"] = text_hash
+            metrics[metric(COSINE, name)] = cosine
+            metrics[metric(RELATIVE_ERROR, name)] = error
+            metrics[metric(SIMILARITY, name, TOKENS)] = tokens
+            metrics[metric(SIMILARITY, name, TEXT_SHA256)] = text_hash
         return metrics
 
     def _compare(self, model: LoadedModel, windows: TokenWindows, label: str) -> tuple[float, float, int]:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from bs_exp.types import CompressedModel, LoadedModel, RankPlan
 
 _BIASES = ("bias", "output_bias")
-# Sizes of the compressed model (not of the dense one), which can be objectives: as `size/bytes`.
-SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes")
 
 
 def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:

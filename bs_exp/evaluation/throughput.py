@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bs_exp.corpora.windows import max_positions, vocabulary_size
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_task
+from bs_exp.records import metrics
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_at_least
 
@@ -66,17 +67,20 @@ class Throughput:
         runs = [read_and_write(module, prompt, self.generated_length) for _ in range(self.repeats)]
         prefill = [prompt.numel() / seconds for seconds, _ in runs]
         decode = [self.batch_size * self.generated_length / seconds for _, seconds in runs]
+        settings: dict[str, float | str] = {
+            "device": _device_name(module.device),
+            "dtype": str(module.dtype).removeprefix("torch."),
+            "batch_size": self.batch_size,
+            "prompt_length": self.prompt_length,
+            "generated_length": self.generated_length,
+            "repeats": self.repeats,
+            "warmup": self.warmup,
+        }
         return {
-            **_spread("throughput/prefill_tok_s", prefill),
-            **_spread("throughput/decode_tok_s", decode),
-            **({"throughput/peak_memory_bytes": _peak_memory(module.device)} if on_accelerator else {}),
-            "throughput/device": _device_name(module.device),
-            "throughput/dtype": str(module.dtype).removeprefix("torch."),
-            "throughput/batch_size": self.batch_size,
-            "throughput/prompt_length": self.prompt_length,
-            "throughput/generated_length": self.generated_length,
-            "throughput/repeats": self.repeats,
-            "throughput/warmup": self.warmup,
+            **_spread(metrics.PREFILL, prefill),
+            **_spread(metrics.DECODE, decode),
+            **({metrics.PEAK_MEMORY: _peak_memory(module.device)} if on_accelerator else {}),
+            **{metrics.metric(metrics.THROUGHPUT, name): value for name, value in settings.items()},
         }
 
     def check(self, model: LoadedModel) -> None:
@@ -115,7 +119,7 @@ def _now(device: torch.device) -> float:
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+    return {name: statistics.median(values), name + metrics.SLOWEST: min(values), name + metrics.FASTEST: max(values)}
 
 
 def _peak_memory(device: torch.device) -> int:

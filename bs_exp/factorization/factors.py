@@ -9,6 +9,7 @@ from bs_exp.cache import Entry
 from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
 from bs_exp.linalg.decomposition import corrections_of, decompose, split_by_layer
+from bs_exp.records.stages import Stage
 from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 
 KIND = "decomposition"
@@ -57,7 +58,7 @@ def decompose_groups(groups: Iterable[WeightGroup], measures: GroupMeasures) -> 
     missing = [group for group, entry in entries.items() if entry is None]
     if missing:
         measures.gather()
-    with progress.stage("decompose"):
+    with progress.stage(Stage.DECOMPOSE):
         for group in progress.track(missing, label="decomposing", total=len(missing)):
             try:
                 found = decompose(group, measures.weight(group), measures.metric(group))

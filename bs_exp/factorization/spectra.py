@@ -16,6 +16,7 @@ from bs_exp.errors import DecompositionError
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
 from bs_exp.protocols import Importance, Whitening
+from bs_exp.records.stages import Stage
 from bs_exp.types import (
     CalibrationData,
     GroupStatistics,
@@ -116,7 +117,7 @@ class GroupMeasures:
     def _statistics(self) -> CalibrationStats | None:
         if not self.needs:
             return None
-        with self.workspace.progress.stage("calibrate"):
+        with self.workspace.progress.stage(Stage.CALIBRATE):
             return calibrate(self.current, self.data, needs=self.needs, workspace=self.workspace)
 
 

@@ -1,4 +1,4 @@
-"""`record.json`: what a run was, what came out of it, and how it ended. Written early and often, always whole.
+"""`record.json`: the settings, results, cost and end of a run. Rewritten whenever one of them becomes known.
 
 The file is strict JSON: numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity", and `read_record`
 turns them back into floats.
@@ -7,26 +7,45 @@ turns them back into floats.
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from bs_exp.errors import RecordError
+from bs_exp.files import write_file
+from bs_exp.records.parsing import (
+    Check,
+    check_fields,
+    count,
+    decode,
+    encode,
+    filled,
+    json_object,
+    list_of,
+    moment,
+    number,
+    number_or_text,
+    object_of,
+    object_with,
+    one_of,
+    or_null,
+    positive,
+    read_object,
+    text,
+    truth,
+)
+from bs_exp.types import LossUnit, RankPlan
 
 FILE_NAME = "record.json"
 FORMAT_VERSION = 1
 
-_NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
 
 def utc_now() -> str:
-    """The time as records write it: in milliseconds, for what ends and what begins anew may share a second."""
+    """The time in ISO 8601 with milliseconds, so that times of one second can be ordered as text."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -72,86 +91,118 @@ class RunRecord:
     notes: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
+    @cached_property
+    def rank_plan(self) -> RankPlan | None:
+        """`plan` as it was made; None if the run ended before allocation."""
+        return None if self.plan is None else RankPlan.from_dict(self.plan)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for strict JSON."""
-        plain: dict[str, Any] = _to_json({f.name: getattr(self, f.name) for f in fields(self)})
+        plain: dict[str, Any] = encode({f.name: getattr(self, f.name) for f in fields(self)})
         return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; RecordError for another format version, unknown or missing fields."""
-        version = data.get("format_version")
-        if version != FORMAT_VERSION:
-            raise RecordError(f"format_version is {version!r}, this version of bs_exp reads {FORMAT_VERSION}.")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(data.keys() - known):
-            raise RecordError(f"unknown fields {', '.join(unknown)}.")
-        values = {key: _from_json(value) for key, value in data.items()}
-        try:
-            values["status"] = Status(values["status"])
-            values["command"], values["notes"] = tuple(values["command"]), tuple(values["notes"])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"not a run record: {error}.") from error
+        """The inverse of `to_dict`.
+
+        RecordError for another format version, and for fields that are unknown, missing or of a wrong kind, by name.
+        """
+        if (version := data.get("format_version")) != FORMAT_VERSION:
+            raise RecordError(f"format_version is {version!r:.60}, this version of bs_exp reads {FORMAT_VERSION}.")
+        values: dict[str, Any] = decode(dict(data))
+        check_fields(values, _CHECKS, _OPTIONAL, "a run record")
+        values["status"] = Status(values["status"])
+        values["command"], values["notes"] = tuple(values["command"]), tuple(values["notes"])
+        return cls(**values)
+
+
+def _objective(name: str, value: Any) -> None:
+    (object_of(number) if isinstance(value, Mapping) else or_null(number))(name, value)
+
+
+# As `RankPlan.to_dict` writes it.
+_PLAN = object_with(
+    frozenset({"groups", "requested_ratio"}),
+    groups=filled(
+        list_of(
+            object_with(
+                frozenset({"matrix", "layers", "d_in", "d_out", "rank", "parameters", "predicted_loss", "ridge"}),
+                matrix=text,
+                layers=filled(list_of(count)),
+                d_in=positive,
+                d_out=positive,
+                correction=count,
+                rank=or_null(count),
+                parameters=count,
+                predicted_loss=number,
+                loss_unit=one_of(*LossUnit),
+                ridge=number,
+                damping=number,
+            )
+        )
+    ),
+    requested_ratio=number,
+    layout=text,
+    search=json_object,
+    rounds=list_of(number),
+)
+_CHECKS: dict[str, Check] = {
+    "name": text,
+    "run_id": text,
+    "status": one_of(*Status),
+    "started": moment,
+    "command": list_of(text),
+    "config": json_object,
+    "config_hash": text,
+    "process": count,
+    "choices": object_of(text),
+    "sweep": or_null(object_with(id=text, job=or_null(count), settings=list_of(text))),
+    "finished": or_null(moment),
+    "error": or_null(object_with(frozenset({"message"}), type=text, message=text, stage=or_null(text), traceback=text)),
+    "plan": or_null(_PLAN),
+    "selection": json_object,
+    "update": json_object,
+    "metrics": object_of(object_of(number_or_text)),
+    "size": object_of(number),
+    "objective": _objective,
+    "model_folder": or_null(text),
+    "timings": object_of(number),
+    "memory": object_of(or_null(number)),
+    "cache": object_of(object_of(count)),
+    "provenance": object_with(model=json_object, calibration=json_object, dense_metrics=object_of(text)),
+    "versions": object_of(or_null(text)),
+    "source": or_null(object_with(commit=or_null(text), dirty=or_null(truth))),
+    "hardware": object_with(
+        cpu=text,
+        cpu_cores=count,
+        cpu_threads=count,
+        memory_bytes=number,
+        gpus=list_of(object_with(name=text, memory_bytes=number)),
+    ),
+    "notes": list_of(text),
+    "format_version": count,
+}
+_OPTIONAL = frozenset(f.name for f in fields(RunRecord) if f.default is not MISSING or f.default_factory is not MISSING)
 
 
 def write_record(record: RunRecord, folder: Path) -> Path:
-    """Writes `folder/record.json` under a temporary name, then renames it: readers never see half a file."""
+    """Writes `folder/record.json` and returns its path; RecordError if it cannot be written."""
     path = folder / FILE_NAME
-    text = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
+    content = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, content)
     except OSError as error:
         raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.run.dir elsewhere.") from error
-    finally:
-        with suppress(OSError):  # never written, or in a folder that cannot be written
-            temporary.unlink()
     return path
 
 
 def read_record(path: Path) -> RunRecord:
-    """The record in a file, or in a run folder."""
+    """The record in a file, or in a run folder; RecordError names the file and the field that is wrong."""
     if path.is_dir():
         path = path / FILE_NAME
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"Cannot read the record {path}: {error}.") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON ({error}): half-written, or not a run record.") from error
-    if not isinstance(data, dict):
-        raise RecordError(f"{path} holds no JSON object: not a run record.")
+    data = read_object(path, "a run record")
     try:
         return RunRecord.from_dict(data)
     except RecordError as error:
         raise RecordError(f"Cannot read the record {path}: {error}") from error
-
-
-def _to_json(value: Any) -> Any:
-    match value:
-        case float() if not math.isfinite(value):
-            return next(name for name, number in _NOT_IN_JSON.items() if str(number) == str(value))
-        case Mapping():
-            return {str(key): _to_json(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_to_json(item) for item in value]
-        case _:
-            return value
-
-
-def _from_json(value: Any) -> Any:
-    match value:
-        case str() if value in _NOT_IN_JSON:
-            return _NOT_IN_JSON[value]
-        case dict():
-            return {key: _from_json(item) for key, item in value.items()}
-        case list():
-            return [_from_json(item) for item in value]
-        case _:
-            return value

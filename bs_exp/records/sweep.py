@@ -1,10 +1,10 @@
-"""A sweep on disk: a folder per point, named by its configuration, run by one process at a time, kept when finished.
+"""A sweep on disk: one folder per point, named by the hash of its configuration.
 
     outputs/sweeps/NAME/sweep.json                what is run, and since when
     outputs/sweeps/NAME/0a1b2c3d4e5f/record.json  a point: the first digits of its configuration's hash
 
-So a point finds itself again, whatever the order of the grid, the launcher or the process; what is finished is not run
-again, and what was killed is.
+The same settings have the same folder whatever the order of the grid, the launcher or the process. A point is run by
+one process at a time. Completed points are kept; those that failed or were killed are run again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,29 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
+from bs_exp.files import write_file
+from bs_exp.records.metrics import default_objective
+from bs_exp.records.parsing import (
+    Check,
+    check_fields,
+    decode,
+    encode,
+    list_of,
+    moment,
+    object_with,
+    or_null,
+    read_object,
+    text,
+)
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
@@ -45,8 +58,8 @@ def shown_settings(overrides: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A point before it is run: its folder's name, and the settings that make it."""
+class SweepPoint:
+    """A point of a sweep: the name of its folder, and its settings as the command line takes them."""
 
     folder: str
     settings: tuple[str, ...]
@@ -54,46 +67,50 @@ class Point:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What one start of a sweep is to run. `points` is None where a sweeper chooses them on the way."""
+    """The points that one start of a sweep runs; `points` is None where a sweeper chooses them one after the other."""
 
     name: str
     command: tuple[str, ...]
     started: str
-    points: tuple[Point, ...] | None
+    points: tuple[SweepPoint, ...] | None
 
     def write(self, folder: Path) -> None:
-        """Writes `folder/sweep.json`, whole or not at all; RecordError if that cannot be."""
+        """Writes `folder/sweep.json`; RecordError if it cannot be written."""
         path = folder / PLAN_FILE
-        temporary = path.with_name(f".{PLAN_FILE}.{os.getpid()}.tmp")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_file(path, json.dumps(encode(asdict(self)), indent=2) + "\n")
         except OSError as error:
             raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
-        finally:
-            with suppress(OSError):  # renamed, or never written
-                temporary.unlink()
 
     @classmethod
     def read(cls, folder: Path) -> SweepPlan | None:
-        """The plan in a folder; None if it holds none."""
+        """The plan in a folder, None if it holds none; RecordError if it cannot be read."""
         path = folder / PLAN_FILE
-        try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            points = data["points"]
-            return cls(
-                name=data["name"],
-                command=tuple(data["command"]),
-                started=data["started"],
-                points=None if points is None else tuple(Point(p["folder"], tuple(p["settings"])) for p in points),
-            )
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        try:
+            data = decode(read_object(path, "a plan of a sweep"))
+            check_fields(data, _CHECKS, frozenset(), "a plan of a sweep")
+        except RecordError as error:
             raise RecordError(
                 f"{path} is no plan of a sweep ({error}); remove it and start the sweep again."
             ) from error
+        points = data["points"]
+        return cls(
+            name=data["name"],
+            command=tuple(data["command"]),
+            started=data["started"],
+            points=None if points is None else tuple(SweepPoint(p["folder"], tuple(p["settings"])) for p in points),
+        )
+
+
+_CHECKS: dict[str, Check] = {
+    "name": text,
+    "command": list_of(text),
+    "started": moment,
+    "points": or_null(list_of(object_with(frozenset({"folder", "settings"}), folder=text, settings=list_of(text)))),
+}
 
 
 def finished_record(folder: Path, config_hash: str, *, with_model: bool) -> RunRecord | None:
@@ -129,7 +146,7 @@ def occupied(folder: Path) -> Iterator[None]:
         except Timeout:
             print(f"{folder.name} is under way in {_owner(folder)}: waiting for it to end.", file=sys.stderr)
             lock.acquire(poll_interval=_POLL_SECONDS)
-        (folder / _OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        write_file(folder / _OWNER, f"process {os.getpid()} on {socket.gethostname()}")
     except (OSError, NotImplementedError) as error:
         lock.release()
         raise RecordError(
@@ -159,8 +176,8 @@ def _is_occupied(folder: Path) -> bool:
     return False
 
 
-class Outcome(StrEnum):
-    """What became of a point in this start of the sweep."""
+class PointOutcome(StrEnum):
+    """How a point stands after this start of the sweep."""
 
     COMPLETED = "completed"
     KEPT = "kept"  # completed before this start, and not run again
@@ -175,43 +192,43 @@ class Outcome(StrEnum):
 class PointState:
     """A point, what became of it, and its record if it has one that can be read."""
 
-    point: Point
-    outcome: Outcome
+    point: SweepPoint
+    outcome: PointOutcome
     record: RunRecord | None
 
     @property
     def is_fresh(self) -> bool:
         """Whether it came to an end in this start."""
-        return self.outcome in (Outcome.COMPLETED, Outcome.FAILED)
+        return self.outcome in (PointOutcome.COMPLETED, PointOutcome.FAILED)
 
 
 def survey(folder: Path, plan: SweepPlan) -> list[PointState]:
     """All points of the plan, or, where the plan lists none, all that have a folder, in the order of their start."""
     if plan.points is not None:
         return [_state(folder, point, plan.started) for point in plan.points]
-    found = [_state(folder, Point(path.parent.name, ()), plan.started) for path in folder.glob(f"*/{FILE_NAME}")]
+    found = [_state(folder, SweepPoint(path.parent.name, ()), plan.started) for path in folder.glob(f"*/{FILE_NAME}")]
     return sorted(found, key=lambda state: state.record.started if state.record else "")
 
 
-def _state(sweep: Path, point: Point, started: str) -> PointState:
+def _state(sweep: Path, point: SweepPoint, started: str) -> PointState:
     folder = sweep / point.folder
     try:
         record = read_record(folder)
     except RecordError:
-        return PointState(point, Outcome.NOT_RUN, None)
+        return PointState(point, PointOutcome.NOT_RUN, None)
     if not point.settings and record.sweep:
-        point = Point(point.folder, tuple(record.sweep.get("settings", ())))
+        point = SweepPoint(point.folder, tuple(record.sweep.get("settings", ())))
     # Both times are UTC in ISO 8601, which sorts as text.
     is_new = (record.finished or record.started) >= started
     match record.status:
         case Status.COMPLETED:
-            outcome = Outcome.COMPLETED if is_new else Outcome.KEPT
+            outcome = PointOutcome.COMPLETED if is_new else PointOutcome.KEPT
         case Status.FAILED:
-            outcome = Outcome.FAILED if is_new else Outcome.NOT_RUN
+            outcome = PointOutcome.FAILED if is_new else PointOutcome.NOT_RUN
         case Status.INTERRUPTED:
-            outcome = Outcome.INTERRUPTED if is_new else Outcome.NOT_RUN
+            outcome = PointOutcome.INTERRUPTED if is_new else PointOutcome.NOT_RUN
         case Status.RUNNING:
-            outcome = Outcome.RUNNING if _is_occupied(folder) else Outcome.KILLED
+            outcome = PointOutcome.RUNNING if _is_occupied(folder) else PointOutcome.KILLED
     return PointState(point, outcome, record)
 
 
@@ -222,7 +239,7 @@ def varying(settings: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def print_progress(folder: Path) -> None:
-    """Says on stderr how far the sweep is, after the point in `folder`."""
+    """Prints to stderr how many points of the sweep have ended, after the point in `folder`."""
     plan = SweepPlan.read(folder.parent)
     # A sweeper that chooses its points knows more of them, and tells it itself.
     if plan is not None and plan.points is not None and (states := survey(folder.parent, plan)):
@@ -230,16 +247,16 @@ def print_progress(folder: Path) -> None:
 
 
 def progress_line(states: Sequence[PointState], current: str, plan: SweepPlan) -> str:
-    """How far the sweep is after a point: `[3/16] completed experiment=svd  ppl/text 113.6  41 s; about 9 min left`."""
+    """The line printed after a point: `[3/16] completed experiment=svd  ppl/text 113.6  41 s; about 9 min left`."""
     labels = varying([state.point.settings for state in states])
     found = [(s, label) for s, label in zip(states, labels, strict=True) if s.point.folder == current]
     if not found:  # another start of the sweep, with other settings, has written its plan meanwhile
         return f"{current} ended"
     state, label = found[0]
-    ended = sum(s.is_fresh or s.outcome is Outcome.KEPT for s in states)
+    ended = sum(s.is_fresh or s.outcome is PointOutcome.KEPT for s in states)
     total = f"/{len(states)}" if plan.points is not None else ""
     parts = [f"[{ended}{total}] {state.outcome} {label}".rstrip()]
-    if state.record is not None and state.outcome in (Outcome.COMPLETED, Outcome.KEPT):
+    if state.record is not None and state.outcome in (PointOutcome.COMPLETED, PointOutcome.KEPT):
         parts.append(result(state.record))
     if state.record is not None and state.is_fresh:
         parts.append(duration(seconds(state.record)))
@@ -259,25 +276,24 @@ def objectives(record: RunRecord) -> Mapping[str, float]:
     """The objectives of a run by metric; empty without any."""
     if record.objective is None or isinstance(record.objective, Mapping):
         return record.objective or {}
-    metrics = record.metrics.get("compressed", {})
-    name = record.config.get("objective") or next((name for name in metrics if name.startswith("ppl/")), "objective")
+    name = record.config.get("objective") or default_objective(record.metrics.get("compressed", {})) or "objective"
     return {name: record.objective}
 
 
 def kept_objective(record: RunRecord) -> float | tuple[float, ...] | None:
-    """What a finished run returned to its sweeper."""
+    """The value, or one value per objective, that a finished run returned to its sweeper."""
     return tuple(record.objective.values()) if isinstance(record.objective, Mapping) else record.objective
 
 
 def seconds(record: RunRecord) -> float:
-    """How long a run took, from its start to its end."""
+    """Seconds from the start of a run to its end; 0 if it has not ended."""
     if record.finished is None:
         return 0.0
     return (datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)).total_seconds()
 
 
 def duration(value: float) -> str:
-    """Seconds as a reader wants them."""
+    """Seconds, minutes or hours, as text."""
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -1,39 +1,21 @@
-"""The records below some folders. What cannot be read is named, never left out in silence."""
+"""The records, plans of sweeps and tables of pairs below some folders, with a list of those that cannot be read."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bs_exp.errors import RecordError
+from bs_exp.records.pairs import PAIRS_FILE, PairTable, read_pairs
 from bs_exp.records.record import FILE_NAME, RunRecord, read_record
 from bs_exp.records.sweep import PLAN_FILE, SweepPlan
-
-PAIRS_FILE = "sharing_pays.json"
-_MAPPINGS = (
-    "config",
-    "metrics",
-    "size",
-    "timings",
-    "memory",
-    "cache",
-    "provenance",
-    "versions",
-    "hardware",
-    "update",
-    "choices",
-)
-_OPTIONAL_MAPPINGS = ("plan", "error", "source", "sweep")
-_TEXTS = ("name", "run_id", "started", "config_hash")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A record and the folder of its run, as the reader of a report knows it."""
+    """A record and the folder of its run, as given on the command line."""
 
     record: RunRecord
     folder: Path
@@ -56,24 +38,8 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class PairTable:
-    """What sharing costs for every pair of layers of a matrix type: loss of one basis for both, minus both apart.
-
-    `values[i][j]` belongs to layers `layers[i]` and `layers[j]`; negative means that sharing pays. None: not measured.
-    `ratios` holds the loss of one basis as a share of both apart, by pair, where that is defined.
-    """
-
-    matrix: str
-    layers: tuple[int, ...]
-    values: tuple[tuple[float | None, ...], ...]
-    folder: Path
-    unit: str
-    ratios: Mapping[tuple[int, int], float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Collection:
-    """All that a report is made of, in the order of sweeps, jobs and start times."""
+    """The contents of a report; records are in the order of sweeps, jobs and start times."""
 
     found: tuple[Found, ...]
     skipped: tuple[Skipped, ...]
@@ -94,11 +60,11 @@ def collect(folders: Sequence[Path]) -> Collection:
     for path in _files(folders):
         try:
             if path.name == FILE_NAME:
-                found.append(Found(_sound(read_record(path)), path.parent))
+                found.append(Found(read_record(path), path.parent))
             elif path.name == PLAN_FILE:
                 waiting += _waiting(path.parent)
             else:
-                pairs += _read_pairs(path)
+                pairs += read_pairs(path)
         except RecordError as error:
             skipped.append(Skipped(path, str(error)))
     if not found:
@@ -130,37 +96,7 @@ def _nothing(folders: Sequence[Path], skipped: Sequence[Skipped]) -> str:
 
 def _order(found: Found) -> tuple[str, int, str, str]:
     sweep = found.record.sweep or {}
-    job = sweep.get("job")
-    return str(sweep.get("id", "")), job if isinstance(job, int) else 0, found.record.started, str(found.folder)
-
-
-def _sound(record: RunRecord) -> RunRecord:
-    """The record, if its fields are of the kinds that the report reads; RecordError says which is not."""
-    for name in (*_MAPPINGS, *_OPTIONAL_MAPPINGS):
-        value = getattr(record, name)
-        if not isinstance(value, Mapping) and not (value is None and name in _OPTIONAL_MAPPINGS):
-            raise RecordError(f"{name} is no JSON object: damaged, or not a run record.")
-    for name in _TEXTS:
-        if not isinstance(getattr(record, name), str):
-            raise RecordError(f"{name} is no text: damaged, or not a run record.")
-    if wrong := [label for label, metrics in record.metrics.items() if not isinstance(metrics, Mapping)]:
-        raise RecordError(f"metrics.{wrong[0]} is no JSON object: damaged, or not a run record.")
-    if wrong := [stage for stage, seconds in record.timings.items() if not isinstance(seconds, int | float)]:
-        raise RecordError(f"timings.{wrong[0]} is no number: damaged, or not a run record.")
-    if record.plan is not None:
-        _check_plan(record.plan)
-    return record
-
-
-def _check_plan(plan: Mapping[str, Any]) -> None:
-    try:
-        for group in plan["groups"]:
-            if not (isinstance(group["matrix"], str) and all(isinstance(layer, int) for layer in group["layers"])):
-                raise RecordError("plan.groups names no matrix or no layers: damaged, or not a run record.")
-            if not isinstance(group["rank"], int | None):
-                raise RecordError(f"plan.groups has the rank {group['rank']!r}: damaged, or not a run record.")
-    except (KeyError, TypeError) as error:
-        raise RecordError(f"plan cannot be read ({error!r}): damaged, or not a run record.") from error
+    return sweep.get("id", ""), sweep.get("job") or 0, found.record.started, str(found.folder)
 
 
 def _waiting(sweep: Path) -> Iterator[Waiting]:
@@ -168,24 +104,3 @@ def _waiting(sweep: Path) -> Iterator[Waiting]:
     for point in (plan.points if plan else None) or ():
         if not (sweep / point.folder / FILE_NAME).exists():
             yield Waiting(sweep.name, point.settings)
-
-
-def _read_pairs(path: Path) -> Iterator[PairTable]:
-    """The pair tables of a file; RecordError if it is not one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        for table in data["tables"]:
-            layers = tuple(int(layer) for layer in table["layers"])
-            values = tuple(tuple(None if v is None else float(v) for v in row) for row in table["values"])
-            if len(values) != len(layers) or any(len(row) != len(layers) for row in values):
-                raise RecordError(f"the table of {table['matrix']} is not {len(layers)} by {len(layers)}.")
-            ratios = {
-                (int(pair["layers"][0]), int(pair["layers"][1])): float(pair["ratio"])
-                for pair in table.get("pairs", ())
-                if pair["ratio"] is not None
-            }
-            yield PairTable(str(table["matrix"]), layers, values, path.parent, str(data.get("unit", "")), ratios)
-    except OSError as error:
-        raise RecordError(f"cannot be read: {error}.") from error
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise RecordError(f"not a table of pairs ({error!r}).") from error

@@ -6,26 +6,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bs_exp.reporting import formats, metrics
+from bs_exp.evaluation.cost import break_even_tokens
+from bs_exp.records import metrics
+from bs_exp.records.stages import BEFORE_COMPRESSION, COMPRESSION, Stage, evaluated_model
+from bs_exp.reporting import formats
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
-from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
-# Holds the stages of compression, and what happens between them.
-_COMPRESS = "compress"
-# Stages that compressing takes. Loading, evaluating and saving are paid for a dense model too.
-COMPRESSION_STAGES = ("tokenise", "group", "profile", "calibrate", "decompose", "allocate", "replace", "update")
-_EVALUATIONS = {"(dense)": "evaluate dense", "(compressed)": "evaluate compressed"}
-# Usually done before compression begins.
-_BEFORE = ("tokenise", "group")
-_TOGETHER = {
-    "configure": "load",
-    "check evaluation": "load",
-    "compress": "other compression",
-    "tokenise": "calibrate",
-    "profile": "calibrate",
-    "group": "allocate",
+# Stages that the phases below are made of, where they are not one stage alone.
+_PHASES: dict[str, str] = {
+    Stage.CONFIGURE: "load",
+    Stage.CHECK_EVALUATION: "load",
+    Stage.COMPRESS: "other compression",
+    Stage.TOKENISE: "calibrate",
+    Stage.PROFILE: "calibrate",
+    Stage.GROUP: "allocate",
 }
+_EVALUATE = "evaluate "
 # In milliseconds a stage says nothing.
 _SHORT = 0.05
 _SETTINGS = ("device", "dtype", "batch_size", "prompt_length", "generated_length")
@@ -38,8 +36,8 @@ class SpeedSetting:
     values: tuple[Any, ...]
 
     @classmethod
-    def of(cls, point: Point) -> SpeedSetting:
-        return cls(tuple(point.compressed.get(f"throughput/{name}") for name in _SETTINGS))
+    def of(cls, point: ReportedRun) -> SpeedSetting:
+        return cls(tuple(point.compressed.get(metrics.metric(metrics.THROUGHPUT, name)) for name in _SETTINGS))
 
     @property
     def label(self) -> str:
@@ -47,9 +45,9 @@ class SpeedSetting:
         return f"{device}, {dtype}, batch {batch}, {prompt} prompt and {generated} generated tokens"
 
 
-def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Point]]]:
+def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, ReportedRun]]]:
     """Completed points with a throughput, by the way it was measured."""
-    found: dict[SpeedSetting, list[tuple[Series, Point]]] = {}
+    found: dict[SpeedSetting, list[tuple[Series, ReportedRun]]] = {}
     for series in section.series:
         for point in series.completed:
             if metrics.DECODE in point.compressed:
@@ -57,18 +55,18 @@ def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Po
     return found
 
 
-def compression_seconds(point: Point) -> float:
+def compression_seconds(point: ReportedRun) -> float:
     """What compressing took, loading and evaluation aside."""
-    if _COMPRESS in point.record.timings:
-        return point.record.timings[_COMPRESS]
-    return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION_STAGES)
+    if Stage.COMPRESS in point.record.timings:
+        return point.record.timings[Stage.COMPRESS]
+    return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION)
 
 
 @dataclass(frozen=True, eq=False)
 class SharedCost:
     """What points of one sweep took together and the first of them alone, in seconds, evaluation aside."""
 
-    first: Point
+    first: ReportedRun
     points: int
     first_seconds: float
     all_seconds: float
@@ -79,40 +77,30 @@ class SharedCost:
         return self.all_seconds / self.first_seconds
 
 
-def seconds_without_evaluation(point: Point) -> float:
+def seconds_without_evaluation(point: ReportedRun) -> float:
     """What a run took, evaluation aside."""
-    return sum(seconds for phase, seconds in phases(point).items() if phase not in _EVALUATIONS.values())
+    return sum(seconds for phase, seconds in phases(point).items() if not phase.startswith(_EVALUATE))
 
 
 def shared_costs(series: Series) -> list[SharedCost]:
     """For each sweep that ran points of a series at two ratios or more, what they cost beside the first of them."""
-    sweeps: dict[str, list[Point]] = {}
+    sweeps: dict[str, list[ReportedRun]] = {}
     for point in series.completed:
         if point.record.sweep and point.record.timings:
             sweeps.setdefault(str(point.record.sweep.get("id")), []).append(point)
     return [_shared(points) for points in sweeps.values() if len(points) > 1]
 
 
-def _shared(points: Sequence[Point]) -> SharedCost:
+def _shared(points: Sequence[ReportedRun]) -> SharedCost:
     first = min(points, key=lambda point: (point.record.started, point.number))
     # No run is free; and a record that says so must not divide by zero.
     own = max(seconds_without_evaluation(first), 1e-9)
     return SharedCost(first, len(points), own, sum(seconds_without_evaluation(point) for point in points))
 
 
-def used_cache(point: Point) -> bool:
+def used_cache(point: ReportedRun) -> bool:
     """Whether earlier work was reused, so that the timings tell less than a fresh run would take."""
     return any(count for count in point.record.cache.get("hits", {}).values())
-
-
-def break_even_tokens(seconds: float, dense: Any, compressed: Any) -> float | None:
-    """Tokens after which the time saved is the time that compressing took; None if nothing is saved.
-
-    Speeds are tokens per second.
-    """
-    if not (formats.is_number(dense) and formats.is_number(compressed)) or compressed <= dense or dense <= 0:
-        return None
-    return float(seconds / (1 / dense - 1 / compressed))
 
 
 def cost_tables(section: Section, key: str) -> Iterator[Table]:
@@ -127,11 +115,11 @@ def cost_tables(section: Section, key: str) -> Iterator[Table]:
         yield _timings(section, f"{key}-timings")
 
 
-def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, Point]], key: str) -> Table:
+def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, ReportedRun]], key: str) -> Table:
     columns = [Column("removed"), *series_columns(section)]
     columns += [Column("prefill tok/s"), Column("against dense"), Column("decode tok/s"), Column("against dense")]
     columns += [Column("ms per token", hint="one decoding step of the whole batch")]
-    peak = "throughput/peak_memory_bytes"
+    peak = metrics.PEAK_MEMORY
     with_memory = any(peak in point.compressed for _, point in entries)
     columns += [Column("peak memory")] if with_memory else []
     rows = []
@@ -166,7 +154,7 @@ def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, 
 
 
 def _with_spread(found: Any, name: str) -> Cell:
-    low, high = found.get(f"{name}_min"), found.get(f"{name}_max")
+    low, high = found.get(name + metrics.SLOWEST), found.get(name + metrics.FASTEST)
     hint = f"{formats.number(low)} to {formats.number(high)}" if formats.is_number(low) else ""
     return Cell(_whole(found.get(name)), value=found.get(name), hint=hint)
 
@@ -176,7 +164,7 @@ def _whole(value: Any) -> str:
 
 
 def _latency(found: Any) -> Cell:
-    speed, batch = found.get(metrics.DECODE), found.get("throughput/batch_size")
+    speed, batch = found.get(metrics.DECODE), found.get(metrics.metric(metrics.THROUGHPUT, "batch_size"))
     if not (formats.is_number(speed) and formats.is_number(batch)) or speed <= 0:
         return Cell(formats.ABSENT, style="muted")
     milliseconds = 1000 * batch / speed
@@ -187,7 +175,7 @@ def _bytes(value: Any) -> Cell:
     return Cell(formats.size(value), value=value)
 
 
-def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Series, Point]], key: str) -> Table:
+def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Series, ReportedRun]], key: str) -> Table:
     columns = [Column("removed"), *series_columns(section), Column("compressing took")]
     columns += [Column("prompt tokens"), Column("generated tokens"), Column("reused", numeric=False)]
     rows = []
@@ -213,45 +201,47 @@ def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Ser
     )
 
 
-def clearly_faster(point: Point, name: str) -> bool:
+def clearly_faster(point: ReportedRun, name: str) -> bool:
     """Whether the slowest run of the compressed model beat the fastest of the dense one."""
-    slowest, fastest = point.compressed.get(f"{name}_min"), point.dense.get(f"{name}_max")
+    slowest, fastest = point.compressed.get(name + metrics.SLOWEST), point.dense.get(name + metrics.FASTEST)
     return not (formats.is_number(slowest) and formats.is_number(fastest)) or slowest > fastest
 
 
-def _tokens(point: Point, name: str, cost: float) -> Cell:
-    tokens = break_even_tokens(cost, point.dense.get(name), point.compressed.get(name))
-    if tokens is None:
+def _tokens(point: ReportedRun, name: str, cost: float) -> Cell:
+    dense, compressed = point.dense.get(name), point.compressed.get(name)
+    if not (formats.is_number(dense) and formats.is_number(compressed)) or not 0 < dense < compressed:
         return Cell("never: not faster", style="muted")
+    tokens = break_even_tokens(cost, dense, compressed)
     if not clearly_faster(point, name):
         return Cell("not clearly faster", style="muted", hint=f"by the medians, {tokens:,.0f}")
     return Cell(f"{tokens:,.0f}" if tokens < 1e7 else f"{tokens:.2e}", value=tokens)
 
 
-def _reused(point: Point) -> str:
+def _reused(point: ReportedRun) -> str:
     hits = point.record.cache.get("hits", {})
     return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in hits.items() if count) or "nothing"
 
 
-def own_timings(point: Point) -> dict[str, float]:
+def own_timings(point: ReportedRun) -> dict[str, float]:
     """Seconds by stage, none counted twice: of the stage around compression, what its inner stages do not explain."""
     timings = dict(point.record.timings)
-    if _COMPRESS in timings:
-        inside = sum(timings.get(stage, 0.0) for stage in COMPRESSION_STAGES if stage not in _BEFORE)
-        timings[_COMPRESS] = max(0.0, timings[_COMPRESS] - inside)
+    if Stage.COMPRESS in timings:
+        inside = sum(timings.get(stage, 0.0) for stage in COMPRESSION if stage not in BEFORE_COMPRESSION)
+        timings[Stage.COMPRESS] = max(0.0, timings[Stage.COMPRESS] - inside)
     return timings
 
 
-def phases(point: Point) -> dict[str, float]:
+def phases(point: ReportedRun) -> dict[str, float]:
     """Seconds by phase: the stages of compression, and all of loading and of either evaluation together."""
     found: dict[str, float] = {}
     for stage, seconds in own_timings(point).items():
-        phase = next((phase for end, phase in _EVALUATIONS.items() if stage.endswith(end)), _TOGETHER.get(stage, stage))
+        model = evaluated_model(stage)
+        phase = _PHASES.get(stage, stage) if model is None else f"{_EVALUATE}{model}"
         found[phase] = found.get(phase, 0.0) + seconds
     return found
 
 
-def stages(points: Sequence[Point]) -> list[str]:
+def stages(points: Sequence[ReportedRun]) -> list[str]:
     """Stages that took time in some run, in the order in which runs meet them."""
     return [
         stage

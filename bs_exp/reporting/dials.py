@@ -1,27 +1,17 @@
-"""What a configuration says, key by key, and which of its keys tell the points of a study apart."""
+"""Configurations as flat settings, and which of these differ between the runs of a study."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bs_exp.records.settings import WITHOUT_EFFECT
 from bs_exp.reporting import formats
 
 Flat = Mapping[str, Any]
 
 # What does not change a result, and what has a place of its own in the report.
-_ELSEWHERE = (
-    "name",
-    "cache",
-    "debug",
-    "force",
-    "save_model",
-    "tracking",
-    "objective",
-    "retain_ratio",
-    "model",
-    "evaluation",
-)
+_ELSEWHERE = WITHOUT_EFFECT | {"objective", "retain_ratio", "model", "evaluation"}
 _TARGET = "_target_"
 # Written again in the node by interpolation; and what is evaluated, which changes no number by itself.
 _JUDGED_APART = ("evaluators", "parts")

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bs_exp.reporting import cost, drawing, formats, metrics, ranks
-from bs_exp.reporting.collect import PairTable
+from bs_exp.records import metrics
+from bs_exp.records.pairs import PairTable
+from bs_exp.reporting import cost, drawing, formats, ranks
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.results import removed_title
-from bs_exp.reporting.study import Point, Section, Series, Study
+from bs_exp.reporting.study import ReportedRun, Section, Series, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +155,7 @@ def _curve_alt(section: Section, name: str) -> str:
     words = [f"Line chart: {metrics.title(name)} of {len(section.series)} series at {len(section.ratios)} ratios."]
     for removed in (section.ratios[0], section.ratios[-1]):
         if best := section.best(removed, name):
-            value = metrics.show(name, best.by_removed[removed].compressed[name])
+            value = formats.metric(name, best.by_removed[removed].compressed[name])
             words.append(f"Best with {removed_title(removed)} removed: {best.label}, {value}.")
     return " ".join(words)
 
@@ -180,7 +181,7 @@ def _pareto_speed(
     section: Section,
     name: str,
     setting: cost.SpeedSetting,
-    measured: Sequence[tuple[Series, Point]],
+    measured: Sequence[tuple[Series, ReportedRun]],
     styles: dict[Series, Look],
     key: str,
 ) -> Iterator[Drawn]:
@@ -199,7 +200,7 @@ def _pareto_speed(
 def _front(
     section: Section,
     name: str,
-    entries: Sequence[tuple[Series, Point, float]],
+    entries: Sequence[tuple[Series, ReportedRun, float]],
     styles: dict[Series, Look],
     key: str,
     label: str,
@@ -247,7 +248,7 @@ def _front(
 
 
 def _speed(
-    setting: cost.SpeedSetting, measured: Sequence[tuple[Series, Point]], styles: dict[Series, Look], key: str
+    setting: cost.SpeedSetting, measured: Sequence[tuple[Series, ReportedRun]], styles: dict[Series, Look], key: str
 ) -> Drawn:
     figure = drawing.canvas(height=4.2)
     names = ((metrics.PREFILL, "prefill"), (metrics.DECODE, "decoding"))
@@ -387,7 +388,7 @@ def _kept(place: ranks.Place | None) -> float:
     return math.nan if place is None else place.kept
 
 
-def _range(entry: tuple[Series, Point], table: dict[tuple[str, int], ranks.Place]) -> str:
+def _range(entry: tuple[Series, ReportedRun], table: dict[tuple[str, int], ranks.Place]) -> str:
     kept = [place.kept for place in table.values() if formats.is_number(place.kept)]
     return f"{entry[0].label}: {min(kept):.2f} to {max(kept):.2f}." if kept else f"{entry[0].label}: unknown."
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from bs_exp.records import metrics
+
 ABSENT = "-"
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -34,6 +36,13 @@ def number(value: Any) -> str:
             return f"{value:.4g}"
         case _:
             return str(value)
+
+
+def metric(name: str, value: Any) -> str:
+    """A metric as it is printed: perplexities as `perplexity`, accuracies with three decimals."""
+    if metrics.is_perplexity(name):
+        return perplexity(value)
+    return f"{value:.3f}" if metrics.is_accuracy(name) and is_number(value) else number(value)
 
 
 def perplexity(value: Any) -> str:

@@ -10,11 +10,12 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bs_exp.records import metrics
 from bs_exp.records.record import Status
-from bs_exp.reporting import cost, formats, metrics, runs
+from bs_exp.reporting import cost, formats, runs
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.results import removed_title
-from bs_exp.reporting.study import Point, Section, Study
+from bs_exp.reporting.study import ReportedRun, Section, Study
 from bs_exp.reporting.table import Table
 
 
@@ -97,7 +98,7 @@ def winners(section: Section) -> list[Winner]:
         Winner(
             removed_title(removed),
             best.label,
-            metrics.show(name, (point := best.by_removed[removed]).compressed[name]),
+            formats.metric(name, (point := best.by_removed[removed]).compressed[name]),
             formats.change(point.compressed[name], section.dense.get(name)),
             point.number,
         )
@@ -142,7 +143,7 @@ def _about(section: Section) -> list[tuple[str, str]]:
     return [(name, words) for name, words in facts if words]
 
 
-def _details(point: Point) -> list[tuple[str, str]]:
+def _details(point: ReportedRun) -> list[tuple[str, str]]:
     """What a run says of itself beyond its numbers."""
     record = point.record
     error = record.error or {}

@@ -1,6 +1,6 @@
-"""What the literature reports, beside what was measured: only where model, ratio and metric agree.
+"""Measured numbers beside those that papers report for the same model, ratio and metric.
 
-Two such numbers still come from two protocols; every difference that is known is named with them.
+The two come from different protocols, so every difference that is known is listed with them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bs_exp.reporting import cost, dials, formats, metrics
+from bs_exp.records import metrics
+from bs_exp.reporting import cost, dials, formats
 from bs_exp.reporting.literature import DENSE, Literature, Method, Reported, literature
 from bs_exp.reporting.results import removed_title
-from bs_exp.reporting.study import Point, Section, Series, Study, model_name
+from bs_exp.reporting.study import ReportedRun, Section, Series, Study, model_name
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
 _SEVEN = ("openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa")
@@ -29,12 +30,12 @@ _SAME_SHARE = 0.005
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class PaperComparison:
     """A measured and a reported number of the same model, ratio and metric. `series` is None for the dense model."""
 
     section: Section
     series: Series | None
-    point: Point
+    point: ReportedRun
     measured: float
     reported: Reported
     differences: tuple[str, ...]
@@ -43,7 +44,7 @@ class Comparison:
 def measured_value(found: Mapping[str, Any], metric: str) -> float | None:
     """A metric of a record; the papers' means are taken over exactly their tasks."""
     if metric in _MEANS:
-        values = [found.get(f"acc/{task}") for task in _MEANS[metric]]
+        values = [found.get(metrics.metric(metrics.ACC, task)) for task in _MEANS[metric]]
         if not all(formats.is_number(value) for value in values):
             return None
         return sum(float(value) for value in values if value is not None) / len(values)
@@ -51,23 +52,23 @@ def measured_value(found: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if value is not None and formats.is_number(value) else None
 
 
-def measured_by(point: Point, metric: str) -> float | None:
+def measured_by(point: ReportedRun, metric: str) -> float | None:
     """A metric of a point as papers report it. Times are compared on accelerators only: none is of a CPU."""
     if metric == _PREFILL:
         return _speedup(point, 0)
     if metric == _GENERATE:
-        return _speedup(point, point.compressed.get("throughput/generated_length"))
+        return _speedup(point, _measured_with(point, "generated_length"))
     if metric == _SECONDS:
         device = str(point.record.provenance.get("model", {}).get("device", "cpu"))
         return None if device == "cpu" or not point.record.timings else cost.compression_seconds(point)
     return measured_value(point.compressed, metric)
 
 
-def _speedup(point: Point, generated: Any) -> float | None:
+def _speedup(point: ReportedRun, generated: Any) -> float | None:
     """The dense model's time for a prompt and so many generated tokens, over the compressed one's."""
-    if str(point.compressed.get("throughput/device", "cpu")).startswith("cpu"):
+    if str(_measured_with(point, "device") or "cpu").startswith("cpu"):
         return None
-    prompt, times = point.compressed.get("throughput/prompt_length"), []
+    prompt, times = _measured_with(point, "prompt_length"), []
     for found in (point.dense, point.compressed):
         prefill, decode = found.get(metrics.PREFILL, 0), found.get(metrics.DECODE, 0)
         if not (formats.is_number(prompt) and formats.is_number(generated) and prefill > 0 and decode > 0):
@@ -76,7 +77,12 @@ def _speedup(point: Point, generated: Any) -> float | None:
     return float(times[0] / times[1])
 
 
-def compare(study: Study) -> list[Comparison]:
+def _measured_with(point: ReportedRun, setting: str) -> Any:
+    """A setting of the throughput measurement, None if it is not known."""
+    return point.compressed.get(metrics.metric(metrics.THROUGHPUT, setting))
+
+
+def compare(study: Study) -> list[PaperComparison]:
     """Every pair of a measured and a reported number that may stand side by side."""
     if not any(_on_hub(section) for section in study.sections):
         return []
@@ -88,12 +94,12 @@ def _on_hub(section: Section) -> bool:
     return "/" in section.model and not section.model.startswith(("/", ".", "~"))
 
 
-def _compare_section(section: Section, known: Literature) -> Iterator[Comparison]:
+def _compare_section(section: Section, known: Literature) -> Iterator[PaperComparison]:
     reported = known.about(section.model)
     done = [point for point in section.points if point.completed]
     for row in reported:
         if row.method == DENSE and done and (value := measured_value(section.dense, row.metric)) is not None:
-            yield Comparison(section, None, done[0], value, row, tuple(_differences(done[0], row, known, None)))
+            yield PaperComparison(section, None, done[0], value, row, tuple(_differences(done[0], row, known, None)))
     for series in section.series:
         for point in series.completed:
             for row in reported:
@@ -101,10 +107,10 @@ def _compare_section(section: Section, known: Literature) -> Iterator[Comparison
                 value = measured_by(point, row.metric)
                 if method is not None and value is not None:
                     found = tuple(_differences(point, row, known, method))
-                    yield Comparison(section, series, point, value, row, found)
+                    yield PaperComparison(section, series, point, value, row, found)
 
 
-def _method(series: Series, point: Point, row: Reported, known: Literature) -> Method | None:
+def _method(series: Series, point: ReportedRun, row: Reported, known: Literature) -> Method | None:
     if point.removed is None or abs(point.removed - row.removed) > 1e-6:
         return None
     if any(point.dials.get(key) != value for key, value in row.where.items()):
@@ -128,23 +134,23 @@ def _group_size(row: Reported, method: Method, known: Literature) -> int | None:
     return int(found) if found is not None else None
 
 
-def group_size(point: Point) -> int | None:
+def group_size(point: ReportedRun) -> int | None:
     """Layers per basis: 1 where nothing is shared, None where types differ in it."""
     sharing = point.record.config.get("sharing", {})
     found = sharing.get("group_size", 1) if isinstance(sharing, Mapping) else 1
     if isinstance(found, Mapping):
-        sizes = set(found.values())
-        return sizes.pop() if len(sizes) == 1 else None
+        sizes = list(found.values())
+        found = sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
     return found if isinstance(found, int) else None
 
 
-def _option(point: Point, group: str) -> str | None:
+def _option(point: ReportedRun, group: str) -> str | None:
     node = point.record.config.get(group)
     target = node.get("_target_") if isinstance(node, Mapping) else None
     return dials.option(target) if isinstance(target, str) else None
 
 
-def _differences(point: Point, row: Reported, known: Literature, method: Method | None) -> Iterator[str]:
+def _differences(point: ReportedRun, row: Reported, known: Literature, method: Method | None) -> Iterator[str]:
     """How this measurement was not made as the reported one, as far as it is known."""
     protocol = known.protocols[row.protocol]
     model = point.record.provenance.get("model", {})
@@ -162,20 +168,22 @@ def _differences(point: Point, row: Reported, known: Literature, method: Method 
             yield f"perplexity of {windows} windows only"
     elif row.metric in (_PREFILL, _GENERATE):
         for key, name in _SPEED.items():
-            yield from _differ(name, point.compressed.get(f"throughput/{key}"), row.speed.get(key))
+            yield from _differ(name, _measured_with(point, key), row.speed.get(key))
     elif row.metric == _SECONDS:
         gpus = ", ".join(str(gpu.get("name")) for gpu in point.record.hardware.get("gpus") or ())
         yield from _differ("hardware", gpus or None, row.hardware)
         if cost.used_cache(point):
             yield "some Grams or decompositions came from a cache here"
     else:
-        yield from _differ("lm-eval", point.dense.get("lm_eval/version"), protocol.get("lm_eval"))
+        yield from _differ("lm-eval", point.dense.get(metrics.LM_EVAL_VERSION), protocol.get("lm_eval"))
         if (limit := evaluation.get("limit")) is not None:
             yield f"the first {limit} items of each task only"
     yield from (f"reported: {note}" for note in (*protocol.get("notes", ()), *row.notes))
 
 
-def _recipe_differences(point: Point, row: Reported, protocol: Mapping[str, Any], method: Method) -> Iterator[str]:
+def _recipe_differences(
+    point: ReportedRun, row: Reported, protocol: Mapping[str, Any], method: Method
+) -> Iterator[str]:
     for group, options in method.options.items():
         if (ours := _option(point, group)) is not None and ours not in options:
             yield f"{group}: {ours} here, {' or '.join(options)} there"
@@ -199,7 +207,7 @@ def _recipe_differences(point: Point, row: Reported, protocol: Mapping[str, Any]
         yield f"coefficients are updated there from {formats.share(updates_from)} removed on, not here"
 
 
-def _corpus(point: Point) -> str | None:
+def _corpus(point: ReportedRun) -> str | None:
     """The calibration text as the papers call it; by its option where they do not know it."""
     calibration = point.record.config.get("calibration")
     corpus = calibration.get("corpus") if isinstance(calibration, Mapping) else None
@@ -218,7 +226,7 @@ def _differ(name: str, here: Any, there: Any) -> Iterator[str]:
         yield f"{name}: {formats.setting(here)} here, {formats.setting(there)} there"
 
 
-def paper_tables(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Table]:
+def paper_tables(study: Study, comparisons: Sequence[PaperComparison]) -> Iterator[Table]:
     """Measured beside reported, and what else is reported at the same model, ratios and metrics."""
     if comparisons:
         yield _beside(comparisons)
@@ -228,7 +236,7 @@ def paper_tables(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Ta
     yield from _pairs(study)
 
 
-def _beside(comparisons: Sequence[Comparison]) -> Table:
+def _beside(comparisons: Sequence[PaperComparison]) -> Table:
     # The dense model last: it shows what the protocols alone make of a number.
     comparisons = sorted(comparisons, key=lambda found: found.series is None)
     legend = list(dict.fromkeys(words for found in comparisons for words in found.differences))
@@ -280,7 +288,7 @@ def _others(section: Section, key: str) -> Iterator[Table]:
     rows_by_metric: dict[str, list[Reported]] = {}
     for row in known.about(section.model):
         asked = row.removed in section.ratios or row.method == DENSE
-        if asked and metrics.family(row.metric) != "acc":  # single tasks would be ten tables more
+        if asked and metrics.kind_of(row.metric) != metrics.ACC:  # single tasks would be ten tables more
             rows_by_metric.setdefault(row.metric, []).append(row)
     for metric, reported in rows_by_metric.items():
         measured = [
@@ -351,7 +359,7 @@ def _show(metric: str, value: float) -> str:
         return formats.seconds(value)
     if metric in (_PREFILL, _GENERATE):
         return f"{value:.2f} x"
-    return f"{value:.3f}" if metric in _MEANS else metrics.show(metric, value)
+    return f"{value:.3f}" if metric in _MEANS else formats.metric(metric, value)
 
 
 def _metric_name(metric: str) -> str:

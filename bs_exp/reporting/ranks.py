@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import correlation
-from typing import Any
 
 from bs_exp.reporting import formats
 from bs_exp.reporting.literature import LayerShares, literature
 from bs_exp.reporting.results import removed_title, series_cells, series_columns
-from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table
 
 _SPREAD = 0.02
@@ -29,35 +28,20 @@ class Place:
     shared: int
 
 
-def places(point: Point) -> dict[tuple[str, int], Place]:
-    """What the plan of a run does with every matrix, by type and layer."""
+def places(point: ReportedRun) -> dict[tuple[str, int], Place]:
+    """(matrix type, layer) -> its rank and share kept, for every matrix of a run's plan."""
     found: dict[tuple[str, int], Place] = {}
-    for group in _groups(point):
-        layers = group["layers"]
-        place = Place(group["rank"], _kept(group), len(layers))
-        found.update(((group["matrix"], layer), place) for layer in layers)
+    for planned in point.groups:
+        group = planned.group
+        place = Place(planned.rank, planned.parameters / group.parameters, group.size)
+        found.update(((group.matrix, layer), place) for layer in group.layers)
     return found
 
 
-def _groups(point: Point) -> Sequence[Mapping[str, Any]]:
-    groups: Sequence[Mapping[str, Any]] = (point.record.plan or {}).get("groups", ())
-    return groups
-
-
-def _has_places(point: Point) -> bool:
-    return any(group["layers"] for group in _groups(point))
-
-
-def _kept(group: Mapping[str, Any]) -> float:
-    dense = len(group["layers"]) * group.get("d_in", 0) * group.get("d_out", 0)
-    kept = group.get("parameters")
-    return float(kept / dense) if dense and formats.is_number(kept) else float("nan")
-
-
-def rank_points(section: Section) -> list[tuple[Series, Point]]:
+def rank_points(section: Section) -> list[tuple[Series, ReportedRun]]:
     """One point per series, at the ratio where most series have a plan; of equals, where most is removed."""
     planned = {
-        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and _has_places(p)]
+        removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and p.groups]
         for removed in section.ratios
     }
     if not any(planned.values()):
@@ -65,20 +49,21 @@ def rank_points(section: Section) -> list[tuple[Series, Point]]:
     return planned[max(planned, key=lambda removed: (len(planned[removed]), removed))]
 
 
-def layer_shares(point: Point) -> list[float]:
+def layer_shares(point: ReportedRun) -> list[float]:
     """Share of its parameters that each layer keeps, by layer; a shared group counts for each of its layers."""
     kept: dict[int, float] = {}
     dense: dict[int, float] = {}
-    for group in _groups(point):
-        size = float(group.get("d_in", 0) * group.get("d_out", 0))
-        for layer in group["layers"]:
-            kept[layer] = kept.get(layer, 0.0) + _kept(group) * size
+    for planned in point.groups:
+        group = planned.group
+        size = float(group.d_in * group.d_out)
+        for layer in group.layers:
+            kept[layer] = kept.get(layer, 0.0) + planned.parameters / group.parameters * size
             dense[layer] = dense.get(layer, 0.0) + size
-    return [kept[layer] / dense[layer] for layer in sorted(kept) if dense[layer]]
+    return [kept[layer] / dense[layer] for layer in sorted(kept)]
 
 
 def correlation_tables(section: Section, key: str) -> Iterator[Table]:
-    """How alike two methods spread the parameters over the layers: Pearson's r of the layers' shares, at each ratio.
+    """Pearson's r between the shares that two methods leave to each layer, for all pairs of methods at each ratio.
 
     Shares and correlations that papers report for the model stand beside them.
     """
@@ -165,19 +150,19 @@ def _shares(removed: float, label: str, shares: Sequence[float], *, kind: str, l
 
 def rank_table(section: Section, key: str) -> Table | None:
     """Ranks of every completed point: a row per type, a column per layer."""
-    return _table(section, [(s, p) for s in section.series for p in s.completed if _has_places(p)], key, "")
+    return _table(section, [(s, p) for s in section.series for p in s.completed if p.groups], key, "")
 
 
 def short_rank_table(section: Section, key: str) -> Table | None:
     """The same, of as many points as a page can hold: if there are more, those at the ratio that the figure shows."""
-    entries = [(s, p) for s in section.series for p in s.completed if _has_places(p)]
+    entries = [(s, p) for s in section.series for p in s.completed if p.groups]
     if len(entries) <= _MOST_POINTS:
         return _table(section, entries, key, "")
     chosen = rank_points(section)[:_MOST_POINTS]
     return _table(section, chosen, key, f" {len(chosen)} of {len(entries)} runs; the CSV file has all.")
 
 
-def _table(section: Section, entries: Sequence[tuple[Series, Point]], key: str, note: str) -> Table | None:
+def _table(section: Section, entries: Sequence[tuple[Series, ReportedRun]], key: str, note: str) -> Table | None:
     found = [places(point) for _, point in entries]
     layers = sorted({layer for planned in found for _, layer in planned})
     if not layers:

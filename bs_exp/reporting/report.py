@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bs_exp.errors import RecordError
+from bs_exp.files import read_text, write_file
 from bs_exp.reporting import cost, papers, ranks, results, runs, table
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.drawing import Drawn
@@ -97,15 +98,18 @@ def _figure_files(figures: Sequence[Drawn]) -> dict[str, bytes]:
 def _write(files: dict[str, bytes], out: Path) -> tuple[Path, ...]:
     """Writes the files, and removes those that an earlier report made and this one does not: they would be believed."""
     try:
+        for folder in {(out / name).parent for name in files} - {out}:
+            if folder.is_symlink():
+                raise RecordError(
+                    f"{folder} is a link, through which nothing is written. Name another folder with --out."
+                )
         for name in _made_before(out) - files.keys():
             (out / name).unlink(missing_ok=True)
         for name, data in files.items():
             path = out / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        (out / _MADE).write_text(json.dumps(sorted(files), indent=1) + "\n", encoding="utf-8")
+            write_file(path, data)
+        write_file(out / _MADE, json.dumps(sorted(files), indent=1) + "\n")
     except OSError as error:
         raise RecordError(f"Cannot write the report to {out}: {error}. Name another folder with --out.") from error
     return tuple(out / name for name in files)
@@ -113,7 +117,7 @@ def _write(files: dict[str, bytes], out: Path) -> tuple[Path, ...]:
 
 def _made_before(out: Path) -> set[str]:
     try:
-        names = json.loads((out / _MADE).read_text(encoding="utf-8"))
+        names = json.loads(read_text(out / _MADE))
     except (OSError, ValueError):
         return set()
     # Never outside the folder, whatever the list says.

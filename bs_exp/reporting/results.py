@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from bs_exp.records import metrics
 from bs_exp.records.record import Status
-from bs_exp.reporting import formats, metrics
-from bs_exp.reporting.study import Point, Section, Series
+from bs_exp.reporting import formats
+from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text
 
 # A search tries another ratio in every trial: as columns they would be a table of holes.
@@ -38,21 +39,21 @@ def series_cells(series: Series) -> list[Cell]:
     return [text(series.method), *(text(value) for value in series.values)]
 
 
-def measured(point: Point | None, name: str) -> Cell:
+def measured(point: ReportedRun | None, name: str) -> Cell:
     """A metric of a compressed model; where there is none, why."""
     if point is None:
         return Cell(formats.ABSENT, style="muted", hint="not in these records")
     value = point.compressed.get(name)
     if value is not None and point.completed:
-        return Cell(metrics.show(name, value), value=value, hint=_hint(point, name), link=point.number)
+        return Cell(formats.metric(name, value), value=value, hint=_hint(point, name), link=point.number)
     if point.completed:
         return Cell(formats.ABSENT, style="muted", hint="not measured", link=point.number)
     style = "bad" if point.record.status is Status.FAILED else "muted"
     return Cell(_STATUS[point.record.status], style=style, hint=_why(point), link=point.number)
 
 
-def _hint(point: Point, name: str) -> str:
-    words = [f"dense {metrics.show(name, point.dense[name])}"] if name in point.dense else []
+def _hint(point: ReportedRun, name: str) -> str:
+    words = [f"dense {formats.metric(name, point.dense[name])}"] if name in point.dense else []
     if difference := formats.change(point.compressed.get(name), point.dense.get(name)):
         words.append(difference)
     if formats.is_number(error := metrics.standard_error(point.compressed, name)):
@@ -60,7 +61,7 @@ def _hint(point: Point, name: str) -> str:
     return ", ".join(words)
 
 
-def _why(point: Point) -> str:
+def _why(point: ReportedRun) -> str:
     return str((point.record.error or {}).get("message", "the process ended before the run did"))
 
 
@@ -90,14 +91,14 @@ def _by_ratio(section: Section, name: str, key: str) -> Table:
 
 def _dense_row(section: Section, values: Sequence[Any], names: Sequence[str], before: int = 0) -> Row:
     blank = [text("") for _ in section.dials]
-    shown = (Cell(metrics.show(name, value), value=value) for name, value in zip(names, values, strict=True))
+    shown = (Cell(formats.metric(name, value), value=value) for name, value in zip(names, values, strict=True))
     return Row((*(text("") for _ in range(before)), text("dense"), *blank, *shown), kind="dense")
 
 
 def _everything(section: Section, key: str) -> Table:
     names = section.quality
     columns = [Column("removed", hint="asked for"), *series_columns(section)]
-    columns += [Column(_column_title(name), hint=metrics.title(name)) for name in names]
+    columns += [Column(metrics.short_title(name), hint=metrics.title(name)) for name in names]
     columns += [Column("kept", hint="share of the targeted parameters that is kept"), Column("size")]
     dense_bytes = next((p.record.size["dense_bytes"] for p in section.points if "dense_bytes" in p.record.size), None)
     dense = _dense_row(section, [section.dense.get(name) for name in names], names, before=1)
@@ -116,7 +117,7 @@ def _everything(section: Section, key: str) -> Table:
     )
 
 
-def _block(removed: float, entries: Sequence[tuple[Series, Point]], names: Iterable[str]) -> Iterator[Row]:
+def _block(removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]) -> Iterator[Row]:
     columns = [
         mark_best([measured(point, name) for _, point in entries], lowest=metrics.lower_is_better(name))
         for name in names
@@ -133,8 +134,3 @@ def _block(removed: float, entries: Sequence[tuple[Series, Point]], names: Itera
             ),
             kind="block" if i == 0 else "",
         )
-
-
-def _column_title(name: str) -> str:
-    kind, _, rest = name.partition("/")
-    return {"ppl": f"ppl {rest}", "acc": rest, "acc_norm": f"{rest} (norm)"}.get(kind, name)

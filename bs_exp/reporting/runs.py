@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bs_exp.records import metrics
 from bs_exp.records.record import RunRecord, Status
-from bs_exp.reporting import cost, formats, metrics
+from bs_exp.reporting import cost, formats
 from bs_exp.reporting.results import removed_title
-from bs_exp.reporting.study import Point, Repeat, Study
+from bs_exp.reporting.study import Repeat, ReportedRun, Study
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
 
@@ -21,7 +22,7 @@ class Environment:
 
     letter: str
     record: RunRecord
-    points: list[Point] = field(default_factory=list)
+    points: list[ReportedRun] = field(default_factory=list)
 
     @property
     def source(self) -> str:
@@ -117,7 +118,7 @@ def _without_empty(found: Table) -> Table:
 
 
 def _metric(name: str, value: Any) -> Cell:
-    return Cell(metrics.show(name, value), value=value)
+    return Cell(formats.metric(name, value), value=value)
 
 
 def problems(study: Study) -> Iterator[Table]:
@@ -146,7 +147,7 @@ def problems(study: Study) -> Iterator[Table]:
         yield _repeated(study.repeats)
 
 
-def _failed(points: Sequence[Point]) -> Table:
+def _failed(points: Sequence[ReportedRun]) -> Table:
     rows = []
     for point in points:
         error = point.record.error or {}
@@ -159,7 +160,7 @@ def _failed(points: Sequence[Point]) -> Table:
     return Table("failed", "Failed or stopped", columns, tuple(rows))
 
 
-def _unfinished(points: Sequence[Point]) -> Table:
+def _unfinished(points: Sequence[ReportedRun]) -> Table:
     rows = tuple(
         Row(
             (
@@ -198,9 +199,9 @@ def _words(*titles: str) -> tuple[Column, ...]:
     return tuple(Column(title, numeric=False) for title in titles)
 
 
-def _run(point: Point) -> Cell:
+def _run(point: ReportedRun) -> Cell:
     return Cell(str(point.number), value=point.number, link=point.number)
 
 
-def _removed(point: Point) -> Cell:
+def _removed(point: ReportedRun) -> Cell:
     return Cell(formats.ABSENT if point.removed is None else removed_title(point.removed), value=point.removed)

@@ -1,4 +1,4 @@
-"""Records put in order: what may be compared stands in one section, what differs in the ratio alone in one series."""
+"""Records in order: runs that may be compared are a section, those of it that differ in the ratio alone a series."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bs_exp.records import metrics
+from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord, Status
-from bs_exp.reporting import dials, formats, metrics
-from bs_exp.reporting.collect import Collection, PairTable, Skipped, Waiting
+from bs_exp.reporting import dials, formats
+from bs_exp.reporting.collect import Collection, Skipped, Waiting
 from bs_exp.reporting.dials import Flat
-
-_FINGERPRINT = "_sha256/"
+from bs_exp.types import PlannedGroup
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
-    """One run. `number` names it in the report, from 1 on."""
+class ReportedRun:
+    """A run; `number` identifies it in the report, counted from 1."""
 
     number: int
     record: RunRecord
@@ -31,7 +32,7 @@ class Point:
 
     @property
     def ratio(self) -> float | None:
-        """The retain ratio that was asked for; None if the configuration never came so far."""
+        """The retain ratio that was asked for; None if the configuration has none."""
         value = self.record.config.get("retain_ratio")
         return float(value) if isinstance(value, int | float) else None
 
@@ -48,6 +49,12 @@ class Point:
     def compressed(self) -> Mapping[str, Any]:
         return self.record.metrics.get("compressed", {})
 
+    @property
+    def groups(self) -> tuple[PlannedGroup, ...]:
+        """The groups of the plan with their ranks; none if the run ended before allocation."""
+        plan = self.record.rank_plan
+        return () if plan is None else plan.groups
+
     @cached_property
     def dials(self) -> Flat:
         return dials.recipe_dials(self.record.config, self.record.choices)
@@ -60,14 +67,14 @@ class Series:
     method: str
     values: tuple[str, ...]
     label: str
-    points: tuple[Point, ...]
+    points: tuple[ReportedRun, ...]
 
     @cached_property
-    def by_removed(self) -> Mapping[float, Point]:
+    def by_removed(self) -> Mapping[float, ReportedRun]:
         return {point.removed: point for point in self.points if point.removed is not None}
 
     @property
-    def completed(self) -> list[Point]:
+    def completed(self) -> list[ReportedRun]:
         """From the least removed to the most."""
         done = [point for point in self.points if point.completed and point.removed is not None]
         return sorted(done, key=lambda point: point.removed or 0.0)
@@ -75,13 +82,13 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """One model judged in one way: everything in it may be compared, speeds aside."""
+    """Runs of one model under one evaluation: their results may be compared, except speeds."""
 
     title: str
     model: str
     dials: tuple[str, ...]
     series: tuple[Series, ...]
-    points: tuple[Point, ...]
+    points: tuple[ReportedRun, ...]
 
     @cached_property
     def ratios(self) -> list[float]:
@@ -104,11 +111,11 @@ class Section:
 
     @property
     def main_metric(self) -> str | None:
-        """What methods are ranked by: the objective where the points agree on one, else the first perplexity."""
+        """What methods are ranked by: the objective where the points agree on one, else the default."""
         asked = [point.record.config.get("objective") for point in self.points]
         if all(name == asked[0] for name in asked) and asked[0] in self.quality:
             return str(asked[0])
-        return next(iter(self.quality), None)
+        return metrics.default_objective(self.quality) or next(iter(self.quality), None)
 
     def best(self, removed: float, metric: str) -> Series | None:
         """The series that is best at a ratio, or None if nothing was measured there."""
@@ -128,7 +135,7 @@ class Section:
 class Repeat:
     """Points that are the same by their settings; the table shows the first of `points`."""
 
-    points: tuple[Point, ...]
+    points: tuple[ReportedRun, ...]
     same_hash: bool
 
 
@@ -137,7 +144,7 @@ class Study:
     """Everything that a report says, in order."""
 
     sections: tuple[Section, ...]
-    points: tuple[Point, ...]
+    points: tuple[ReportedRun, ...]
     repeats: tuple[Repeat, ...]
     skipped: tuple[Skipped, ...]
     waiting: tuple[Waiting, ...]
@@ -152,14 +159,14 @@ class Study:
         names = list(sweeps or dict.fromkeys(point.record.name for point in self.points))
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    def with_status(self, *statuses: Status) -> list[Point]:
+    def with_status(self, *statuses: Status) -> list[ReportedRun]:
         return [point for point in self.points if point.record.status in statuses]
 
 
 def arrange(collection: Collection) -> Study:
     """The study that a collection of records holds."""
-    points = tuple(Point(i, found.record, found.folder) for i, found in enumerate(collection.found, start=1))
-    groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
+    points = tuple(ReportedRun(i, found.record, found.folder) for i, found in enumerate(collection.found, start=1))
+    groups: dict[tuple[str, str], list[ReportedRun]] = defaultdict(list)
     for point in points:
         groups[_identity(point.record)].append(point)
     parts = [part for group in groups.values() for part in _by_text(group)]
@@ -188,12 +195,12 @@ def _identity(record: RunRecord) -> tuple[str, str]:
     return model_name(record), str(sorted(protocol.items(), key=lambda item: item[0]))
 
 
-def _by_text(points: Sequence[Point]) -> list[list[Point]]:
+def _by_text(points: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
     """Points that read the same evaluation text; those that never came so far stay with the first."""
-    texts: dict[tuple[tuple[str, Any], ...], list[Point]] = {}
-    without: list[Point] = []
+    texts: dict[tuple[tuple[str, Any], ...], list[ReportedRun]] = {}
+    without: list[ReportedRun] = []
     for point in points:
-        text = tuple((k, v) for k, v in point.dense.items() if _FINGERPRINT in k)
+        text = tuple((k, v) for k, v in point.dense.items() if metrics.is_text_hash(k))
         texts.setdefault(text, []).append(point) if text else without.append(point)
     if not texts:
         return [without]
@@ -202,7 +209,7 @@ def _by_text(points: Sequence[Point]) -> list[list[Point]]:
     return parts
 
 
-def _titles(parts: Sequence[Sequence[Point]]) -> list[str]:
+def _titles(parts: Sequence[Sequence[ReportedRun]]) -> list[str]:
     """The model's name, and what tells its sections apart if it has several."""
     protocols = [dials.protocol_dials(part[0].record.config, part[0].record.choices) for part in parts]
     models = [model_name(part[0].record) for part in parts]
@@ -218,14 +225,14 @@ def _titles(parts: Sequence[Sequence[Point]]) -> list[str]:
     return titles
 
 
-def _section(title: str, points: Sequence[Point], repeats: list[Repeat]) -> Section:
-    methods: dict[str, list[Point]] = defaultdict(list)
+def _section(title: str, points: Sequence[ReportedRun], repeats: list[Repeat]) -> Section:
+    methods: dict[str, list[ReportedRun]] = defaultdict(list)
     for point in points:
         methods[point.record.name].append(point)
     order = list(methods)
     keys = dials.varying([[point.dials for point in family] for family in methods.values()])
     names = dials.short_names(keys)
-    groups: dict[tuple[str, tuple[str, ...]], list[Point]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[str, ...]], list[ReportedRun]] = defaultdict(list)
     for point in points:
         groups[point.record.name, tuple(dials.show(point.dials, key) for key in keys)].append(point)
     series = tuple(
@@ -240,9 +247,9 @@ def _label(method: str, names: Sequence[str], values: Sequence[str]) -> str:
     return " · ".join([method, *words])
 
 
-def _unique(points: Sequence[Point], repeats: list[Repeat]) -> list[Point]:
+def _unique(points: Sequence[ReportedRun], repeats: list[Repeat]) -> list[ReportedRun]:
     """One point per ratio: completed before unfinished, later before earlier."""
-    by_ratio: dict[float | None, list[Point]] = defaultdict(list)
+    by_ratio: dict[float | None, list[ReportedRun]] = defaultdict(list)
     for point in points:
         by_ratio[point.removed].append(point)
     for group in by_ratio.values():

@@ -16,10 +16,12 @@ from datasets.utils import logging as datasets_logging
 from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.evaluation.cost import measure_cost
-from bs_exp.evaluation.size import SIZES, measure_size
+from bs_exp.evaluation.size import measure_size
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
+from bs_exp.records import metrics as names
+from bs_exp.records.stages import Stage, evaluation_stage
 from bs_exp.runs import environment
 from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -29,8 +31,6 @@ from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.workspace import Workspace
 
 MODEL_FOLDER = "model"
-_PERPLEXITIES = ("ppl/", "masked_ppl/", "seq2seq_ppl/")
-_SIZE = "size/"
 
 # One number, or one per objective, in their order; None where nothing was measured.
 Objective = float | tuple[float, ...] | None
@@ -62,7 +62,7 @@ class Experiment:
         if isinstance(self.objective, tuple) and len(set(self.objective)) < max(len(self.objective), 1):
             raise ConfigError(
                 f"objective must name a metric, or several different ones, got {list(self.objective)}; null is the "
-                "first perplexity."
+                "first perplexity, or cosine where there is none."
             )
 
     def run(self, recorder: Recorder) -> Objective:
@@ -94,7 +94,7 @@ class Experiment:
         objectives = self._objectives(dense_metrics)
         # Global generators start here, whether the work so far was done or taken from an earlier run.
         transformers.set_seed(self.seed)
-        with recorder.progress.stage("compress"):
+        with recorder.progress.stage(Stage.COMPRESS):
             selected = select(dense, recipe, self.selection, preparation, workspace)
             recipe, preparation = selected.recipe, selected.preparation
             recorder.update(selection=dict(selected.report))
@@ -111,9 +111,9 @@ class Experiment:
         self._measure_again_if_changed(dense, dense_metrics, metrics, recorder)
         # What an earlier run left in the cache would make it look cheap.
         if self.cache.folder is None or not self.cache.hits:
-            before, seconds = recorder.record.metrics["dense"], recorder.record.timings["compress"]
-            self._add(metrics, measure_cost(seconds, before, metrics), "cost", "compressed", recorder)
-        found = {**metrics, **{_SIZE + name: value for name, value in recorder.record.size.items()}}
+            before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
+            self._add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed", recorder)
+        found = {**metrics, **{names.metric(names.SIZE, name): value for name, value in recorder.record.size.items()}}
         values = {name: float(found[name]) for name in objectives}
         if isinstance(self.objective, tuple):
             recorder.update(objective=values)
@@ -123,7 +123,7 @@ class Experiment:
         return value
 
     def _load(self, recorder: Recorder) -> LoadedModel:
-        with recorder.progress.stage("load"):
+        with recorder.progress.stage(Stage.LOAD):
             dense = self.dense.find(self.model)
             if dense is None:
                 dense = self.model.load()
@@ -135,7 +135,7 @@ class Experiment:
         return dense
 
     def _check_evaluators(self, dense: LoadedModel, recorder: Recorder) -> None:
-        with recorder.progress.stage("check evaluation"):
+        with recorder.progress.stage(Stage.CHECK_EVALUATION):
             for name, evaluator in self.evaluators.items():
                 with _about_evaluator(name):
                     evaluator.check(dense)
@@ -183,7 +183,7 @@ class Experiment:
     def _measure(
         self, name: str, evaluator: Evaluator, model: LoadedModel, label: str, recorder: Recorder
     ) -> dict[str, Any]:
-        with recorder.progress.stage(f"{name} ({label})"), _about_evaluator(name):
+        with recorder.progress.stage(evaluation_stage(name, label)), _about_evaluator(name):
             return dict(evaluator.evaluate(model))
 
     def _add(
@@ -198,9 +198,10 @@ class Experiment:
     def _objectives(self, metrics: Mapping[str, Any]) -> tuple[str, ...]:
         """The metrics to return, checked on the dense model's before the work of compression begins."""
         if self.objective is None:
-            return tuple(name for name in metrics if name.startswith(_PERPLEXITIES))[:1]
+            default = names.default_objective(metrics)
+            return () if default is None else (default,)
         numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-        known = [*numbers, *(_SIZE + name for name in SIZES)]
+        known = [*numbers, *(names.metric(names.SIZE, name) for name in names.SIZES)]
         asked = (self.objective,) if isinstance(self.objective, str) else self.objective
         for name in asked:
             if name not in known:
@@ -208,7 +209,7 @@ class Experiment:
         return asked
 
     def _analyse(self, preparation: Preparation, recipe: Recipe, recorder: Recorder) -> None:
-        with recorder.progress.stage("analyse"):
+        with recorder.progress.stage(Stage.ANALYSE):
             problem = measured_problem(preparation, recipe, Workspace(self.cache, recorder.progress))
             for path in self.analysis.save(problem, recorder.folder):
                 recorder.progress.note(f"analysis: {path.name}")
@@ -216,7 +217,7 @@ class Experiment:
     def _save(self, compressed: CompressedModel, dense: LoadedModel, recorder: Recorder) -> None:
         if not self.save_model:
             return
-        with recorder.progress.stage("save"):
+        with recorder.progress.stage(Stage.SAVE):
             folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER)
         saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)

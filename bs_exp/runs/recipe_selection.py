@@ -13,6 +13,7 @@ from bs_exp.pipeline import Preparation, Recipe, compress, prepare
 from bs_exp.plan_score import Comparison, check_measurable
 from bs_exp.progress import Progress
 from bs_exp.protocols import Contest, Selection
+from bs_exp.records.stages import Stage, candidate_stage
 from bs_exp.schedule.single import SingleRound
 from bs_exp.types import CalibrationData, LoadedModel, TokenWindows
 from bs_exp.update.none import NoUpdate
@@ -34,7 +35,7 @@ def check_candidates(
     """An error for a candidate that does not fit model or text, before the long work."""
     if not selection.candidates:
         return
-    with progress.stage("check candidates"):
+    with progress.stage(Stage.CHECK_CANDIDATES):
         contest = selection.contest(prepared.data.windows)
         check_measurable(dense, contest.objective, contest.held_out)
         for name in selection.candidates:
@@ -56,14 +57,14 @@ def select(
     if not selection.candidates:
         return Selected(recipe, prepared)
     begun, progress = time.perf_counter(), workspace.progress
-    with progress.stage("select"):
+    with progress.stage(Stage.SELECT):
         contest = selection.contest(prepared.data.windows)
         held_out = CalibrationData(contest.held_out, prepared.data.batch_size)
         comparison = Comparison(dense=dense, data=held_out, objective=contest.objective)
         judged: dict[str, dict[str, Any]] = {}
         for name in selection.candidates:
             start = time.perf_counter()
-            with progress.stage(f"candidate {name}"):
+            with progress.stage(candidate_stage(name)):
                 candidate = _candidate(recipe, selection, name, contest)
                 made = compress(dense, candidate, workspace, _prepared(dense, candidate, contest.training))
                 value = comparison.measure(made.module)

@@ -1,9 +1,11 @@
-"""The lines at the end of a sweep: every point, what became of it, and what to do next. Made from the records alone."""
+"""The text at the end of a sweep, made from its records: the outcome of every point, the best one, what to do next."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,15 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import RunRecord
-from bs_exp.records.sweep import Outcome, PointState, duration, objectives, seconds, varying
+from bs_exp.records.sweep import PointOutcome, PointState, duration, objectives, seconds, varying
 
 _PIPED_WIDTH = 100
-_UNFINISHED = (Outcome.FAILED, Outcome.INTERRUPTED, Outcome.KILLED, Outcome.RUNNING, Outcome.NOT_RUN)
+_FINISHED = (PointOutcome.COMPLETED, PointOutcome.KEPT)
+_UNFINISHED = tuple(outcome for outcome in PointOutcome if outcome not in _FINISHED)
 
 
 def print_sweep(name: str, folder: Path, states: list[PointState], console: Console | None = None) -> None:
-    """Prints one row per point, the error of each failed one, the count by outcome, and where the records lie."""
+    """Prints one row per point, errors, the best point, the count by outcome, and where the records lie."""
     console = console or Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
@@ -27,16 +31,32 @@ def print_sweep(name: str, folder: Path, states: list[PointState], console: Cons
         console.print(_table(name, states))
     lines = [line.rstrip() for line in capture.get().splitlines()]
     for state in states:
-        if state.outcome is Outcome.FAILED and state.record and state.record.error:
+        if state.outcome is PointOutcome.FAILED and state.record and state.record.error:
             message = str(state.record.error["message"]).splitlines()[0]
             lines.append(f"failed   {state.point.folder}: {message}")
+    lines += [f"best     {line}" for line in _best(states)]
     counts = Counter(state.outcome for state in states)
-    lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in Outcome if counts[o]))
+    lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in PointOutcome if counts[o]))
     if any(state.outcome in _UNFINISHED for state in states):
         lines.append("resume   the same command again runs what is not completed, and nothing else")
     lines.append(f"records  {folder}")
     lines.append(f"report   bs-exp report {folder}")
     console.file.write("\n".join(lines) + "\n")
+
+
+def _best(states: list[PointState]) -> Iterator[str]:
+    """For each objective of at least two points, the best value and its point."""
+    labels = varying([state.point.settings for state in states])
+    values: dict[str, list[tuple[float, str]]] = {}
+    for state, label in zip(states, labels, strict=True):
+        if state.record is not None and state.outcome in _FINISHED:
+            for name, value in objectives(state.record).items():
+                if math.isfinite(value):
+                    values.setdefault(name, []).append((value, label or state.point.folder))
+    for name, found in values.items():
+        if len(found) > 1:
+            value, label = (min if lower_is_better(name) else max)(found, key=lambda entry: entry[0])
+            yield f"{name} {value:.5g}: {label}"
 
 
 def _table(name: str, states: list[PointState]) -> Table:
@@ -49,7 +69,7 @@ def _table(name: str, states: list[PointState]) -> Table:
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("folder", no_wrap=True)
     for state, label in zip(states, varying([s.point.settings for s in states]), strict=True):
-        done = state.record if state.outcome in (Outcome.COMPLETED, Outcome.KEPT) else None
+        done = state.record if state.outcome in _FINISHED else None
         table.add_row(
             Text(label),  # settings hold brackets, which are no markup
             str(state.outcome),

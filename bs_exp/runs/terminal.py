@@ -1,4 +1,4 @@
-"""The table at the end of a run: dense and compressed side by side. Made from the record alone."""
+"""The text at the end of a run, made from its record: metrics of the dense and the compressed model, cost, places."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bs_exp.records import metrics
 from bs_exp.records.record import FILE_NAME, RunRecord
+from bs_exp.types import RankPlan
 
 _ABSENT = "-"
 # Without a terminal the width is unknown; files and logs are read at 80 columns.
@@ -22,8 +24,6 @@ _PIPED_WIDTH = 80
 # Stages that round to 0.0 s are left out.
 _SHORT = 0.05
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-_ACCURACIES = ("acc/", "acc_norm/")
-_STANDARD_ERROR = "_stderr/"
 _SIZES = (  # title, dense, compressed
     ("parameters", "dense_parameters", "parameters"),
     ("  in targeted matrices", "dense_targeted_parameters", "targeted_parameters"),
@@ -32,7 +32,7 @@ _SIZES = (  # title, dense, compressed
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """A metric of both models; `error` is the standard error of each."""
 
     name: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def is_measurement(self) -> bool:
-        """Tells the models apart: a fraction, or a count that differs. The rest is settings: text, equal counts."""
+        """True for fractions, and for counts that differ between the models; texts and equal counts are settings."""
         values = (self.dense, self.compressed)
         if any(isinstance(value, str) for value in values):
             return False
@@ -52,7 +52,7 @@ class Row:
     def cells(self) -> tuple[str, str, str, str]:
         dense, compressed = (_value(v) + _error(e) for v, e in zip(self._values, self.error, strict=True))
         # A share of items changes by points: a relative change of an accuracy misleads.
-        change = _points if self.name.startswith(_ACCURACIES) else _percent
+        change = _points if metrics.is_accuracy(self.name) else _percent
         return self.name, dense, compressed, change(self.dense, self.compressed)
 
     @property
@@ -61,7 +61,7 @@ class Row:
 
 
 def print_report(record: RunRecord, folder: Path, console: Console | None = None) -> None:
-    """Prints what a run found, how long it took, and where record and model lie."""
+    """Prints the table of metrics and sizes, then settings, seconds by stage, and the paths of record and model."""
     console = console or Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
@@ -76,22 +76,22 @@ def print_report(record: RunRecord, folder: Path, console: Console | None = None
     console.file.write("\n".join(lines) + "\n")
 
 
-def metric_rows(record: RunRecord) -> list[Row]:
+def metric_rows(record: RunRecord) -> list[MetricRow]:
     """Every metric of a record, its standard error beside it."""
     dense, compressed = record.metrics.get("dense", {}), record.metrics.get("compressed", {})
     rows = []
     for name in dict.fromkeys([*dense, *compressed]):
-        if _STANDARD_ERROR not in name:
-            error = name.replace("/", _STANDARD_ERROR, 1)
-            rows.append(Row(name, dense.get(name), compressed.get(name), (dense.get(error), compressed.get(error))))
+        if not metrics.is_standard_error(name):
+            errors = (metrics.standard_error(dense, name), metrics.standard_error(compressed, name))
+            rows.append(MetricRow(name, dense.get(name), compressed.get(name), errors))
     return rows
 
 
 def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     if settings := [row for row in metric_rows(record) if not row.is_measurement]:
         yield "settings", ", ".join(f"{row.name} {_value(row.dense)}" for row in settings)
-    if record.plan:
-        yield "kept", _kept(record)
+    if (plan := record.rank_plan) is not None:
+        yield "kept", _kept(plan, record.size.get("model_retain_ratio"))
     if long := {name: value for name, value in record.timings.items() if value >= _SHORT}:
         yield "time", ", ".join(f"{name} {_seconds(value)}" for name, value in long.items())
     if hits := record.cache.get("hits"):
@@ -110,18 +110,17 @@ def _table(record: RunRecord) -> Table:
     table.add_section()
     for name, dense, compressed in _SIZES:
         if compressed in record.size:
-            table.add_row(*Row(name, record.size.get(dense), record.size[compressed]).cells)
+            table.add_row(*MetricRow(name, record.size.get(dense), record.size[compressed]).cells)
     return table
 
 
-def _kept(record: RunRecord) -> str:
-    plan = record.plan or {}
-    whole = record.size.get("model_retain_ratio")
-    shared = sum(len(group["layers"]) > 1 and group["rank"] is not None for group in plan["groups"])
+def _kept(plan: RankPlan, whole: float | None) -> str:
+    """What the plan keeps of its matrices, and `whole`, the share kept of the model's parameters."""
+    shared = sum(planned.group.size > 1 and planned.rank is not None for planned in plan.groups)
     return (
-        f"{plan['retain_ratio']:.1%} of the targeted parameters (asked: {plan['requested_ratio']:.1%})"
+        f"{plan.retain_ratio:.1%} of the targeted parameters (asked: {plan.requested_ratio:.1%})"
         + (f", {whole:.1%} of the model" if whole is not None else "")
-        + f"; {len(plan['groups'])} {'group' if len(plan['groups']) == 1 else 'groups'}, {shared} with a shared basis"
+        + f"; {len(plan.groups)} {'group' if len(plan.groups) == 1 else 'groups'}, {shared} with a shared basis"
     )
 
 

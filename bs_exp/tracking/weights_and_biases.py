@@ -13,6 +13,8 @@ from typing import Any, Literal
 import wandb
 
 from bs_exp.errors import ConfigError, TrackingError
+from bs_exp.records.record import RunRecord
+from bs_exp.types import RankPlan
 
 Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
@@ -114,7 +116,7 @@ class WandbRun:
         with _translated("finish"):
             try:
                 self.run.summary.update(summary)
-                if plan := record.get("plan"):
+                if (plan := RunRecord.from_dict(record).rank_plan) is not None:
                     self.run.log({"plan": _plan_table(plan), "rank_profile": _rank_profile(plan)})
                 for name, points in curves.items():
                     for step, value in points:
@@ -149,17 +151,20 @@ def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**named, **error, "status": str(record["status"]), "config_hash": record["config_hash"]}
 
 
-def _plan_table(plan: Mapping[str, Any]) -> wandb.Table:
-    rows = [[str(g[c]) if c == "layers" else g.get(c) for c in _PLAN_COLUMNS] for g in plan["groups"]]
+def _plan_table(plan: RankPlan) -> wandb.Table:
+    """One row per group, as `RankPlan.to_dict` has it."""
+    groups = plan.to_dict()["groups"]
+    rows = [[str(group[c]) if c == "layers" else group[c] for c in _PLAN_COLUMNS] for group in groups]
     return wandb.Table(columns=list(_PLAN_COLUMNS), data=rows)
 
 
-def _rank_profile(plan: Mapping[str, Any]) -> Any:
+def _rank_profile(plan: RankPlan) -> Any:
     """Rank over depth, a line per matrix type; a matrix that stays dense has its full rank."""
     lines: dict[str, dict[int, int]] = {}
-    for group in plan["groups"]:
-        rank = min(group["d_in"], group["d_out"]) if group["rank"] is None else group["rank"]
-        lines.setdefault(group["matrix"], {}).update(dict.fromkeys(group["layers"], rank))
+    for planned in plan.groups:
+        group = planned.group
+        rank = min(group.d_in, group.d_out) if planned.rank is None else planned.rank
+        lines.setdefault(group.matrix, {}).update(dict.fromkeys(group.layers, rank))
     ordered = {matrix: dict(sorted(ranks.items())) for matrix, ranks in lines.items()}
     return wandb.plot.line_series(
         xs=[list(ranks) for ranks in ordered.values()],

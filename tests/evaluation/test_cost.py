@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bs_exp.evaluation.cost import measure_cost
+from bs_exp.evaluation.cost import break_even_tokens, measure_cost
 
 
 def test_break_even_is_where_both_have_taken_the_same_time() -> None:
@@ -21,3 +21,10 @@ def test_break_even_is_where_both_have_taken_the_same_time() -> None:
 
 def test_nothing_without_throughput() -> None:
     assert measure_cost(60.0, {"ppl/text": 1.0}, {"ppl/text": 2.0}) == {}
+
+
+def test_break_even_is_where_the_time_saved_is_the_time_spent() -> None:
+    tokens = break_even_tokens(60.0, 100.0, 150.0)
+    assert tokens / 100.0 == pytest.approx(60.0 + tokens / 150.0)
+    assert break_even_tokens(60.0, 100.0, 100.0) == math.inf
+    assert break_even_tokens(60.0, 100.0, 50.0) == math.inf

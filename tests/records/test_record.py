@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from bs_exp.errors import DataError, RecordError, TrackingError
 from bs_exp.progress import Progress
+from bs_exp.records.parsing import LARGEST
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record, write_record
 from bs_exp.runs.recorder import Recorder, new_record
+from bs_exp.types import LossUnit, PlannedGroup, RankPlan, WeightGroup
 
 
 def _record(folder: Path, **changes: Any) -> RunRecord:
@@ -31,7 +34,10 @@ def _refuse_constants(name: str) -> float:
     raise AssertionError(f"{name} is no JSON")
 
 
-@given(st.dictionaries(st.text(), st.floats(allow_nan=True, allow_infinity=True)))
+_NUMBERS = st.floats(-LARGEST, LARGEST) | st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@given(st.dictionaries(st.text(), _NUMBERS))
 def test_metrics_survive_strict_json(metrics: dict[str, float]) -> None:
     record = RunRecord.from_dict({**_BARE, "metrics": {"dense": metrics}})
     text = json.dumps(record.to_dict(), allow_nan=False)
@@ -53,6 +59,12 @@ _BARE = {
     "config_hash": "x",
     "process": 1,
     "notes": [],
+}
+
+
+GROUP = {"matrix": "q", "layers": [0], "d_in": 4, "d_out": 4, "rank": 2, "parameters": 16} | {
+    "predicted_loss": 1.0,
+    "ridge": 0.0,
 }
 
 
@@ -95,6 +107,112 @@ def test_unreadable_record_says_why_and_where(tmp_path: Path, content: str, comp
     assert str(path) in str(caught.value)
 
 
+_DEEP: Any = 1
+for _ in range(600):
+    _DEEP = {"a": _DEEP}
+
+_WRONG: list[tuple[str, Any, str]] = [
+    *((field, value, field) for field in ("name", "run_id", "config_hash", "started") for value in (None, 5, [], {})),
+    *((field, value, field) for field in ("config", "choices", "selection", "update") for value in (None, 5, [], "x")),
+    *((field, value, field) for field in ("metrics", "size", "timings", "memory", "cache") for value in (None, 5, [])),
+    *((field, value, field) for field in ("provenance", "versions", "hardware") for value in (None, 5, [], "x")),
+    *((field, value, field) for field in ("command", "notes") for value in (None, "text", [5], {"a": 1})),
+    *(("finished", value, "finished") for value in (5, "yesterday", "2026-01-01T00:00:00")),
+    ("started", "2026", "started"),
+    ("process", 1.5, "process"),
+    ("process", True, "process"),
+    ("status", None, "status"),
+    ("status", [], "status"),
+    ("sweep", {"id": "s", "job": "first"}, "sweep.job"),
+    ("sweep", {"id": 5, "job": 0}, "sweep.id"),
+    ("sweep", {"id": "s", "job": 0, "settings": 5}, "sweep.settings"),
+    ("sweep", [], "sweep"),
+    ("error", "it broke", "error"),
+    ("error", {"type": "E"}, "error.message is missing"),
+    ("error", {"message": None}, "error.message"),
+    ("metrics", {"compressed": None}, "metrics.compressed"),
+    ("metrics", {"compressed": {"ppl/text": None}}, "metrics.compressed.ppl/text"),
+    ("metrics", {"compressed": {"ppl/text": 1e308}}, "metrics.compressed.ppl/text is beyond 1e+250"),
+    ("metrics", {"compressed": {"ppl/text": 10**400}}, "metrics.compressed.ppl/text is beyond 1e+250"),
+    ("size", {"bytes": "many"}, "size.bytes"),
+    ("objective", "small", "objective"),
+    ("objective", {"ppl/text": None}, "objective.ppl/text"),
+    ("timings", {"load": "long"}, "timings.load"),
+    ("memory", {"process_bytes": "many"}, "memory.process_bytes"),
+    ("cache", {"hits": 5}, "cache.hits"),
+    ("cache", {"hits": {"gram": -1}}, "cache.hits.gram"),
+    ("provenance", {"model": None}, "provenance.model"),
+    ("versions", {"torch": 2.1}, "versions.torch"),
+    ("source", {"commit": 5}, "source.commit"),
+    ("hardware", {"gpus": 5}, "hardware.gpus"),
+    ("hardware", {"gpus": [None]}, "hardware.gpus[0]"),
+    ("model_folder", 5, "model_folder"),
+    ("update", _DEEP, "update is nested deeper than 100 levels"),
+    ("config", {"model": {"name": "\ud800"}}, "config.model.name holds half of a surrogate pair"),
+    ("config", {"\ud800": 1}, "config has an entry called '\\ud800'"),
+    ("plan", [], "plan"),
+    ("plan", {"requested_ratio": 0.5}, "plan.groups is missing"),
+    ("plan", {"requested_ratio": 0.5, "groups": []}, "plan.groups"),
+    ("plan", {"requested_ratio": None, "groups": [GROUP]}, "plan.requested_ratio"),
+    *(
+        ("plan", {"requested_ratio": 0.5, "groups": [{**GROUP, key: value}]}, f"plan.groups[0].{key}")
+        for key, values in {
+            "matrix": (None, 5),
+            "layers": (None, 5, [], ["0"], [-1]),
+            "d_in": (None, 0, "4"),
+            "rank": ("5", 1.5, -1),
+            "parameters": (None, -1),
+            "predicted_loss": (None, "small"),
+            "loss_unit": ("metres", 5),
+            "correction": (None, -1),
+        }.items()
+        for value in values
+    ),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "complaint"), _WRONG)
+def test_a_field_of_a_wrong_kind_is_named(tmp_path: Path, field: str, value: Any, complaint: str) -> None:
+    (tmp_path / FILE_NAME).write_text(json.dumps({**_BARE, field: value}))
+    with pytest.raises(RecordError) as caught:
+        read_record(tmp_path)
+    assert complaint in str(caught.value)
+    assert str(tmp_path / FILE_NAME) in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "\x00\x01", "", '{"process": ' + "9" * 5000 + "}"])
+def test_what_json_cannot_hold_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE_NAME).write_text(content)
+    with pytest.raises(RecordError, match="is not JSON"):
+        read_record(tmp_path)
+
+
+def test_every_field_has_a_check() -> None:
+    for field in fields(RunRecord):
+        with pytest.raises(RecordError, match=field.name):
+            RunRecord.from_dict({**_BARE, field.name: object()})
+
+
+def test_a_name_that_is_no_unicode_is_written_and_read(tmp_path: Path) -> None:
+    """As the operating system hands over arguments whose bytes are no UTF-8."""
+    write_record(replace(_record(tmp_path), command=("python", "name=\udcff")), tmp_path)
+    assert read_record(tmp_path).command == ("python", "name=\\udcff")
+
+
+def test_the_plan_of_a_record_is_a_plan(tmp_path: Path) -> None:
+    shared = PlannedGroup(WeightGroup("q", (0, 2), 8, 4, correction=1), 3, 60, 0.5, 1e-6, 0.1, LossUnit.NATS)
+    dense = PlannedGroup(WeightGroup("up", (1,), 4, 4), None, 16, 0.0, 0.0)
+    plan = RankPlan((shared, dense), 0.75, "pivoted", {"trials": 3})
+    made = RankPlan.from_dict(plan.to_dict())
+    assert made == plan and made.to_dict() == plan.to_dict()
+    write_record(replace(_record(tmp_path), plan={**plan.to_dict(), "rounds": [0.9, 0.75]}), tmp_path)
+    assert read_record(tmp_path).rank_plan == plan
+    assert _record(tmp_path).rank_plan is None
+    with pytest.raises(RecordError, match="groups"):
+        RankPlan.from_dict({})
+
+
 def test_missing_record_says_where(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=str(tmp_path)):
         read_record(tmp_path)
@@ -104,7 +222,7 @@ def test_failed_write_leaves_the_old_record_whole(tmp_path: Path) -> None:
     old = _record(tmp_path)
     write_record(old, tmp_path)
     with pytest.raises(TypeError):
-        write_record(RunRecord.from_dict({**_BARE, "size": {"bytes": object()}}), tmp_path)
+        write_record(replace(old, size={"bytes": object()}), tmp_path)
     assert read_record(tmp_path) == old
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 

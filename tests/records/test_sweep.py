@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from bs_exp.errors import RecordError
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, write_record
 from bs_exp.records.sweep import (
     PLAN_FILE,
-    Outcome,
-    Point,
+    PointOutcome,
     PointState,
     SweepPlan,
+    SweepPoint,
     duration,
     finished_record,
     kept_objective,
@@ -53,7 +54,7 @@ def _record(**changes: Any) -> RunRecord:
 
 
 def _plan(*folders: str) -> SweepPlan:
-    return SweepPlan("mine", ("python",), START, tuple(Point(f, ("seed=1", f"x={f}")) for f in folders))
+    return SweepPlan("mine", ("python",), START, tuple(SweepPoint(f, ("seed=1", f"x={f}")) for f in folders))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,19 @@ def test_nothing_and_half_a_record_are_not_finished(tmp_path: Path, capsys: pyte
     (tmp_path / FILE_NAME).write_text('{"format_version"')
     assert finished_record(tmp_path, "hash", with_model=False) is None
     assert f"{tmp_path}/{FILE_NAME} is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"started": None}, {"config": None}, {"sweep": {"settings": 5}}, {"finished": 5}])
+def test_a_record_of_a_wrong_kind_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    path = write_record(_record(), tmp_path / "a")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert finished_record(tmp_path / "a", "hash", with_model=False) is None
+    words = capsys.readouterr().err
+    assert str(path) in words and next(iter(change)) in words and "The point is run again." in words
+    for plan in (_plan("a"), SweepPlan("mine", ("python",), START, None)):
+        assert [state.outcome for state in survey(tmp_path, plan)] == [PointOutcome.NOT_RUN]
 
 
 def test_a_sweeper_gets_back_what_the_run_returned() -> None:
@@ -119,7 +133,7 @@ def test_a_point_belongs_to_one_process_and_others_wait(tmp_path: Path, capsys: 
     folder = tmp_path / "point"
     with _hold(folder) as other:
         write_record(_record(status=Status.RUNNING, finished=None), folder)
-        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [Outcome.RUNNING]
+        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [PointOutcome.RUNNING]
         assert other.stdin is not None
         other.stdin.write("\n")
         other.stdin.close()
@@ -136,7 +150,7 @@ def test_a_killed_process_lets_go(tmp_path: Path) -> None:
         write_record(_record(status=Status.RUNNING, finished=None), folder)
         other.kill()
         other.wait()
-        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [Outcome.KILLED]
+        assert [state.outcome for state in survey(tmp_path, _plan("point"))] == [PointOutcome.KILLED]
         with occupied(folder):
             assert not (folder / "done").exists()
 
@@ -167,9 +181,28 @@ def test_plan_comes_back_from_disk(tmp_path: Path) -> None:
         plan.write(tmp_path)
         assert SweepPlan.read(tmp_path) == plan
         assert [path.name for path in tmp_path.iterdir()] == [PLAN_FILE]
-    (tmp_path / PLAN_FILE).write_text("{}")
-    with pytest.raises(RecordError, match=r"sweep\.json is no plan"):
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"points": 5}, "points is no list"),
+        ({"points": [{"folder": "a"}]}, r"points\[0\].settings is missing"),
+        ({"started": 5}, "started is no time"),
+        ({"name": None}, "name is no text"),
+        ({"colour": "red"}, "unknown fields colour"),
+        ("null", "holds no JSON object"),
+        ("", "half-written"),
+        ("[" * 200_000, "is not JSON"),
+    ],
+)
+def test_a_damaged_plan_is_named(tmp_path: Path, change: dict[str, Any] | str, complaint: str) -> None:
+    _plan("a").write(tmp_path)
+    path = tmp_path / PLAN_FILE
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RecordError, match=complaint) as caught:
         SweepPlan.read(tmp_path)
+    assert "sweep.json is no plan of a sweep" in str(caught.value)
 
 
 def test_settings_in_common_are_not_repeated() -> None:
@@ -183,9 +216,9 @@ def test_progress_line_counts_and_estimates(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("time.time", lambda: 1767225600.0 + 7 * 3600)
     plan = _plan("a", "b", "c")
     assert plan.points is not None
-    outcomes = (Outcome.COMPLETED, Outcome.KEPT, Outcome.NOT_RUN)
+    outcomes = (PointOutcome.COMPLETED, PointOutcome.KEPT, PointOutcome.NOT_RUN)
     states = [
-        PointState(point, outcome, None if outcome is Outcome.NOT_RUN else _record())
+        PointState(point, outcome, None if outcome is PointOutcome.NOT_RUN else _record())
         for point, outcome in zip(plan.points, outcomes, strict=True)
     ]
     assert progress_line(states, "a", plan) == "[2/3] completed x=a  ppl/text 12.5  60 min; about 5.0 h left"

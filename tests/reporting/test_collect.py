@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from bs_exp.errors import RecordError
+from bs_exp.records.pairs import PAIRS_FILE
 from bs_exp.records.record import FILE_NAME, FORMAT_VERSION, write_record
-from bs_exp.records.sweep import Point, SweepPlan
-from bs_exp.reporting.collect import PAIRS_FILE, collect
+from bs_exp.records.sweep import SweepPlan, SweepPoint
+from bs_exp.reporting.collect import collect
 from tests.support import synthetic
 
 
@@ -46,8 +47,8 @@ def _damage(data: dict[str, Any], key: str, value: Any) -> str:
         ("metrics", {"dense": 3}, "metrics.dense is no JSON object"),
         ("timings", {"load": "long"}, "timings.load is no number"),
         ("config", None, "config is no JSON object"),
-        ("plan", {"groups": [{"matrix": "q"}]}, "plan cannot be read"),
-        ("plan", {"groups": [{"matrix": "q", "layers": [0], "rank": "5"}]}, "the rank '5'"),
+        ("plan", {"groups": [{"matrix": "q"}]}, "plan.requested_ratio is missing"),
+        ("started", None, "started is no time"),
         ("config_hash", 7, "config_hash is no text"),
         ("status", "odd", "not a run record"),
     ],
@@ -84,7 +85,7 @@ def test_nothing_to_read_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 def test_points_that_a_sweep_has_not_started_are_known(tmp_path: Path) -> None:
     write_record(synthetic.record(), tmp_path / "done")
-    points = (Point("done", ("retain_ratio=0.8",)), Point("later", ("retain_ratio=0.5",)))
+    points = (SweepPoint("done", ("retain_ratio=0.8",)), SweepPoint("later", ("retain_ratio=0.5",)))
     SweepPlan("s", ("python",), "2026-01-01T00:00:00+00:00", points).write(tmp_path)
     (waiting,) = collect([tmp_path]).waiting
     assert waiting.settings == ("retain_ratio=0.5",)

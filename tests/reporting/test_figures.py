@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord
 from bs_exp.reporting import drawing
-from bs_exp.reporting.collect import Collection, Found, PairTable
+from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.figures import pair_figures, pareto_front, study_figures
 from bs_exp.reporting.study import arrange

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord
-from bs_exp.reporting.collect import Collection, Found, PairTable
+from bs_exp.reporting.collect import Collection, Found
 from bs_exp.reporting.literature import literature
-from bs_exp.reporting.papers import Comparison, compare, measured_value, paper_tables
+from bs_exp.reporting.papers import PaperComparison, compare, measured_value, paper_tables
 from bs_exp.reporting.study import Study, arrange
 from tests.support import synthetic
 
@@ -23,7 +24,7 @@ def _study(*records: RunRecord) -> Study:
     return arrange(Collection(tuple(Found(r, Path(f"runs/{i}")) for i, r in enumerate(records)), (), (), ()))
 
 
-def _compared(metric: str, *records: RunRecord, place: str | None = None) -> list[Comparison]:
+def _compared(metric: str, *records: RunRecord, place: str | None = None) -> list[PaperComparison]:
     found = [c for c in compare(_study(*records)) if c.reported.metric == metric and c.series is not None]
     return [c for c in found if place is None or c.reported.place == place]
 
@@ -158,7 +159,7 @@ def test_all_that_is_reported_stands_beside_what_was_measured() -> None:
 
 
 def test_rows_that_stand_for_a_dial_meet_runs_with_that_dial() -> None:
-    def found(**changes: Any) -> dict[float, Comparison]:
+    def found(**changes: Any) -> dict[float, PaperComparison]:
         dials = {f"allocation.{key}": value for key, value in changes.items()}
         record = synthetic.record("drank", 0.2, hub=LLAMA, group_size=3, changes=dials)
         return {c.reported.value: c for c in _compared("ppl/wikitext2", record, place="Table 5")}

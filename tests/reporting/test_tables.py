@@ -84,14 +84,6 @@ def test_best_is_marked_among_numbers_only(lowest: bool, best: list[bool]) -> No
     assert [cell.best for cell in mark_best(cells, lowest=lowest)] == best
 
 
-def test_break_even_is_where_the_time_saved_is_the_time_spent() -> None:
-    tokens = cost.break_even_tokens(60.0, 100.0, 150.0)
-    assert tokens is not None
-    assert tokens / 100.0 == pytest.approx(60.0 + tokens / 150.0)
-    assert cost.break_even_tokens(60.0, 100.0, 100.0) is None
-    assert cost.break_even_tokens(60.0, 100.0, None) is None
-
-
 def test_break_even_needs_more_than_noise() -> None:
     slower, clearly = synthetic.record(removed=0.1), synthetic.record(removed=0.5)
     barely = synthetic.record(removed=0.21)  # 1.01 times as fast, with a spread of 1 % on both sides

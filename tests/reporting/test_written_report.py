@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from bs_exp.records.record import FILE_NAME, Status, read_record, write_record
-from bs_exp.records.sweep import Point, SweepPlan
+from bs_exp.records.stages import Stage, evaluated_model
+from bs_exp.records.sweep import SweepPlan, SweepPoint
 from bs_exp.reporting.report import write_figures, write_report
 from tests.support import synthetic
 
@@ -125,7 +126,7 @@ def test_what_records_say_is_never_markup(tmp_path: Path) -> None:
     write_record(synthetic.record(hub=f"evil/{EVIL}", timings={EVIL: 3.0}), tmp_path / "d")
     (tmp_path / "<img src=y>").mkdir()
     (tmp_path / "<img src=y>" / FILE_NAME).write_text("{")
-    SweepPlan(EVIL, (EVIL,), "2026", (Point("later", (EVIL,)),)).write(tmp_path)
+    SweepPlan(EVIL, (EVIL,), "2026", (SweepPoint("later", (EVIL,)),)).write(tmp_path)
     page = _page(tmp_path)
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert len(page.scripts) == 1
@@ -146,7 +147,7 @@ def test_everything_that_went_wrong_is_named(tmp_path: Path) -> None:
     synthetic.write(records, tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / FILE_NAME).write_text('{"name": "s')
-    SweepPlan("s", (), "2026", (Point("later", ("retain_ratio=0.1",)),)).write(tmp_path)
+    SweepPlan("s", (), "2026-01-01T00:00:00+00:00", (SweepPoint("later", ("retain_ratio=0.1",)),)).write(tmp_path)
     page = _page(tmp_path)
     assert {"t-failed", "t-unfinished", "t-waiting", "t-skipped", "t-repeated"} <= set(page.all("id"))
     words = " ".join("".join(page.words).split())
@@ -196,6 +197,18 @@ def test_files_that_are_no_longer_true_go(tmp_path: Path) -> None:
     assert (out / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("place", ["report", "report/tables", "report/figures"])
+def test_nothing_is_written_through_a_link(cli: Cli, tmp_path: Path, place: str) -> None:
+    folder, home = synthetic.write([synthetic.record()], tmp_path / "received"), tmp_path / "home"
+    home.mkdir()
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).symlink_to(home, target_is_directory=True)
+    ended = cli("report", str(folder))
+    assert ended.status == 1
+    assert "is a link, through which nothing is written" in ended.err
+    assert not list(home.iterdir())
+
+
 def test_a_real_run_can_be_reported(cli: Cli, tiny: tuple[str, ...], tmp_path: Path) -> None:
     assert cli(*tiny, "hydra.run.dir=runs/one", "cache.dir=null").status == 0
     done = cli("report", "runs")
@@ -206,10 +219,7 @@ def test_a_real_run_can_be_reported(cli: Cli, tiny: tuple[str, ...], tmp_path: P
     record = read_record(tmp_path / "runs" / "one")
     assert f"{record.metrics['compressed']['ppl/text']:.1f}" in words
     # Time that no table knows would be missing from the cost of compression.
-    from bs_exp.reporting import cost
-
-    known = {*cost.COMPRESSION_STAGES, "compress", "configure", "load", "check evaluation", "analyse", "save"}
-    assert not [s for s in record.timings if s not in known and not s.endswith(("(dense)", "(compressed)"))]
+    assert not [stage for stage in record.timings if stage not in set(Stage) and evaluated_model(stage) is None]
 
 
 def test_commands_say_what_is_wrong(cli: Cli, tmp_path: Path) -> None:

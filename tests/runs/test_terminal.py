@@ -21,15 +21,11 @@ FOLDER = Path("/a/rather/long/path/to/some/place/below/which/the/runs/of/a/proje
 
 @pytest.fixture
 def record() -> RunRecord:
-    plan = {
-        "requested_ratio": 0.8,
-        "retain_ratio": 0.79,
-        "groups": [{"matrix": "q", "layers": [0, 1], "rank": 3}],
-    }
+    group = PlannedGroup(WeightGroup("q", (0, 1), 10, 10), 3, 158, 0.0, 0.0)
     return dataclasses.replace(
         new_record(name="basis_sharing", config={}, config_hash="0" * 64, folder=FOLDER),
         status=Status.COMPLETED,
-        plan=plan,
+        plan=RankPlan((group,), 0.8).to_dict(),
         metrics={
             "dense": {
                 "ppl/python_docs": 25.0,

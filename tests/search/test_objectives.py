@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build
 from bs_exp.errors import ConfigError
-from bs_exp.evaluation.size import SIZES
+from bs_exp.records.metrics import SIZES
 from bs_exp.records.record import read_record
 
 

@@ -193,6 +193,6 @@ def _plan(method: str, kept: float, group_size: int, layers: int) -> dict[str, A
             rank = max(1, int(share * len(members) * d_in * d_out / width))
             groups.append(
                 {"matrix": matrix, "layers": members, "d_in": d_in, "d_out": d_out, "rank": rank}
-                | {"parameters": rank * width, "predicted_loss": 1.0, "loss_unit": "output_norm"}
+                | {"parameters": rank * width, "predicted_loss": 1.0, "loss_unit": "output_norm", "ridge": 1e-6}
             )
     return {"layout": "plain", "requested_ratio": kept, "retain_ratio": kept, "groups": groups}

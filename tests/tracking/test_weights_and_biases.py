@@ -26,11 +26,12 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 GROUP = {"d_in": 32, "d_out": 16, "parameters": 10, "predicted_loss": 0.5, "loss_unit": "output_norm", "ridge": 0.0}
 PLAN = {
+    "requested_ratio": 0.8,
     "groups": [
         {"matrix": "q", "layers": [2], "rank": None, **GROUP},
         {"matrix": "q", "layers": [0, 1], "rank": 5, **GROUP},
         {"matrix": "up", "layers": [0, 1, 2], "rank": 7, **GROUP},
-    ]
+    ],
 }
 UPDATE = {
     "strategy": "lora",

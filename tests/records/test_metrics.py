@@ -1,0 +1,50 @@
+"""One module knows the names of metrics: which one ranks results, and which way is better."""
+
+from __future__ import annotations
+
+import pytest
+
+from bs_exp.records import metrics
+
+
+@pytest.mark.parametrize(
+    ("names", "objective"),
+    [
+        (["acc/piqa", "ppl_tokens/text", "ppl/text", "ppl/other"], "ppl/text"),
+        (["cosine/text", "relative_error/text", "masked_ppl/text"], "masked_ppl/text"),
+        (["cosine/text", "seq2seq_ppl_tokens/text", "seq2seq_ppl/text"], "seq2seq_ppl/text"),
+        (["relative_error/text", "cosine/text", "cosine/other"], "cosine/text"),
+        (["word_perplexity/wikitext", "acc/piqa"], None),
+        ([], None),
+    ],
+)
+def test_the_default_objective_is_a_perplexity_else_the_similarity(names: list[str], objective: str | None) -> None:
+    assert metrics.default_objective(names) == objective
+
+
+@pytest.mark.parametrize(
+    ("name", "lower"),
+    [
+        *((f"{kind}/text", True) for kind in metrics.PERPLEXITIES),
+        ("cosine/text", False),
+        ("relative_error/text", True),
+        ("acc/mean", False),
+        ("word_perplexity/wikitext", True),
+        (metrics.DECODE, False),
+        *((metrics.metric(metrics.SIZE, name), True) for name in metrics.SIZES),
+    ],
+)
+def test_which_way_is_better(name: str, lower: bool) -> None:
+    assert metrics.lower_is_better(name) == lower
+
+
+def test_what_is_no_quality_ranks_nothing() -> None:
+    found = {
+        **{"acc/a": 0.5, "acc_stderr/a": 0.1, "acc/b": 0.7, "acc/mean": 0.6, "acc_norm/a": 0.5, "acc_norm/mean": 0.5},
+        **{"ppl/text": 3.0, "ppl_tokens/text": 10, "ppl_nonfinite/text": 1, "ppl_text_sha256/text": "0f"},
+        **{"cosine/text": 1.0, "similarity_tokens/text": 3, metrics.DECODE: 2.0, metrics.COMPRESSION_SECONDS: 1.0},
+        **{"items/a": 4, "lm_eval/version": "0.4"},
+    }
+    # The mean of one task is that task.
+    assert metrics.quality([found]) == ["ppl/text", "acc/a", "acc/b", "acc_norm/a", "cosine/text", "acc/mean"]
+    assert metrics.headlines(metrics.quality([found]), "cosine/text") == ["ppl/text", "cosine/text", "acc/mean"]
