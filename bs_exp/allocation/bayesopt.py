@@ -16,11 +16,11 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from bs_exp.allocation.budget import check_affordable, make_plan, share_out
-from bs_exp.allocation.study import check_identity, find_study, open_study
 from bs_exp.cache import content_key
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
 from bs_exp.search.storage import open_storage
+from bs_exp.search.study import Wording, check_identity, find_study, open_study
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice
 
@@ -107,7 +107,7 @@ class BayesianSearch:
             return
         storage = open_storage(self.storage, setting="allocation.storage")
         if self.study_name is not None and (study := find_study(self.study_name, storage)) is not None:
-            check_identity(study, self._identity(identity))
+            check_identity(study, self._identity(identity), _wording(self.study_name))
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
         """The best plan of the search; its ranks spend the budget up to less than one component.
@@ -175,10 +175,12 @@ class BayesianSearch:
         name = self.study_name or f"bs_exp-{content_key(**identity)[:16]}"
         if scores.get("kept", 1.0) != 1.0 and self.study_name:  # every round of a schedule is a search of its own
             name = f"{name}-after-{scores['kept']:g}"
-        pruner = optuna.pruners.MedianPruner() if self.pruning == "median" else optuna.pruners.NopPruner()
-        study = open_study(name, open_storage(self.storage, setting="allocation.storage"), identity, pruner)
-        study.sampler = _SeededByTrial(self._sampler)
-        return study
+        pruner = optuna.pruners.MedianPruner() if self.pruning == "median" else None
+        storage = open_storage(self.storage, setting="allocation.storage")
+        sampler = _SeededByTrial(self._sampler)
+        return open_study(
+            name, storage, identity, _wording(name), directions=("minimize",), sampler=sampler, pruner=pruner
+        )[0]
 
     def _identity(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         """What trials must have in common to be compared."""
@@ -303,6 +305,16 @@ class _Label:
     def __call__(self) -> str:
         best = _best(self.study)
         return "searching" if best is None else f"searching, best {best.value:.4g}"
+
+
+def _wording(study: str) -> Wording:
+    return Wording(
+        study=f"Study {study!r}",
+        maker="allocation=bayesopt",
+        here="here",
+        remedy="Set another allocation.study_name, or null: then every search finds its own.",
+        error=ConfigError,
+    )
 
 
 def _trials(study: optuna.Study) -> list[FrozenTrial]:

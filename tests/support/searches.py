@@ -11,7 +11,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 
-from bs_exp.search.search import Outcome, Search, SearchSettings
+from bs_exp.search.search import Search, SearchSettings, TrialOutcome
 from bs_exp.search.space import SearchSpace
 from bs_exp.search.study import Identity
 
@@ -63,16 +63,16 @@ class Runner:
         self.points: list[Mapping[str, Any]] = []
         self.batches: list[tuple[int, int]] = []
 
-    def __call__(self, points: Sequence[Mapping[str, Any]], first: int) -> Sequence[Outcome]:
+    def __call__(self, points: Sequence[Mapping[str, Any]], first: int) -> Sequence[TrialOutcome]:
         self.batches.append((first, len(points)))
         outcomes = []
         for point in points:
             self.points.append(dict(point))
             overrides = tuple(f"{key}={value}" for key, value in point.items())
             try:
-                outcomes.append(Outcome(values=self.values(point), overrides=overrides))
+                outcomes.append(TrialOutcome(values=self.values(point), overrides=overrides))
             except ArithmeticError as error:
-                outcomes.append(Outcome(error=str(error), overrides=overrides))
+                outcomes.append(TrialOutcome(error=str(error), overrides=overrides))
         return outcomes
 
 

@@ -29,7 +29,7 @@ from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives
 
 if TYPE_CHECKING:
-    from bs_exp.search.search import Outcome
+    from bs_exp.search.search import TrialOutcome
     from bs_exp.search.space import SearchSpace, Value
     from bs_exp.search.study import Identity
 
@@ -112,7 +112,7 @@ class OptunaSweeper(Sweeper):
         if not serial and jobs == 1:
             say("note: hydra.sweeper.n_jobs=1 hands the launcher one trial at a time; raise it to what it can run.")
 
-    def _run(self, space: SearchSpace, points: Sequence[Mapping[str, Value]], first: int) -> Sequence[Outcome]:
+    def _run(self, space: SearchSpace, points: Sequence[Mapping[str, Value]], first: int) -> Sequence[TrialOutcome]:
         """Launches those points whose settings compose; the others have failed."""
         assert self.launcher is not None
         checked = [self._check(space, point) for point in points]
@@ -158,22 +158,22 @@ class OptunaSweeper(Sweeper):
         return {key: point[key] for key in point if key in belongs or key not in found}
 
 
-def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> Outcome:
+def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> TrialOutcome:
     """What became of a point that did not compose, or was launched as a job."""
-    from bs_exp.search.search import Outcome
+    from bs_exp.search.search import TrialOutcome
 
     point = tuple(overrides)
     if job is None:
-        return Outcome(error=error, overrides=point)
+        return TrialOutcome(error=error, overrides=point)
     folder = None if job.hydra_cfg is None else str(job.hydra_cfg.hydra.runtime.output_dir)
     if job.status is not JobStatus.COMPLETED:
         # Not `return_value`: that raises, and prints.
-        return Outcome(error=explain(job._return_value), overrides=point, folder=folder)
+        return TrialOutcome(error=explain(job._return_value), overrides=point, folder=folder)
     if job.return_value is None:
         error = "the run returned no objective: set objective to a metric of the evaluation."
-        return Outcome(error=error, overrides=point, folder=folder)
+        return TrialOutcome(error=error, overrides=point, folder=folder)
     values = job.return_value if isinstance(job.return_value, tuple | list) else (job.return_value,)
-    return Outcome(values=tuple(float(value) for value in values), overrides=point, folder=folder, names=_names(folder))
+    return TrialOutcome(tuple(float(value) for value in values), overrides=point, folder=folder, names=_names(folder))
 
 
 def _has(node: Any, key: str) -> bool:
