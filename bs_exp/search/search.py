@@ -128,7 +128,7 @@ class Search:
                     f"note: under way elsewhere, of {settings.n_trials} trials: {running}. The same command runs those "
                     "again whose process has ended."
                 )
-            elif study.is_exhausted():
+            elif study.finished < study.n_trials and study.is_exhausted():
                 say(f"Every combination was tried, before n_trials={settings.n_trials}.")
             return Ended(self._save(study), tuple(failures))
         except (StorageInternalError, SQLAlchemyError) as error:
