@@ -196,3 +196,31 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
     with files_no_larger_than(len(whole) + 100), pytest.raises(SearchError, match=r"not answer any more: .*large"):
         search(tmp_path, n_trials=5).run(Runner())
     assert len(search(tmp_path, n_trials=5).run(Runner()).results.completed) == 5
+
+
+@pytest.mark.parametrize("kind", ["brute force", "grid", "tpe"])
+@pytest.mark.parametrize("place", ["{}/study.journal", "sqlite:///{}/study.db"])
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+def test_a_trial_whose_process_died_before_it_signed_it(
+    tmp_path: Path, kind: str, place: str, parameters: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has none, some or all of its parameters; nobody waits for it, and no other point is lost with it."""
+    place = place.format(tmp_path)
+
+    def go_on(n_trials: int) -> list[str]:
+        sampler = enumerate_all(kind)
+        one = search(
+            tmp_path, storage=place, n_trials=n_trials, distributions=GRID, sampler=sampler, settings={"seed": 0}
+        )
+        return [point.state for point in one.run(Runner(lambda point: (point["n"],))).results.points]
+
+    go_on(2)
+    storage = open_storage(place, setting="storage")
+    study = optuna.load_study(study_name="study", storage=storage, sampler=enumerate_all(kind))
+    study.ask(dict(list(GRID.items())[:parameters]))
+    assert go_on(6) == ["completed"] * 6
+    assert "trial 2: its process ended before it did; its point is run again" in capsys.readouterr().err
+    trials = optuna.load_study(study_name="study", storage=storage).trials
+    assert len(trials) == 6
+    if kind != "tpe":
+        assert {(trial.params["n"], trial.params["c"]) for trial in trials} == POINTS.keys()
