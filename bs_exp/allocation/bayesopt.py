@@ -1,4 +1,4 @@
-"""Ranks by search: kept shares are proposed, measured and improved on."""
+"""Ranks by search: Optuna proposes kept shares, and the plans that they give are measured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PATIENCE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BayesianSearch:
-    """Kept shares by block (or by group of matrices), searched for with Optuna to do best on a measured objective.
+    """Kept shares by block (or by group of matrices) that minimise a measured objective, searched for with Optuna.
 
     A trial proposes a number in [`min_ratio`, `max_ratio`] for every block; these are brought to the budget in
     proportion, clipped to the same bounds (`max_ratio` gives way to a larger retain_ratio), and the plan is measured. A
@@ -48,9 +48,11 @@ class BayesianSearch:
 
     Every trial has a random stream of its own, so a search that was stopped goes on as if it had not been: `storage`
     holds the study (a journal file, or the URL of a database), and processes that share it share the trials. `trials`
-    counts the different plans of all of them; a proposal that comes to a known plan costs nothing, and as many of these
-    are borne with. DipSVD (2506.20353), section on global importance: its paper compares outputs by their cosine,
-    its official code by perplexity, over shares in (0.25, 1), with expected improvement and one uniform start.
+    counts the different plans of all of them. A proposal that gives a known plan costs nothing; the search ends when
+    there were `2 * trials` proposals.
+
+    DipSVD (2506.20353), section on global importance: its paper compares outputs by their cosine, its official code by
+    perplexity, over shares in (0.25, 1), with expected improvement and one uniform start.
     """
 
     trials: int
@@ -89,7 +91,7 @@ class BayesianSearch:
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """What the warm starts need."""
+        """The statistics that the warm starts need."""
         return frozenset[Statistic]().union(*(start.needs for start in self.warm_starts.values()))
 
     @property
@@ -102,7 +104,7 @@ class BayesianSearch:
             start.check(groups, retain_ratio, layout)
 
     def check_search(self, identity: Mapping[str, Any]) -> None:
-        """An error if the storage cannot be opened, or holds a study of this name that is about something else."""
+        """ConfigError or SearchError if the storage cannot be opened, or has a study of this name of another search."""
         if self.storage is None:
             return
         storage = open_storage(self.storage, setting="allocation.storage")
@@ -110,7 +112,7 @@ class BayesianSearch:
             check_identity(study, self._identity(identity), _wording(self.study_name))
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """The best plan of the search; its ranks spend the budget up to less than one component.
+        """The best plan of the search; less than one component of the budget is left over.
 
         Raises ConfigError if min_ratio exceeds the budget or the study is about something else, CalibrationError if no
         plan has finite outputs.
@@ -137,7 +139,7 @@ class BayesianSearch:
         return replace(plans.of(best), search=self._report(study, best))
 
     def _search(self, study: optuna.Study, plans: _Plans, score: Score) -> Iterator[int]:
-        """Tries plans while any are left, and yields when one was new; other processes may take some of them."""
+        """Tries plans until the study has enough, and yields after each new one; other processes may try some."""
         while (count := _count_plans(study)) < self.trials and len(_ended(study)) < _PATIENCE * self.trials:
             self._try_one(study, plans, score)
             if _count_plans(study) > count:
@@ -178,12 +180,10 @@ class BayesianSearch:
         pruner = optuna.pruners.MedianPruner() if self.pruning == "median" else None
         storage = open_storage(self.storage, setting="allocation.storage")
         sampler = _SeededByTrial(self._sampler)
-        return open_study(
-            name, storage, identity, _wording(name), directions=("minimize",), sampler=sampler, pruner=pruner
-        )[0]
+        return open_study(name, storage, identity, _wording(name), ("minimize",), sampler, pruner)[0]
 
     def _identity(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """What trials must have in common to be compared."""
+        """The settings and inputs that trials must have in common to be compared."""
         return {
             **scores,
             "objective": self.objective,
@@ -212,7 +212,7 @@ class BayesianSearch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Space:
-    """One number per block, or per group; and what plan a point means."""
+    """Points with one number per block, or per group, and the conversion between points and plans."""
 
     problem: AllocationProblem
     by_matrix: bool
@@ -248,7 +248,7 @@ class _Space:
 
 @dataclass(frozen=True, eq=False)
 class _Plans:
-    """What a trial means: the plan of a warm start as it is, or the one at its point."""
+    """The plan of a trial: that of its warm start unchanged, or the one at its point."""
 
     space: _Space
     starts: Mapping[str, RankPlan]
@@ -298,7 +298,7 @@ class _SeededByTrial(BaseSampler):
 
 @dataclass(frozen=True, eq=False)
 class _Label:
-    """What the progress bar says."""
+    """The text of the progress bar."""
 
     study: optuna.Study
 
@@ -326,7 +326,7 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _count_plans(study: optuna.Study) -> int:
-    """How many different plans were tried."""
+    """The number of different plans that were tried."""
     return len({trial.user_attrs[_PLAN] for trial in _ended(study)})
 
 
@@ -337,7 +337,7 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
 
 
 def _enqueue(study: optuna.Study, plans: _Plans) -> None:
-    """Plans to be tried first, unless they have been; one whose process was killed over it is tried again."""
+    """Enqueues the warm starts that no trial has ended with, or waits to try; also those whose process was killed."""
     known = {t.user_attrs.get(_START) for t in _trials(study) if t.state in (*_ENDED, TrialState.WAITING)}
     for name, plan in plans.starts.items():
         if name not in known:

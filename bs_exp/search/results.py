@@ -14,7 +14,6 @@ from typing import Any
 
 import optuna
 import yaml
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bs_exp.search.folder import write_files
@@ -111,7 +110,7 @@ def collect(study: optuna.Study, counted: Sequence[FrozenTrial], objectives: Seq
     return Results(
         study=study.study_name,
         objectives=tuple(named if len(named) == len(objectives) else objectives),
-        directions=tuple("minimize" if d is StudyDirection.MINIMIZE else "maximize" for d in study.directions),
+        directions=tuple(direction.name.lower() for direction in study.directions),
         points=tuple(map(TrialSummary.of, counted)),
         best=tuple(TrialSummary.of(front[values]) for values in sorted(front)),
     )

@@ -26,16 +26,7 @@ from bs_exp.search.folder import signed
 from bs_exp.search.results import Results, collect, save
 from bs_exp.search.space import SearchSpace, Value
 from bs_exp.search.storage import exclusive, locked, open_storage, reason, shown
-from bs_exp.search.study import (
-    FOLDER,
-    METRICS,
-    OVERRIDES,
-    Identity,
-    SharedStudy,
-    Wording,
-    as_optuna,
-    open_study,
-)
+from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, Wording, open_study
 from bs_exp.search.table import print_results
 from bs_exp.search.workers import heartbeat
 from bs_exp.validation import check_at_least
@@ -165,12 +156,7 @@ class Search:
         )
         with alone():
             study, was_there = open_study(
-                settings.study_name,
-                storage,
-                asdict(self.identity),
-                wording,
-                directions=settings.directions,
-                sampler=self.sampler,
+                settings.study_name, storage, asdict(self.identity), wording, settings.directions, self.sampler
             )
         if was_there:  # its points would be those that the first process has drawn from the same seed
             self.sampler.reseed_rng()
@@ -192,30 +178,25 @@ class Search:
                 study.give_back(claim.trials)
                 raise
             for trial, outcome in zip(claim.trials, outcomes, strict=True):
-                self._tell(study, trial, outcome, failures)
+                facts = {OVERRIDES: list(outcome.overrides), FOLDER: outcome.folder, METRICS: list(outcome.names)}
+                if outcome.error is None:
+                    told = study.end(trial, outcome.values, **facts)
+                else:
+                    told = study.end(trial, None, **facts, **{ERROR: outcome.error})
+                    failures.append(outcome.error)
+                if not told:
+                    say(f"trial {trial.number} was given up by another process; its result stays in its record alone.")
             say(clock.line(claim.trials, outcomes, self._save(study)))
         return failures
 
     def _check(self, outcome: TrialOutcome) -> TrialOutcome:
         """The outcome; with an error, if its values cannot be stored."""
         values, expected = outcome.values, len(self.settings.directions)
-        if outcome.error is not None:
-            return outcome
-        if len(values) != expected:
+        if outcome.error is None and len(values) != expected:
             return replace(outcome, error=f"the run returned {len(values)} objectives, direction asks for {expected}")
-        if any(math.isnan(value) for value in values):
+        if outcome.error is None and any(map(math.isnan, values)):
             return replace(outcome, error=f"an objective is not a number: {list(values)}")
         return outcome
-
-    def _tell(self, study: SharedStudy, trial: Trial, outcome: TrialOutcome, failures: list[str]) -> None:
-        facts = {OVERRIDES: list(outcome.overrides), FOLDER: outcome.folder, METRICS: list(outcome.names)}
-        if outcome.error is None:
-            told = study.complete(trial, outcome.values, **facts)
-        else:
-            told = study.fail(trial, outcome.error, **facts)
-            failures.append(outcome.error)
-        if not told:
-            say(f"trial {trial.number} was given up by another process; its result stays in its record alone.")
 
     def _save(self, study: SharedStudy) -> Results:
         # Read and written under one lock: another process must not overwrite tables that know more.
@@ -263,7 +244,7 @@ class _Clock:
 def try_out(sampler: BaseSampler, space: SearchSpace, directions: Sequence[str]) -> None:
     """ConfigError if a sampler cannot search a space; tried in a study in memory."""
     with ignoring_experimental():
-        study = optuna.create_study(directions=as_optuna(directions), sampler=copy.deepcopy(sampler))
+        study = optuna.create_study(directions=directions, sampler=copy.deepcopy(sampler))
         try:
             study.ask(dict(space.distributions))
         except (ValueError, ImportError) as error:

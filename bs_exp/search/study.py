@@ -14,7 +14,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from bs_exp.errors import BsExpError
@@ -61,17 +60,16 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any], here: str = 
     """What differs between a stored identity and ours, as `KEY: VALUE in the study, VALUE now`; the first dozen."""
     theirs, ours = _flat(stored), _flat(ours)
     keys = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
-    lines = [f"{key}: {theirs.get(key, 'absent')} in the study, {ours.get(key, 'absent')} {here}" for key in keys]
+    lines = [f"{key[1]}: {theirs.get(key, 'absent')} in the study, {ours.get(key, 'absent')} {here}" for key in keys]
     return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]
 
 
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity by setting; tuples as the lists that a storage makes of them."""
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        flat |= (
-            value if key in ("parameters", "settings") else {key: list(value) if isinstance(value, tuple) else value}
-        )
+def _flat(identity: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """An identity by kind and key: a setting of one may be a parameter of another. Tuples become lists, as stored."""
+    flat: dict[tuple[str, str], Any] = {}
+    for kind, value in identity.items():
+        entries = value if kind in ("parameters", "settings") else {kind: value}
+        flat |= {(kind, key): list(v) if isinstance(v, tuple) else v for key, v in entries.items()}
     return flat
 
 
@@ -101,8 +99,7 @@ def open_study(
     storage: BaseStorage,
     identity: Mapping[str, Any],
     wording: Wording,
-    *,
-    directions: Iterable[str],
+    directions: Sequence[str],
     sampler: BaseSampler,
     pruner: BasePruner | None = None,
 ) -> tuple[optuna.Study, bool]:
@@ -111,7 +108,7 @@ def open_study(
     Raises the wording's error if the stored one is about something else.
     """
     study = find_study(name, storage) or optuna.create_study(
-        study_name=name, storage=storage, directions=as_optuna(directions), load_if_exists=True
+        study_name=name, storage=storage, directions=directions, load_if_exists=True
     )
     study.sampler, study.pruner = sampler, pruner or NopPruner()
     check_identity(study, identity, wording)
@@ -192,13 +189,15 @@ class SharedStudy:
                 self.study.set_user_attr(_JOBS, first + len(trials))
         return Claim(trials, first, repeated)
 
-    def complete(self, trial: Trial, values: Sequence[float], **attributes: Any) -> bool:
-        """Stores what a trial found; False if another process has given the trial up."""
-        return self._end(trial, TrialState.COMPLETE, values, attributes)
-
-    def fail(self, trial: Trial, error: str, **attributes: Any) -> bool:
-        """Stores that a trial failed; False if another process has given the trial up."""
-        return self._end(trial, TrialState.FAIL, None, {ERROR: error, **attributes})
+    def end(self, trial: Trial, values: Sequence[float] | None, **attributes: Any) -> bool:
+        """Stores what a trial found, None if it failed; False if another process has given the trial up."""
+        with self._exclusive():
+            if self._is_finished(trial.number):
+                return False
+            for name, value in attributes.items():
+                trial.set_user_attr(name, value)
+            self._tell(trial.number, values)
+        return True
 
     def give_back(self, trials: Iterable[Trial]) -> None:
         """Drops unfinished trials of this process; their points are run again."""
@@ -230,7 +229,7 @@ class SharedStudy:
         trial = self._storage.get_trial(self._trial_id(number))
         if trial.state.is_finished():
             return
-        if all(other.user_attrs.get(REPEATS) != number for other in self.counted()):
+        if all(other.user_attrs.get(REPEATS) != number for other in self.study.get_trials(deepcopy=False)):
             self.study.add_trial(
                 create_trial(
                     state=TrialState.WAITING,
@@ -241,22 +240,11 @@ class SharedStudy:
                 )
             )
         self._storage.set_trial_user_attr(self._trial_id(number), _DROPPED, reason)
-        self._tell(number, TrialState.FAIL)
+        self._tell(number, None)
 
-    def _end(
-        self, trial: Trial, state: TrialState, values: Sequence[float] | None, attributes: Mapping[str, Any]
-    ) -> bool:
-        with self._exclusive():
-            if self._is_finished(trial.number):
-                return False
-            for name, value in attributes.items():
-                trial.set_user_attr(name, value)
-            self._tell(trial.number, state, values)
-            return True
-
-    def _tell(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> None:
+    def _tell(self, number: int, values: Sequence[float] | None) -> None:
         try:
-            self.study.tell(number, values, state)
+            self.study.tell(number, values, TrialState.FAIL if values is None else TrialState.COMPLETE)
         except RuntimeError:
             # Samplers that enumerate call Study.stop() after the last point, which is an error outside of
             # Study.optimize; the trial is told all the same.
@@ -269,11 +257,6 @@ class SharedStudy:
     def _trial_id(self, number: int) -> int:
         study_id = self._storage.get_study_id_from_name(self.study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-
-
-def as_optuna(directions: Iterable[str]) -> list[StudyDirection]:
-    """Directions by Optuna's own names."""
-    return [StudyDirection[direction.upper()] for direction in directions]
 
 
 def _count_points(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> float:
