@@ -76,6 +76,22 @@ def test_killed_in_any_write_and_started_again(tmp_path: Path, kind: str, step: 
     assert dies_at > 40
 
 
+@pytest.mark.parametrize("kind", ["brute force", pytest.param("grid", marks=pytest.mark.slow)])
+def test_killed_while_it_takes_over_what_a_killed_one_left(tmp_path: Path, kind: str) -> None:
+    for dies_at in range(1, 10):
+        folder = tmp_path / str(dies_at)
+        # The first is killed when it stores what its second trial found, the second in one of its first writes.
+        for write in (18, dies_at):
+            killed = start(folder, kind, dies_at=write)
+            killed.join(60)
+            assert killed.exitcode == -9
+        sampler = enumerate_all(kind)
+        search(folder, n_trials=6, distributions=GRID, sampler=sampler, settings={"seed": 0}).run(
+            Runner(lambda point: (point["n"],))
+        )
+        check_complete(folder, kind)
+
+
 @pytest.mark.parametrize("kind", ["brute force", "grid", "tpe"])
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_at_once_run_every_point_once(tmp_path: Path, kind: str, workers: int) -> None:
