@@ -19,7 +19,7 @@ from bs_exp.allocation.budget import check_affordable, make_plan, share_out
 from bs_exp.cache import content_key
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
-from bs_exp.search.storage import open_storage
+from bs_exp.search.storage import answering, open_storage
 from bs_exp.search.study import Wording, check_identity, find_study, open_study
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice
@@ -115,7 +115,7 @@ class BayesianSearch:
         """The best plan of the search; less than one component of the budget is left over.
 
         Raises ConfigError if min_ratio exceeds the budget or the study is about something else, CalibrationError if no
-        plan has finite outputs.
+        plan has finite outputs, SearchError if the storage is lost on the way.
         """
         self.check(tuple(s.group for s in problem.spectra), problem.retain_ratio, problem.layout)
         if problem.retain_ratio == 1.0:
@@ -123,12 +123,16 @@ class BayesianSearch:
         if problem.score is None:
             raise ValueError("BayesianSearch measures plans, so its problem needs a score.")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with answering(self.storage):
+            return self._best_plan(problem, problem.score)
+
+    def _best_plan(self, problem: AllocationProblem, score: Score) -> RankPlan:
         space = _Space(problem=problem, by_matrix=self.unit == "matrix", low=self.min_ratio, high=self.max_ratio)
         plans = _Plans(space, {name: start.allocate(problem) for name, start in self.warm_starts.items()})
-        study = self._open(problem.score.identity)
+        study = self._open(score.identity)
         _enqueue(study, plans)
-        found = self._search(study, plans, problem.score)
-        for _ in problem.score.track(found, label=_Label(study), total=max(self.trials - _count_plans(study), 0)):
+        found = self._search(study, plans, score)
+        for _ in score.track(found, label=_Label(study), total=max(self.trials - _count_plans(study), 0)):
             pass  # the search runs as the bar asks for its next plan
         best = _best(study)
         if best is None:

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from bs_exp.errors import ConfigError, SearchError
 from bs_exp.records.sweep import duration
@@ -25,7 +24,7 @@ from bs_exp.search.drawing import draw
 from bs_exp.search.folder import signed
 from bs_exp.search.results import Results, collect, save
 from bs_exp.search.space import SearchSpace, Value
-from bs_exp.search.storage import exclusive, locked, open_storage, reason, shown
+from bs_exp.search.storage import answering, exclusive, locked, open_storage, shown
 from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, Wording, open_study
 from bs_exp.search.table import print_results
 from bs_exp.search.workers import heartbeat
@@ -107,11 +106,17 @@ class Search:
         settings = self.settings
         try_out(self.sampler, self.space, settings.directions)
         place = shown(settings.storage)
-        try:
+        with answering(settings.storage):
             with signed(self.folder, study=settings.study_name, storage=settings.storage, identity=self.identity):
                 study, was_there = self._open(place)
+            done = (
+                f"goes on, {study.finished} of {study.n_trials} trials done"
+                if was_there
+                else f"{study.n_trials} trials"
+            )
+            kind = f"{len(self.space.distributions)} parameters, {type(self.sampler).__name__}"
+            say(f"study {settings.study_name} in {place}: {done}; {kind}")
             with ignoring_experimental(), heartbeat(study.beat):
-                self._report_start(study, was_there, place)
                 failures = self._work(study, run)
             running = sum(trial.state is TrialState.RUNNING for trial in study.counted())
             if running:
@@ -122,11 +127,6 @@ class Search:
             elif study.finished < study.n_trials and study.is_exhausted():
                 say(f"Every combination was tried, before n_trials={settings.n_trials}.")
             return Ended(self._save(study), tuple(failures))
-        except (StorageInternalError, SQLAlchemyError) as error:
-            raise SearchError(
-                f"The study in {place} does not answer any more: {reason(error)}. Its trials are kept, and points that "
-                "ended have their records: the same command goes on."
-            ) from error
 
     def conclude(self, ended: Ended) -> None:
         """Draws and prints the results; SearchError if too many trials failed here, or none is completed."""
@@ -204,17 +204,6 @@ class Search:
             results = collect(study.study, study.counted(), self.identity.objectives)
             save(results, self.folder)
         return results
-
-    def _report_start(self, study: SharedStudy, was_there: bool, place: str) -> None:
-        say(
-            f"study {self.settings.study_name} in {place}: "
-            + (
-                f"goes on, {study.finished} of {study.n_trials} trials done"
-                if was_there
-                else f"{study.n_trials} trials"
-            )
-            + f"; {len(self.space.distributions)} parameters, {type(self.sampler).__name__}"
-        )
 
 
 class _Clock:

@@ -66,7 +66,19 @@ def file_of(place: str | None) -> Path | None:
     return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
-def reason(error: BaseException) -> str:
+@contextmanager
+def answering(place: str | None) -> Iterator[None]:
+    """Turns what Optuna raises if a storage is lost on the way into a SearchError that says why."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise SearchError(
+            f"The study in {shown(place)} does not answer any more: {_reason(error)}. Its trials are kept: the same "
+            "command goes on."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
     """What a storage says is wrong, in one line; Optuna's own errors only say that something is."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
@@ -191,6 +203,6 @@ def _database(url: str, setting: str) -> BaseStorage:
         except (SQLAlchemyError, RuntimeError) as error:
             # Processes that start together make the tables together, and all but one of them fail.
             if attempt == _ATTEMPTS:
-                raise SearchError(f"{setting}={shown(url)} cannot be opened: {reason(error)}.") from error
+                raise SearchError(f"{setting}={shown(url)} cannot be opened: {_reason(error)}.") from error
             time.sleep(0.2 * attempt)
     raise AssertionError("unreachable")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from optuna.trial import TrialState
 
 from bs_exp.errors import SearchError
 from bs_exp.search.storage import open_storage
-from tests.support.searches import GRID, Runner, enumerate_all, search, take_part
+from tests.support.searches import GRID, Runner, enumerate_all, files_no_larger_than, search, take_part
 
 # A server that has imported everything forks the workers, so that a hundred of them cost little.
 WORKERS = multiprocessing.get_context("forkserver")
@@ -178,17 +175,6 @@ def test_a_line_that_was_changed_is_no_unfinished_one(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match=r"study\.journal is damaged.*Move it away"):
         search(tmp_path, n_trials=4).run(Runner())
     assert (tmp_path / "study.journal").read_bytes() == b"".join(lines)
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Writes beyond a size are cut off there and fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_under_two_workers(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,14 @@ def take_part(folder: str, kind: str, n_trials: int, seconds: float, dies_at: in
         storages._Journal.append_logs = append_or_die  # type: ignore[method-assign]
     sampler = enumerate_all(kind)
     search(path, n_trials=n_trials, distributions=GRID, sampler=sampler, settings={"seed": 0}).run(Runner(slow))
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writes beyond a size are cut off there and fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
