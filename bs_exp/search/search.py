@@ -25,7 +25,7 @@ from bs_exp.search.folder import signed
 from bs_exp.search.results import Results, collect, save
 from bs_exp.search.space import SearchSpace, Value
 from bs_exp.search.storage import answering, exclusive, locked, open_storage, shown
-from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, Wording, open_study
+from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, Wording, as_optuna, open_study
 from bs_exp.search.table import print_results
 from bs_exp.search.workers import heartbeat
 from bs_exp.validation import check_at_least
@@ -233,7 +233,7 @@ class _Clock:
 def try_out(sampler: BaseSampler, space: SearchSpace, directions: Sequence[str]) -> None:
     """ConfigError if a sampler cannot search a space; tried in a study in memory."""
     with ignoring_experimental():
-        study = optuna.create_study(directions=directions, sampler=copy.deepcopy(sampler))
+        study = optuna.create_study(directions=as_optuna(directions), sampler=copy.deepcopy(sampler))
         try:
             study.ask(dict(space.distributions))
         except (ValueError, ImportError) as error:

@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from bs_exp.errors import BsExpError
@@ -58,9 +59,9 @@ class Wording:
 
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any], here: str = "now") -> list[str]:
     """What differs between a stored identity and ours, as `KEY: VALUE in the study, VALUE now`; the first dozen."""
-    theirs, ours = _flat(stored), _flat(ours)
-    keys = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
-    lines = [f"{key[1]}: {theirs.get(key, 'absent')} in the study, {ours.get(key, 'absent')} {here}" for key in keys]
+    theirs, own = _flat(stored), _flat(ours)
+    keys = [key for key in dict.fromkeys([*theirs, *own]) if theirs.get(key) != own.get(key)]
+    lines = [f"{key[1]}: {theirs.get(key, 'absent')} in the study, {own.get(key, 'absent')} {here}" for key in keys]
     return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]
 
 
@@ -108,7 +109,7 @@ def open_study(
     Raises the wording's error if the stored one is about something else.
     """
     study = find_study(name, storage) or optuna.create_study(
-        study_name=name, storage=storage, directions=directions, load_if_exists=True
+        study_name=name, storage=storage, directions=as_optuna(directions), load_if_exists=True
     )
     study.sampler, study.pruner = sampler, pruner or NopPruner()
     check_identity(study, identity, wording)
@@ -257,6 +258,11 @@ class SharedStudy:
     def _trial_id(self, number: int) -> int:
         study_id = self._storage.get_study_id_from_name(self.study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+
+
+def as_optuna(directions: Iterable[str]) -> list[StudyDirection]:
+    """Directions by Optuna's own names."""
+    return [StudyDirection[direction.upper()] for direction in directions]
 
 
 def _count_points(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> float:
