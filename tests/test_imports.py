@@ -105,7 +105,6 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
     shared = {
         "bs_exp.sharing.layers",
         "bs_exp.allocation.budget",
-        "bs_exp.allocation.study",
         "bs_exp.importance.weighting",
     }
     for module in files:

@@ -1,4 +1,4 @@
-"""Ranks by search: kept shares are proposed, measured and improved on."""
+"""Ranks by search: Optuna proposes kept shares, and the plans that they give are measured."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from bs_exp.allocation.budget import check_affordable, make_plan, share_out
-from bs_exp.allocation.study import check_identity, find_study, open_study
 from bs_exp.cache import content_key
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
-from bs_exp.search.storage import open_storage
+from bs_exp.search.storage import answering, open_storage
+from bs_exp.search.study import Wording, check_identity, find_study, open_study
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice
 
@@ -37,7 +37,7 @@ _PATIENCE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BayesianSearch:
-    """Kept shares by block (or by group of matrices), searched for with Optuna to do best on a measured objective.
+    """Kept shares by block (or by group of matrices) that minimise a measured objective, searched for with Optuna.
 
     A trial proposes a number in [`min_ratio`, `max_ratio`] for every block; these are brought to the budget in
     proportion, clipped to the same bounds (`max_ratio` gives way to a larger retain_ratio), and the plan is measured. A
@@ -48,9 +48,11 @@ class BayesianSearch:
 
     Every trial has a random stream of its own, so a search that was stopped goes on as if it had not been: `storage`
     holds the study (a journal file, or the URL of a database), and processes that share it share the trials. `trials`
-    counts the different plans of all of them; a proposal that comes to a known plan costs nothing, and as many of these
-    are borne with. DipSVD (2506.20353), section on global importance: its paper compares outputs by their cosine,
-    its official code by perplexity, over shares in (0.25, 1), with expected improvement and one uniform start.
+    counts the different plans of all of them. A proposal that gives a known plan costs nothing; the search ends when
+    there were `2 * trials` proposals.
+
+    DipSVD (2506.20353), section on global importance: its paper compares outputs by their cosine, its official code by
+    perplexity, over shares in (0.25, 1), with expected improvement and one uniform start.
     """
 
     trials: int
@@ -89,7 +91,7 @@ class BayesianSearch:
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """What the warm starts need."""
+        """The statistics that the warm starts need."""
         return frozenset[Statistic]().union(*(start.needs for start in self.warm_starts.values()))
 
     @property
@@ -102,18 +104,18 @@ class BayesianSearch:
             start.check(groups, retain_ratio, layout)
 
     def check_search(self, identity: Mapping[str, Any]) -> None:
-        """An error if the storage cannot be opened, or holds a study of this name that is about something else."""
+        """ConfigError or SearchError if the storage cannot be opened, or has a study of this name of another search."""
         if self.storage is None:
             return
         storage = open_storage(self.storage, setting="allocation.storage")
         if self.study_name is not None and (study := find_study(self.study_name, storage)) is not None:
-            check_identity(study, self._identity(identity))
+            check_identity(study, self._identity(identity), _wording(self.study_name))
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """The best plan of the search; its ranks spend the budget up to less than one component.
+        """The best plan of the search; less than one component of the budget is left over.
 
         Raises ConfigError if min_ratio exceeds the budget or the study is about something else, CalibrationError if no
-        plan has finite outputs.
+        plan has finite outputs, SearchError if the storage is lost on the way.
         """
         self.check(tuple(s.group for s in problem.spectra), problem.retain_ratio, problem.layout)
         if problem.retain_ratio == 1.0:
@@ -121,12 +123,16 @@ class BayesianSearch:
         if problem.score is None:
             raise ValueError("BayesianSearch measures plans, so its problem needs a score.")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with answering(self.storage):
+            return self._best_plan(problem, problem.score)
+
+    def _best_plan(self, problem: AllocationProblem, score: Score) -> RankPlan:
         space = _Space(problem=problem, by_matrix=self.unit == "matrix", low=self.min_ratio, high=self.max_ratio)
         plans = _Plans(space, {name: start.allocate(problem) for name, start in self.warm_starts.items()})
-        study = self._open(problem.score.identity)
+        study = self._open(score.identity)
         _enqueue(study, plans)
-        found = self._search(study, plans, problem.score)
-        for _ in problem.score.track(found, label=_Label(study), total=max(self.trials - _count_plans(study), 0)):
+        found = self._search(study, plans, score)
+        for _ in score.track(found, label=_Label(study), total=max(self.trials - _count_plans(study), 0)):
             pass  # the search runs as the bar asks for its next plan
         best = _best(study)
         if best is None:
@@ -137,7 +143,7 @@ class BayesianSearch:
         return replace(plans.of(best), search=self._report(study, best))
 
     def _search(self, study: optuna.Study, plans: _Plans, score: Score) -> Iterator[int]:
-        """Tries plans while any are left, and yields when one was new; other processes may take some of them."""
+        """Tries plans until the study has enough, and yields after each new one; other processes may try some."""
         while (count := _count_plans(study)) < self.trials and len(_ended(study)) < _PATIENCE * self.trials:
             self._try_one(study, plans, score)
             if _count_plans(study) > count:
@@ -175,13 +181,13 @@ class BayesianSearch:
         name = self.study_name or f"bs_exp-{content_key(**identity)[:16]}"
         if scores.get("kept", 1.0) != 1.0 and self.study_name:  # every round of a schedule is a search of its own
             name = f"{name}-after-{scores['kept']:g}"
-        pruner = optuna.pruners.MedianPruner() if self.pruning == "median" else optuna.pruners.NopPruner()
-        study = open_study(name, open_storage(self.storage, setting="allocation.storage"), identity, pruner)
-        study.sampler = _SeededByTrial(self._sampler)
-        return study
+        pruner = optuna.pruners.MedianPruner() if self.pruning == "median" else None
+        storage = open_storage(self.storage, setting="allocation.storage")
+        sampler = _SeededByTrial(self._sampler)
+        return open_study(name, storage, identity, _wording(name), ("minimize",), sampler, pruner)[0]
 
     def _identity(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """What trials must have in common to be compared."""
+        """The settings and inputs that trials must have in common to be compared."""
         return {
             **scores,
             "objective": self.objective,
@@ -210,7 +216,7 @@ class BayesianSearch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Space:
-    """One number per block, or per group; and what plan a point means."""
+    """Points with one number per block, or per group, and the conversion between points and plans."""
 
     problem: AllocationProblem
     by_matrix: bool
@@ -246,7 +252,7 @@ class _Space:
 
 @dataclass(frozen=True, eq=False)
 class _Plans:
-    """What a trial means: the plan of a warm start as it is, or the one at its point."""
+    """The plan of a trial: that of its warm start unchanged, or the one at its point."""
 
     space: _Space
     starts: Mapping[str, RankPlan]
@@ -296,13 +302,23 @@ class _SeededByTrial(BaseSampler):
 
 @dataclass(frozen=True, eq=False)
 class _Label:
-    """What the progress bar says."""
+    """The text of the progress bar."""
 
     study: optuna.Study
 
     def __call__(self) -> str:
         best = _best(self.study)
         return "searching" if best is None else f"searching, best {best.value:.4g}"
+
+
+def _wording(study: str) -> Wording:
+    return Wording(
+        study=f"Study {study!r}",
+        maker="allocation=bayesopt",
+        here="here",
+        remedy="Set another allocation.study_name, or null: then every search finds its own.",
+        error=ConfigError,
+    )
 
 
 def _trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -314,7 +330,7 @@ def _ended(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _count_plans(study: optuna.Study) -> int:
-    """How many different plans were tried."""
+    """The number of different plans that were tried."""
     return len({trial.user_attrs[_PLAN] for trial in _ended(study)})
 
 
@@ -325,7 +341,7 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
 
 
 def _enqueue(study: optuna.Study, plans: _Plans) -> None:
-    """Plans to be tried first, unless they have been; one whose process was killed over it is tried again."""
+    """Enqueues the warm starts that no trial has ended with, or waits to try; also those whose process was killed."""
     known = {t.user_attrs.get(_START) for t in _trials(study) if t.state in (*_ENDED, TrialState.WAITING)}
     for name, plan in plans.starts.items():
         if name not in known:

@@ -1,1 +1,1 @@
-"""Searches: Optuna proposes points, Hydra's launchers run them. The plug-in itself is bs_exp/plugins/hydra_plugins."""
+"""Searches with Optuna. The plug-in that gives them to Hydra is bs_exp/cli/plugins/hydra_plugins/bs_exp_optuna.py."""

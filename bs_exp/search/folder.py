@@ -1,4 +1,4 @@
-"""Whose results a folder holds: those of one study, so that no other search writes its tables over them."""
+"""Whose results a folder holds: those of one study, so that no other search overwrites its tables."""
 
 from __future__ import annotations
 
@@ -10,78 +10,68 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-from sqlalchemy.engine import make_url
-
 from bs_exp.errors import SearchError
-from bs_exp.search.storage import shown
-from bs_exp.search.study import Identity, listed
+from bs_exp.search.storage import file_of, locked, shown
+from bs_exp.search.study import Identity, differences
 
 FILE_NAME = "study.json"
-_LOCK = ".study.lock"
 
 
 @contextmanager
 def signed(folder: Path, *, study: str, storage: str | None, identity: Identity) -> Iterator[None]:
-    """Opens the study within: then the folder is signed for it, if it was not.
+    """Locks the folder; when the block has opened the study, a new folder gets a study.json that names the study.
 
-    Of searches that begin at once, one waits until the other has signed. Raises SearchError, before anything is opened,
-    if the folder holds the results of another study.
+    Raises SearchError, before the block is entered, if the folder holds the results of another study.
     """
-    ours = {"study_name": study, "storage": _beside(storage, folder), "identity": asdict(identity)}
-    path = folder / FILE_NAME
+    ours: dict[str, Any] = {
+        "study_name": study,
+        "storage": _beside(storage, folder),
+        "identity": asdict(identity),
+    }
     with locked(folder):
-        found = _read(path)
-        if found is not None and (different := [*identity.differences(found["identity"]), *_places(found, ours)]):
-            raise SearchError(
-                f"{folder} belongs to another search, whose tables would be lost: study {found['study_name']!r} in "
-                f"{found['storage']}. What differs:\n  {listed(different)}\nSet these as they were to go on with it. A "
-                "new search takes a folder of its own: hydra.sweep.dir=NEW, and hydra.sweeper.study_name=NEW where "
-                "both are kept in one storage."
-            )
+        found = _read(folder / FILE_NAME)
+        if found is not None:
+            different = differences(found["identity"], ours["identity"])
+            different += [
+                f"hydra.sweeper.{field}: {found[field]} in the folder, {ours[field]} now"
+                for field in ("study_name", "storage")
+                if found[field] != ours[field]
+            ]
+            if different:
+                lines = "\n  ".join(different)
+                raise SearchError(
+                    f"{folder} belongs to another search, whose tables would be lost: study {found['study_name']!r} in "
+                    f"{found['storage']}. What differs:\n  {lines}\nSet these as they were to go on with it. A new "
+                    "search takes a folder of its own: hydra.sweep.dir=NEW, and hydra.sweeper.study_name=NEW where "
+                    "both are kept in one storage."
+                )
         yield
         if found is None:
-            _write(path, ours)
+            write_files(folder, {FILE_NAME: json.dumps(ours, indent=2) + "\n"})
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes of the search from writing into its folder."""
-    lock = FileLock(folder / _LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        raise SearchError(
-            f"Cannot lock {folder / _LOCK}: {error}. Put the search on a file system with locks: "
-            "hydra.sweep.dir=FOLDER."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _places(found: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
-    for field in ("study_name", "storage"):
-        if found[field] != ours[field]:
-            yield f"hydra.sweeper.{field}: {found[field]} in the folder, {ours[field]} now"
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes texts by file name, each under a temporary name first. Raises SearchError."""
+    for name, content in files.items():
+        path, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise SearchError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
 
 
 def _beside(storage: str | None, folder: Path) -> str:
     """The storage as seen from the folder, which can be moved together with its files; without a password."""
-    place = shown(storage)
-    if storage is None:
-        return place
-    if "://" not in storage:
-        return os.path.relpath(place or ".", folder)
-    url = make_url(storage)
-    is_file = url.get_backend_name() == "sqlite" and url.database
-    return f"sqlite:///{os.path.relpath(str(url.database), folder)}" if is_file else place
+    file = file_of(storage)
+    if storage is None or file is None:
+        return shown(storage)
+    scheme = "sqlite:///" if "://" in storage else ""
+    return scheme + os.path.relpath(file, folder)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the folder is signed with; None if it is not."""
+    """The content of study.json; None if there is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"study_name": found["study_name"], "storage": found["storage"], "identity": dict(found["identity"])}
@@ -92,12 +82,3 @@ def _read(path: Path) -> dict[str, Any] | None:
             f"{path} does not say whose results lie there ({error!r}). Give another hydra.sweep.dir, or remove the "
             "file if they are those of this search."
         ) from error
-
-
-def _write(path: Path, ours: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise SearchError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error

@@ -1,4 +1,4 @@
-"""The loop of a search: claim points, run them, tell what they gave, until the budget is spent."""
+"""The loop of a search: claim points, run them, store what they gave, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from bs_exp.errors import ConfigError, SearchError
 from bs_exp.records.sweep import duration
 from bs_exp.search.drawing import draw
-from bs_exp.search.folder import locked, signed
+from bs_exp.search.folder import signed
 from bs_exp.search.results import Results, collect, save
 from bs_exp.search.space import SearchSpace, Value
-from bs_exp.search.storage import open_storage, reason, shown
-from bs_exp.search.study import FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, as_optuna, open_study
+from bs_exp.search.storage import answering, exclusive, locked, open_storage, shown
+from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, Identity, SharedStudy, Wording, as_optuna, open_study
 from bs_exp.search.table import print_results
-from bs_exp.search.workers import Heartbeat
+from bs_exp.search.workers import heartbeat
 from bs_exp.validation import check_at_least
 
 _DIRECTIONS = ("minimize", "maximize")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one point: its values, or why there are none; and where it ran."""
+class TrialOutcome:
+    """What one point gave: its values, or an error; and the folder and overrides of its run."""
 
     values: tuple[float, ...] = ()
     error: str | None = None
@@ -45,12 +45,12 @@ class Outcome:
 
 
 # Runs points, given by their parameters, as jobs from a number on; an outcome for each.
-Run = Callable[[Sequence[Mapping[str, Value]], int], Sequence[Outcome]]
+Run = Callable[[Sequence[Mapping[str, Value]], int], Sequence[TrialOutcome]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How long a search goes on, what it is after, and where its study lies."""
+    """The budget of a search, the directions of its objectives, and where its study lies."""
 
     n_trials: int
     n_jobs: int
@@ -75,7 +75,7 @@ class SearchSettings:
 
     @property
     def failures(self) -> int:
-        """Failed trials of one process that are put up with."""
+        """How many trials may fail in one process before it stops."""
         return int(self.max_failure_rate * self.n_trials)
 
 
@@ -106,30 +106,30 @@ class Search:
         settings = self.settings
         try_out(self.sampler, self.space, settings.directions)
         place = shown(settings.storage)
-        with signed(self.folder, study=settings.study_name, storage=settings.storage, identity=self.identity):
-            storage = open_storage(settings.storage, setting="hydra.sweeper.storage")
-            raw, was_there = open_study(settings.study_name, storage, place, self.identity, self.sampler)
-        study = SharedStudy(raw, storage, self.space.distributions, settings.n_trials)
-        try:
-            with ignoring_experimental(), Heartbeat(study.beat):
-                self._report_start(study, was_there, place)
+        with answering(settings.storage):
+            with signed(self.folder, study=settings.study_name, storage=settings.storage, identity=self.identity):
+                study, was_there = self._open(place)
+            done = (
+                f"goes on, {study.finished} of {study.n_trials} trials done"
+                if was_there
+                else f"{study.n_trials} trials"
+            )
+            kind = f"{len(self.space.distributions)} parameters, {type(self.sampler).__name__}"
+            say(f"study {settings.study_name} in {place}: {done}; {kind}")
+            with ignoring_experimental(), heartbeat(study.beat):
                 failures = self._work(study, run)
-            if study.exhausted:
-                say(f"Every combination was tried, before n_trials={settings.n_trials}.")
-            if elsewhere := sum(trial.state is TrialState.RUNNING for trial in study.counted()):
+            running = sum(trial.state is TrialState.RUNNING for trial in study.counted())
+            if running:
                 say(
-                    f"note: under way elsewhere, of {settings.n_trials} trials: {elsewhere}. The same "
-                    "command runs those again whose process has ended."
+                    f"note: under way elsewhere, of {settings.n_trials} trials: {running}. The same command runs those "
+                    "again whose process has ended."
                 )
+            elif study.finished < study.n_trials and study.is_exhausted():
+                say(f"Every combination was tried, before n_trials={settings.n_trials}.")
             return Ended(self._save(study), tuple(failures))
-        except (StorageInternalError, SQLAlchemyError) as error:
-            raise SearchError(
-                f"The study in {place} does not answer any more: {reason(error)}. Its trials are kept, and points that "
-                "ended have their records: the same command goes on."
-            ) from error
 
     def conclude(self, ended: Ended) -> None:
-        """Draws and prints what was found; SearchError if too many trials failed here, or none is completed."""
+        """Draws and prints the results; SearchError if too many trials failed here, or none is completed."""
         settings, results = self.settings, ended.results
         places: list[tuple[str, Path | str]] = [("tables", self.folder), ("study", shown(settings.storage))]
         places += [("figure", path) for path in draw(results, self.folder) if path.suffix == ".png"]
@@ -142,82 +142,82 @@ class Search:
         if not results.completed:
             raise SearchError(f"No trial of study {settings.study_name!r} was completed; see {self.folder}.")
 
+    def _open(self, place: str) -> tuple[SharedStudy, bool]:
+        """The study, and whether it was there before."""
+        settings = self.settings
+        storage = open_storage(settings.storage, setting="hydra.sweeper.storage")
+        alone = partial(exclusive, storage, settings.storage, self.folder)
+        wording = Wording(
+            study=f"Study {settings.study_name!r} in {place}",
+            maker="this program",
+            here="now",
+            remedy="A study of its own: hydra.sweeper.study_name=NEW, or another hydra.sweeper.storage.",
+            error=SearchError,
+        )
+        with alone():
+            study, was_there = open_study(
+                settings.study_name, storage, asdict(self.identity), wording, settings.directions, self.sampler
+            )
+        if was_there:  # its points would be those that the first process has drawn from the same seed
+            self.sampler.reseed_rng()
+        return SharedStudy(study, storage, alone, self.space.distributions, settings.n_trials), was_there
+
     def _work(self, study: SharedStudy, run: Run) -> list[str]:
         """The errors of the trials that failed here."""
-        clock, failures, job = _Clock(study), list[str](), 0
+        clock, failures = _Clock(study), list[str]()
         while len(failures) <= self.settings.failures:
-            for number in study.adopt():
+            claim = study.claim(self.settings.n_jobs)
+            for number in claim.repeated:
                 say(f"trial {number}: its process ended before it did; its point is run again.")
-            trials = study.claim(self.settings.n_jobs)
-            if not trials:
+            if not claim.trials:
                 break
-            # Trials of a batch may have gaps in their numbers, jobs have none; no job takes the folder of another.
-            job = max(job, trials[0].number)
             try:
-                outcomes = [self._check(outcome) for outcome in run([trial.params for trial in trials], job)]
+                points = [trial.params for trial in claim.trials]
+                outcomes = [self._check(outcome) for outcome in run(points, claim.first_job)]
             except BaseException:
-                study.give_back(trials)
+                study.give_back(claim.trials)
                 raise
-            job += len(trials)
-            for trial, outcome in zip(trials, outcomes, strict=True):
-                self._tell(study, trial, outcome, failures)
-            results = self._save(study)
-            say(clock.line(trials, outcomes, results))
+            for trial, outcome in zip(claim.trials, outcomes, strict=True):
+                facts = {OVERRIDES: list(outcome.overrides), FOLDER: outcome.folder, METRICS: list(outcome.names)}
+                if outcome.error is None:
+                    told = study.end(trial, outcome.values, **facts)
+                else:
+                    told = study.end(trial, None, **facts, **{ERROR: outcome.error})
+                    failures.append(outcome.error)
+                if not told:
+                    say(f"trial {trial.number} was given up by another process; its result stays in its record alone.")
+            say(clock.line(claim.trials, outcomes, self._save(study)))
         return failures
 
-    def _check(self, outcome: Outcome) -> Outcome:
-        """The outcome; with an error, if its values cannot be told."""
-        values, directions = outcome.values, self.settings.directions
-        if outcome.error is not None:
-            return outcome
-        if len(values) != len(directions):
-            error = f"the run returned {len(values)} objectives, direction asks for {len(directions)}"
-            return replace(outcome, error=error)
-        if any(math.isnan(value) for value in values):
+    def _check(self, outcome: TrialOutcome) -> TrialOutcome:
+        """The outcome; with an error, if its values cannot be stored."""
+        values, expected = outcome.values, len(self.settings.directions)
+        if outcome.error is None and len(values) != expected:
+            return replace(outcome, error=f"the run returned {len(values)} objectives, direction asks for {expected}")
+        if outcome.error is None and any(map(math.isnan, values)):
             return replace(outcome, error=f"an objective is not a number: {list(values)}")
         return outcome
 
-    def _tell(self, study: SharedStudy, trial: Trial, outcome: Outcome, failures: list[str]) -> None:
-        facts = {OVERRIDES: list(outcome.overrides), FOLDER: outcome.folder, METRICS: list(outcome.names)}
-        if outcome.error is None:
-            told = study.complete(trial, outcome.values, **facts)
-        else:
-            told = study.fail(trial, outcome.error, **facts)
-            failures.append(outcome.error)
-        if not told:
-            say(f"trial {trial.number} was given up by another process; its result stays in its record alone.")
-
     def _save(self, study: SharedStudy) -> Results:
-        # Read and written in one: another process must not write over tables that know more.
+        # Read and written under one lock: another process must not overwrite tables that know more.
         with locked(self.folder):
             results = collect(study.study, study.counted(), self.identity.objectives)
             save(results, self.folder)
         return results
 
-    def _report_start(self, study: SharedStudy, was_there: bool, place: str) -> None:
-        done = sum(trial.state.is_finished() for trial in study.counted())
-        say(
-            f"study {self.settings.study_name} in {place}: "
-            + (f"goes on, {done} of {self.settings.n_trials} trials done" if was_there else f"{study.n_trials} trials")
-            + f"; {len(self.space.distributions)} parameters, {type(self.sampler).__name__}"
-        )
-
 
 class _Clock:
-    """Measures how fast a study goes on, whoever works on it."""
+    """Measures how fast all processes together get on with a study."""
 
     def __init__(self, study: SharedStudy) -> None:
         self._study = study
         self._start = time.monotonic()
-        self._done = self._finished()
+        self._done = study.finished
 
-    def _finished(self) -> int:
-        return sum(trial.state.is_finished() for trial in self._study.counted())
-
-    def line(self, trials: Sequence[Trial], outcomes: Sequence[Outcome], results: Results) -> str:
+    def line(self, trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], results: Results) -> str:
         """One line on a batch: what it gave, the best so far, how many are left and for how long."""
-        finished = self._finished()
-        left = max(0, self._study.n_trials - finished)
+        finished, wanted = self._study.finished, self._study.n_trials
+        left = max(0, wanted - finished)
         pace = (time.monotonic() - self._start) / max(1, finished - self._done)
         found = ", ".join(
             f"trial {trial.number}: {'failed' if outcome.error else _values(results, outcome.values)}"
@@ -227,11 +227,11 @@ class _Clock:
         if results.best:
             best = f", front of {len(results.best)}" if results.is_front else f", best {results.best[0].values[0]:.5g}"
         rest = f"{left} left, about {duration(left * pace)}" if left else "none left"
-        return f"[{finished}/{self._study.n_trials}] {found}{best}; {rest}"
+        return f"[{finished}/{wanted}] {found}{best}; {rest}"
 
 
 def try_out(sampler: BaseSampler, space: SearchSpace, directions: Sequence[str]) -> None:
-    """ConfigError if a sampler cannot search a space, found in a study that is thrown away."""
+    """ConfigError if a sampler cannot search a space; tried in a study in memory."""
     with ignoring_experimental():
         study = optuna.create_study(directions=as_optuna(directions), sampler=copy.deepcopy(sampler))
         try:
@@ -254,7 +254,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def ignoring_experimental() -> Iterator[None]:
-    """Optuna marks samplers as experimental that it has had for years; who chose one knows it."""
+    """Silences Optuna's warnings about samplers that it has called experimental for years."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield

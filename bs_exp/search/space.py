@@ -1,4 +1,4 @@
-"""What a search may vary: Hydra's sweep syntax as Optuna's distributions, and a point as Hydra's overrides."""
+"""The space of a search: Hydra's sweep syntax as Optuna's distributions, and a point as Hydra's overrides."""
 
 from __future__ import annotations
 
@@ -25,20 +25,24 @@ class SearchSpace:
     fixed: tuple[str, ...]
 
     def overrides(self, values: Mapping[str, Value]) -> list[str]:
-        """The settings of one point as on the command line; parameters without a value are left out."""
+        """The overrides of one point, `KEY=VALUE`; parameters without a value are left out."""
         return [*self.fixed, *(f"{key}={text(values[key])}" for key in self.distributions if key in values)]
 
     def anywhere(self) -> dict[str, Value]:
-        """Some point of the space, always the same one."""
-        return {key: _first(distribution) for key, distribution in self.distributions.items()}
+        """The first value of every parameter."""
+        return {
+            key: d.choices[0] if isinstance(d, CategoricalDistribution) else d.low
+            for key, d in self.distributions.items()
+            if isinstance(d, CategoricalDistribution | IntDistribution | FloatDistribution)
+        }
 
     def options(self, key: str) -> tuple[Value, ...]:
-        """The values of a parameter that is a category; none of one that is a number."""
+        """The values of a categorical parameter; an empty tuple for a number."""
         distribution = self.distributions[key]
         return tuple(distribution.choices) if isinstance(distribution, CategoricalDistribution) else ()
 
     def describe(self) -> dict[str, str]:
-        """Every parameter in words; equal words, equal parameter."""
+        """The distribution of every parameter in words. Two distributions are equal if their words are."""
         return {key: _describe(distribution) for key, distribution in self.distributions.items()}
 
 
@@ -69,7 +73,7 @@ def parse_space(params: Mapping[str, Any], arguments: Iterable[str], parser: Ove
 
 
 def text(value: Any) -> str:
-    """A value as an override spells it. Strings are spelt already: they come from overrides."""
+    """A value in the syntax of overrides. Strings come from overrides and stay as they are."""
     return value if isinstance(value, str) else Transformer.str(value)
 
 
@@ -113,15 +117,6 @@ def _number(value: float | None) -> float:
     if value is None or not math.isfinite(value):
         raise ValueError(f"the ends of an interval must be finite numbers, got {value}.")
     return float(value)
-
-
-def _first(distribution: BaseDistribution) -> Value:
-    match distribution:
-        case CategoricalDistribution(choices=(first, *_)):
-            return first
-        case IntDistribution(low=low) | FloatDistribution(low=low):
-            return low
-    raise TypeError(f"no first value in {distribution!r}")
 
 
 def _describe(distribution: BaseDistribution) -> str:

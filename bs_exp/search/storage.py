@@ -1,28 +1,37 @@
-"""Where a study is kept: in memory, in a journal file, or in a database."""
+"""Opens the storage of a study: memory, a journal file, or a database; and the lock that its processes share."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from bs_exp.errors import ConfigError, SearchError
 
 _JOURNAL = "journal:"
+_LOCK = ".study.lock"
 _ATTEMPTS = 5
+# How every line of a journal begins. Inside of a string of JSON its quotes would be escaped.
+_BEGIN = b'{"op_code":'
 
 
 def open_storage(place: str | None, *, setting: str) -> BaseStorage:
     """The storage at a place: null (memory), PATH or journal:PATH (a journal file), or a database's URL.
 
-    `setting` is the dial that names the place, for messages.
-    ConfigError for a place that is none of these, SearchError if it cannot be opened.
+    `setting` is the dial that names the place, for messages. Raises ConfigError for a place that is none of these, and
+    SearchError if it cannot be opened.
     """
     if place is None:
         return InMemoryStorage()
@@ -31,7 +40,13 @@ def open_storage(place: str | None, *, setting: str) -> BaseStorage:
     path = Path(place.removeprefix(_JOURNAL))
     if path.name == "" or path.is_dir():
         raise ConfigError(f"{setting} must be a file, a database's URL, or null, got {place!r}.")
-    return _journal(path, setting)
+    _make_folder(path, setting)
+    try:
+        return JournalStorage(_Journal(path, setting))
+    except OSError as error:
+        raise SearchError(f"{setting}={path} cannot be opened: {error}. Give another place.") from error
+    except (ValueError, KeyError) as error:
+        raise SearchError(f"{setting}={path} is damaged ({error}). Move it away, or give another place.") from error
 
 
 def shown(place: str | None) -> str:
@@ -41,23 +56,119 @@ def shown(place: str | None) -> str:
     return make_url(place).render_as_string(hide_password=True) if "://" in place else place.removeprefix(_JOURNAL)
 
 
-def reason(error: BaseException) -> str:
-    """What a database says is wrong, in one line; Optuna's own errors only say that something is."""
+def file_of(place: str | None) -> Path | None:
+    """The file that holds a storage; None for memory and for the server of a database."""
+    if place is None:
+        return None
+    if "://" not in place:
+        return Path(place.removeprefix(_JOURNAL))
+    url = make_url(place)
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+
+
+@contextmanager
+def answering(place: str | None) -> Iterator[None]:
+    """Turns what Optuna raises if a storage is lost on the way into a SearchError that says why."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise SearchError(
+            f"The study in {shown(place)} does not answer any more: {_reason(error)}. Its trials are kept: the same "
+            "command goes on."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a storage says is wrong, in one line; Optuna's own errors only say that something is."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     said = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
     return said.splitlines()[0].rstrip(".")
 
 
-def _journal(path: Path, setting: str) -> BaseStorage:
-    _make_folder(path, setting)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which is made if it does not exist; a thread may enter it again while it holds it.
+
+    The lock is one of the operating system: it ends with its process. Raises SearchError if there can be none.
+    """
     try:
-        _mend(path, setting)
-        return JournalStorage(JournalFileBackend(str(path)))
-    except OSError as error:
-        raise SearchError(f"{setting}={path} cannot be opened: {error}. Give another place.") from error
-    except (ValueError, KeyError) as error:
-        raise SearchError(f"{setting}={path} is damaged ({error}). Move it away, or give another place.") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.resolve() / _LOCK, is_singleton=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise SearchError(
+            f"Cannot lock {folder / _LOCK}: {error}. Put the search on a file system with locks: "
+            "hydra.sweep.dir=FOLDER."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def exclusive(storage: BaseStorage, place: str | None, folder: Path) -> Iterator[None]:
+    """Holds the lock that all processes on a storage share: of its file's folder, of PostgreSQL, else of `folder`.
+
+    It ends with its process. Workers on another database server exclude each other only if they share the folder.
+    """
+    if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
+        with storage.engine.begin() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('bs_exp'))"))
+            yield
+    else:
+        file = file_of(place)
+        with locked(folder if file is None else file.parent):
+            yield
+
+
+class _Journal(JournalFileBackend):
+    """A journal file that survives processes that were killed, or ran out of disk space, while they wrote a line.
+
+    An unfinished last line was never confirmed to its writer: it is cut off before the next line is written. The lock
+    ends with its process, whereas Optuna's own stays for half a minute.
+    """
+
+    def __init__(self, path: Path, setting: str) -> None:
+        self._path = path.absolute()
+        self._mutex = FileLock(self._path.with_name(f".{path.name}.append.lock"))
+        with self._mutex:
+            self._repair(f"{setting}={path}")
+        super().__init__(str(self._path))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Writes the logs at the end of the file. Raises StorageInternalError if that fails."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        try:
+            with self._mutex, self._path.open("rb+") as file:
+                end = file.seek(0, os.SEEK_END)
+                if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                    file.seek(0)
+                    file.seek(file.truncate(file.read().rfind(b"\n") + 1))
+                file.write(lines.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, NotImplementedError) as error:
+            raise StorageInternalError(f"{self._path} cannot be written") from error
+
+    def _repair(self, name: str) -> None:
+        """Takes unfinished lines out of finished ones that another process wrote behind them, and checks the rest."""
+        if not self._path.exists():
+            return
+        *lines, unfinished = self._path.read_bytes().split(b"\n")
+        first = [*lines, unfinished][0]
+        if not (first.startswith(_BEGIN) or _BEGIN.startswith(first)):
+            raise SearchError(
+                f"{name} is a file, but no journal of a study. Give a new file; an SQLite file is sqlite:///{self._path}."
+            )
+        whole = [line[max(line.rfind(_BEGIN), 0) :] for line in lines]
+        for line in whole:
+            json.loads(line)
+        if whole != lines:
+            temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(b"\n".join([*whole, unfinished]))
+            temporary.replace(self._path)
 
 
 def _make_folder(path: Path, setting: str) -> None:
@@ -65,32 +176,6 @@ def _make_folder(path: Path, setting: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SearchError(f"{setting}: {path} cannot be made: {error}. Give another place.") from error
-
-
-def _mend(path: Path, setting: str) -> None:
-    """Cuts off a last line that a process died in; with more lines behind it, the journal could not be read."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb") as file:
-        first = file.readline()
-    try:
-        known = "op_code" in json.loads(first)
-    except (ValueError, TypeError):
-        known = False
-    if not known:
-        raise SearchError(
-            f"{setting}={path} is a file, but no journal of a study. Give a new file; an SQLite file is "
-            f"sqlite:///{path}."
-        )
-    lock = JournalFileSymlinkLock(str(path))
-    lock.acquire()
-    try:
-        with path.open("rb+") as file:
-            content = file.read()
-            if not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 def _database(url: str, setting: str) -> BaseStorage:
@@ -118,6 +203,6 @@ def _database(url: str, setting: str) -> BaseStorage:
         except (SQLAlchemyError, RuntimeError) as error:
             # Processes that start together make the tables together, and all but one of them fail.
             if attempt == _ATTEMPTS:
-                raise SearchError(f"{setting}={shown(url)} cannot be opened: {reason(error)}.") from error
+                raise SearchError(f"{setting}={shown(url)} cannot be opened: {_reason(error)}.") from error
             time.sleep(0.2 * attempt)
     raise AssertionError("unreachable")

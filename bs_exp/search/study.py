@@ -1,22 +1,24 @@
-"""One Optuna study that several processes may work on, at once or one after the other."""
+"""Optuna studies: what a study is about, and one that several processes work on, at once or one after the other."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from bs_exp.errors import SearchError
-from bs_exp.search.workers import SILENCE, Worker
+from bs_exp.errors import BsExpError
+from bs_exp.search.workers import Worker
 
 # Attributes of a trial.
 WORKER = "worker"
@@ -24,68 +26,134 @@ FOLDER = "folder"
 ERROR = "error"
 OVERRIDES = "overrides"
 METRICS = "metrics"  # names of its values
-REPEATS = "repeats"  # the number of the trial that it stands in for
-_DROPPED = "dropped"  # why it is no point of the search: its process ended, or n_trials was reached
+REPEATS = "repeats"  # the number of the trial whose point it runs again
+_DROPPED = "dropped"  # why it is no point of the search: its process ended
 # Attributes of the study.
 _IDENTITY = "identity"
 _ALIVE = "alive:"
+_JOBS = "jobs"  # the number of the next job
 
-_WAIT = 10.0
 _SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a study is about. Trials of two studies that differ in it cannot be compared."""
+    """What the study of a search is about. Trials of two studies that differ in it cannot be compared."""
 
     directions: tuple[str, ...]
     objectives: tuple[str, ...]
     parameters: Mapping[str, str]
     settings: Mapping[str, Any]
 
-    def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """What differs from a stored identity, one line each."""
-        found = []
-        for field, ours in asdict(self).items():
-            theirs = stored.get(field)
-            if isinstance(ours, dict):
-                theirs = theirs or {}
-                keys = dict.fromkeys([*theirs, *ours])
-                found += [_difference(key, theirs, ours) for key in keys if theirs.get(key) != ours.get(key)]
-            elif list(ours) != theirs:
-                found.append(f"{field}: {theirs} in the study, {list(ours)} now")
-        return found
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """How errors name a study, who should have made it, this search, and the remedy; and the type of the errors."""
+
+    study: str
+    maker: str
+    here: str
+    remedy: str
+    error: type[BsExpError]
 
 
-def _difference(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    def show(values: Mapping[str, Any]) -> str:
-        return str(values[key]) if key in values else "absent"
+def differences(stored: Mapping[str, Any], ours: Mapping[str, Any], here: str = "now") -> list[str]:
+    """What differs between a stored identity and ours, as `KEY: VALUE in the study, VALUE now`; the first dozen."""
+    theirs, own = _flat(stored), _flat(ours)
+    keys = [key for key in dict.fromkeys([*theirs, *own]) if theirs.get(key) != own.get(key)]
+    lines = [f"{key[1]}: {theirs.get(key, 'absent')} in the study, {own.get(key, 'absent')} {here}" for key in keys]
+    return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]
 
-    return f"{key}: {show(theirs)} in the study, {show(ours)} now"
+
+def _flat(identity: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """An identity by kind and key: a setting of one may be a parameter of another. Tuples become lists, as stored."""
+    flat: dict[tuple[str, str], Any] = {}
+    for kind, value in identity.items():
+        entries = value if kind in ("parameters", "settings") else {kind: value}
+        flat |= {(kind, key): list(v) if isinstance(v, tuple) else v for key, v in entries.items()}
+    return flat
+
+
+def find_study(name: str, storage: BaseStorage) -> optuna.Study | None:
+    """The study of this name; None if there is none."""
+    names = {study.study_name for study in storage.get_all_studies()}
+    return optuna.load_study(study_name=name, storage=storage) if name in names else None
+
+
+def check_identity(study: optuna.Study, identity: Mapping[str, Any], wording: Wording) -> None:
+    """The wording's error, if the trials of a study cannot be compared with those of this search."""
+    stored = study.user_attrs.get(_IDENTITY)
+    if stored is None and study.get_trials(deepcopy=False):
+        raise wording.error(
+            f"{wording.study} was not made by {wording.maker}: nothing says what its trials mean. {wording.remedy}"
+        )
+    if stored is not None and (different := differences(stored, identity, wording.here)):
+        lines = "\n  ".join(different)
+        raise wording.error(
+            f"{wording.study} belongs to another search; its trials do not compare. What differs:\n  {lines}\n"
+            f"Set these as they were to go on with it. {wording.remedy}"
+        )
+
+
+def open_study(
+    name: str,
+    storage: BaseStorage,
+    identity: Mapping[str, Any],
+    wording: Wording,
+    directions: Sequence[str],
+    sampler: BaseSampler,
+    pruner: BasePruner | None = None,
+) -> tuple[optuna.Study, bool]:
+    """The study of this name, made if it does not exist, and whether it was there before.
+
+    Raises the wording's error if the stored one is about something else.
+    """
+    study = find_study(name, storage) or optuna.create_study(
+        study_name=name, storage=storage, directions=as_optuna(directions), load_if_exists=True
+    )
+    study.sampler, study.pruner = sampler, pruner or NopPruner()
+    check_identity(study, identity, wording)
+    was_there = _IDENTITY in study.user_attrs
+    if not was_there:
+        study.set_user_attr(_IDENTITY, dict(identity))
+    return study, was_there
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Trials that a process has to run, as jobs from a number on; and the trials whose points are run again."""
+
+    trials: Sequence[Trial]
+    first_job: int
+    repeated: Sequence[int]
 
 
 class SharedStudy:
-    """The study of a search, its budget of `n_trials`, and who runs which trial.
+    """The study of a search, its budget of `n_trials`, and which process runs which trial.
 
-    A trial counts once it has begun, failed ones too. One whose process ended is dropped, and its point waits to be run
-    again. Every write that two processes may compete for is settled by the storage: the second finds it done.
+    A trial counts once it has begun, failed ones too. One whose process ended is dropped, and a new trial repeats its
+    point. `exclusive` excludes all other processes on the study: a trial is proposed and signed inside of it, so an
+    unsigned one that is found there was begun by a process that has ended.
     """
 
     def __init__(
-        self, study: optuna.Study, storage: BaseStorage, space: Mapping[str, BaseDistribution], n_trials: int
+        self,
+        study: optuna.Study,
+        storage: BaseStorage,
+        exclusive: Callable[[], AbstractContextManager[None]],
+        space: Mapping[str, BaseDistribution],
+        n_trials: int,
     ) -> None:
         self.study = study
         self.n_trials = n_trials
-        self.exhausted = False
         self._storage = storage
-        self._id = storage.get_study_id_from_name(study.study_name)
+        self._exclusive = exclusive
         self._space = dict(space)
         self._worker = Worker.this()
-        # These try every point once, and then begin again.
-        self._points = _size(space) if isinstance(study.sampler, BruteForceSampler | GridSampler) else None
+        self._points = _count_points(study.sampler, space)
 
     def beat(self, now: float) -> None:
-        """A sign of life for processes on other hosts."""
+        """Stores a heartbeat of this process, for processes on other hosts."""
         self.study.set_user_attr(_ALIVE + self._worker.name, now)
 
     def counted(self) -> list[FrozenTrial]:
@@ -93,95 +161,103 @@ class SharedStudy:
         trials = self.study.get_trials(deepcopy=False)
         return sorted((t for t in trials if _DROPPED not in t.user_attrs), key=lambda trial: trial.number)
 
-    def claim(self, count: int) -> list[Trial]:
-        """New trials for this process, at most so many, and as the budget allows: none when the search is over."""
+    @property
+    def finished(self) -> int:
+        """How many points have ended."""
+        return sum(trial.state.is_finished() for trial in self.counted())
+
+    def is_exhausted(self) -> bool:
+        """Whether every point of a finite space, under a sampler that enumerates it, is tried or under way."""
         counted = self.counted()
-        begun = sum(trial.state is not TrialState.WAITING for trial in counted)
-        claimed: list[Trial] = []
-        while len(claimed) < min(count, self.n_trials - begun) and not self.exhausted:
-            if self._points is not None and _different(self.counted()) >= self._points and begun == len(counted):
-                self.exhausted = True
-                break
-            trial = self.study.ask(self._space)
-            trial.set_user_attr(WORKER, self._worker.to_dict())
-            # Numbers are given one by one: of processes that ask for the last trial at once, the first gets it.
-            if [t.number for t in self.counted()].index(trial.number) >= self.n_trials:
-                trial.set_user_attr(_DROPPED, "n_trials was reached")
-                self._finish(trial.number, TrialState.FAIL)
-                break
-            claimed.append(trial)
-        return claimed
+        waiting = any(trial.state is TrialState.WAITING for trial in counted)
+        return not waiting and len({tuple(sorted(trial.params.items())) for trial in counted}) >= self._points
 
-    def complete(self, trial: Trial, values: Sequence[float], **attributes: Any) -> bool:
-        """Tells what a trial found; False if another process has given it up meanwhile."""
-        return self._end(trial, TrialState.COMPLETE, values, attributes)
+    def claim(self, count: int) -> Claim:
+        """At most `count` trials for this process, as the budget allows; none when the search is over.
 
-    def fail(self, trial: Trial, error: str, **attributes: Any) -> bool:
-        """Tells that a trial failed; False if another process has given it up meanwhile."""
-        return self._end(trial, TrialState.FAIL, None, {ERROR: error, **attributes})
+        Points of processes that have ended come first.
+        """
+        with self._exclusive():
+            repeated = self._release_abandoned()
+            trials: list[Trial] = []
+            while len(trials) < count and self._begun() < self.n_trials and not self.is_exhausted():
+                trial = self.study.ask(self._space)
+                trial.set_user_attr(WORKER, asdict(self._worker))
+                trials.append(trial)
+            # Trials of a batch may have gaps in their numbers, jobs have none; no job gets the folder of another.
+            first = max(self.study.user_attrs.get(_JOBS, 0), trials[0].number) if trials else 0
+            if trials:
+                self.study.set_user_attr(_JOBS, first + len(trials))
+        return Claim(trials, first, repeated)
 
-    def give_back(self, trials: Iterable[Trial]) -> None:
-        """Drops unfinished trials of this process; their points wait to be run again."""
-        for trial in trials:
-            self._drop(trial.number, "its process was stopped")
-
-    def adopt(self) -> list[int]:
-        """Drops the unfinished trials of processes that are gone, so that their points are run again; their numbers."""
-        beats, now = self.study.user_attrs, time.time()
-        adopted = []
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if WORKER in trial.user_attrs:
-                worker = Worker.from_dict(trial.user_attrs[WORKER])
-                gone = worker.is_gone(beats.get(_ALIVE + worker.name), now)
-            else:  # its process has not signed it yet, or ended before it did
-                begun = trial.datetime_start
-                gone = begun is not None and now - begun.timestamp() > SILENCE
-            if gone and self._drop(trial.number, "its process ended"):
-                adopted.append(trial.number)
-        return adopted
-
-    def _end(
-        self, trial: Trial, state: TrialState, values: Sequence[float] | None, attributes: Mapping[str, Any]
-    ) -> bool:
-        try:
+    def end(self, trial: Trial, values: Sequence[float] | None, **attributes: Any) -> bool:
+        """Stores what a trial found, None if it failed; False if another process has given the trial up."""
+        with self._exclusive():
+            if self._is_finished(trial.number):
+                return False
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
-        except UpdateFinishedTrialError:
-            return False
-        return self._finish(trial.number, state, values)
-
-    def _drop(self, number: int, reason: str) -> bool:
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
-        try:
-            self._storage.set_trial_user_attr(trial_id, _DROPPED, reason)
-        except UpdateFinishedTrialError:
-            return False
-        if not self._finish(number, TrialState.FAIL):
-            return False
-        params = self._storage.get_trial(trial_id).params
-        if params.keys() == self._space.keys():  # else it ended before it had a point
-            self.study.enqueue_trial(params, user_attrs={REPEATS: number})
+            self._tell(trial.number, values)
         return True
 
-    def _finish(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Ends a running trial; False if it had been ended."""
+    def give_back(self, trials: Iterable[Trial]) -> None:
+        """Drops unfinished trials of this process; their points are run again."""
+        with self._exclusive():
+            for trial in trials:
+                self._drop(trial.number, "its process was stopped")
+
+    def _begun(self) -> int:
+        return sum(trial.state is not TrialState.WAITING for trial in self.counted())
+
+    def _release_abandoned(self) -> list[int]:
+        """Makes the points of processes that have ended wait to be run again; the numbers of their trials."""
+        beats, now = self.study.user_attrs, time.time()
+        abandoned = []
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            signature = trial.user_attrs.get(WORKER)
+            if signature is None:
+                # Some of its parameters may be missing: who takes it from the queue adds them.
+                self._storage.set_trial_state_values(self._trial_id(trial.number), TrialState.WAITING)
+            elif (worker := Worker(**signature)).is_gone(beats.get(_ALIVE + worker.name), now):
+                self._drop(trial.number, "its process ended")
+            else:
+                continue
+            abandoned.append(trial.number)
+        return abandoned
+
+    def _drop(self, number: int, reason: str) -> None:
+        """Drops a running trial and has its point repeated. May be cut off anywhere, and done again."""
+        trial = self._storage.get_trial(self._trial_id(number))
+        if trial.state.is_finished():
+            return
+        if all(other.user_attrs.get(REPEATS) != number for other in self.study.get_trials(deepcopy=False)):
+            self.study.add_trial(
+                create_trial(
+                    state=TrialState.WAITING,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    user_attrs={REPEATS: number},
+                    system_attrs=trial.system_attrs,  # samplers keep there what they know of the point
+                )
+            )
+        self._storage.set_trial_user_attr(self._trial_id(number), _DROPPED, reason)
+        self._tell(number, None)
+
+    def _tell(self, number: int, values: Sequence[float] | None) -> None:
         try:
-            self.study.tell(number, values, state)
-        except (RuntimeError, ValueError) as error:
-            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
-            if not self._storage.get_trial(trial_id).state.is_finished():
+            self.study.tell(number, values, TrialState.FAIL if values is None else TrialState.COMPLETE)
+        except RuntimeError:
+            # Samplers that enumerate call Study.stop() after the last point, which is an error outside of
+            # Study.optimize; the trial is told all the same.
+            if not self._is_finished(number):
                 raise
-            if isinstance(error, ValueError | UpdateFinishedTrialError):
-                return False
-            # Samplers that enumerate call Study.stop() after the last point; the trial is told all the same.
-            self.exhausted = True
-        return True
 
+    def _is_finished(self, number: int) -> bool:
+        return self._storage.get_trial(self._trial_id(number)).state.is_finished()
 
-def listed(differences: Sequence[str]) -> str:
-    """Differences below each other, as many as can be read."""
-    more = [f"... and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
-    return "\n  ".join([*differences[:_SHOWN], *more])
+    def _trial_id(self, number: int) -> int:
+        study_id = self._storage.get_study_id_from_name(self.study.study_name)
+        return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
 
 def as_optuna(directions: Iterable[str]) -> list[StudyDirection]:
@@ -189,58 +265,17 @@ def as_optuna(directions: Iterable[str]) -> list[StudyDirection]:
     return [StudyDirection[direction.upper()] for direction in directions]
 
 
-def _size(space: Mapping[str, BaseDistribution]) -> int | None:
-    """Points in a space; None for infinitely many."""
-    size = 1
+def _count_points(sampler: BaseSampler, space: Mapping[str, BaseDistribution]) -> float:
+    """How many points a sampler enumerates; infinitely many if it does not."""
+    if isinstance(sampler, GridSampler):
+        return len(sampler._all_grids)
+    if not isinstance(sampler, BruteForceSampler):
+        return math.inf
+    size = 1.0
     for distribution in space.values():
         match distribution:
             case CategoricalDistribution(choices=choices):
                 size *= len(choices)
             case IntDistribution(low=low, high=high, step=step) | FloatDistribution(low=low, high=high, step=step):
-                if step is None:
-                    return None
-                size *= 1 + round((high - low) / step)
+                size *= math.inf if step is None else 1 + round((high - low) / step)
     return size
-
-
-def _different(trials: Iterable[FrozenTrial]) -> int:
-    return len({tuple(sorted(trial.params.items())) for trial in trials if trial.params})
-
-
-def open_study(
-    name: str, storage: BaseStorage, place: str, identity: Identity, sampler: BaseSampler
-) -> tuple[optuna.Study, bool]:
-    """The study of this name, and whether it was there before.
-
-    Raises SearchError if the stored one is about something else.
-    """
-    try:
-        study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
-    except KeyError:
-        try:
-            directions = as_optuna(identity.directions)
-            study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, directions=directions)
-            study.set_user_attr(_IDENTITY, asdict(identity))
-            return study, False
-        except DuplicatedStudyError:  # another process was faster
-            study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
-    # The process that made it signs it at once; if it was killed in between, this one does.
-    end = time.monotonic() + _WAIT
-    while (stored := study.user_attrs.get(_IDENTITY)) is None and time.monotonic() < end and not study.trials:
-        time.sleep(0.05)
-    if stored is None and study.trials:
-        raise SearchError(
-            f"Study {name!r} in {place} was not made by this program: nothing says what its trials mean. Give another "
-            "hydra.sweeper.study_name or hydra.sweeper.storage."
-        )
-    if stored is None:
-        study.set_user_attr(_IDENTITY, asdict(identity))
-    elif different := identity.differences(stored):
-        raise SearchError(
-            f"Study {name!r} in {place} belongs to another search; its trials do not compare. What differs:\n  "
-            f"{listed(different)}\nSet these as they were to go on with it, or begin a study of its own: "
-            "hydra.sweeper.study_name=NEW."
-        )
-    # Its points would be those that the first process has drawn from the same seed.
-    sampler.reseed_rng()
-    return study, True

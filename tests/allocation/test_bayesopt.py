@@ -13,10 +13,11 @@ import pytest
 from bs_exp.allocation.bayesopt import BayesianSearch
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
-from bs_exp.errors import BsExpError, CalibrationError, ConfigError
+from bs_exp.errors import BsExpError, CalibrationError, ConfigError, SearchError
 from bs_exp.protocols import AllocationProblem, MeasuredAllocation
 from bs_exp.types import RankPlan, Statistic
 from tests.support.scores import FormulaScore, kept
+from tests.support.searches import files_no_larger_than
 from tests.support.spectra import group, problem
 
 GROUPS = [group(matrix, layer, d_in=64, d_out=64) for matrix in ("q", "o") for layer in range(3)]
@@ -227,6 +228,15 @@ def test_a_journal_whose_writer_was_killed_is_read_on(tmp_path: Path) -> None:
     search(trials=3, storage=str(place)).allocate(case())
     whole = place.read_bytes()
     place.write_bytes(whole[:-9])
+    assert search(trials=5, storage=str(place)).allocate(case()).search["plans"] == 5
+
+
+def test_a_full_disk_is_an_error_that_says_so_and_the_search_goes_on(tmp_path: Path) -> None:
+    place = tmp_path / "search.log"
+    search(trials=3, storage=str(place)).allocate(case())
+    size = place.stat().st_size
+    with files_no_larger_than(size + 300), pytest.raises(SearchError, match=r"search\.log does not answer .*large"):
+        search(trials=5, storage=str(place)).allocate(case())
     assert search(trials=5, storage=str(place)).allocate(case()).search["plans"] == 5
 
 

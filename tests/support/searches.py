@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, RandomSampler, TPESampler
 
-from bs_exp.search.search import Outcome, Search, SearchSettings
+from bs_exp.search import storage as storages
+from bs_exp.search.search import Search, SearchSettings, TrialOutcome
 from bs_exp.search.space import SearchSpace
 from bs_exp.search.study import Identity
 
 SPACE = SearchSpace({"x": FloatDistribution(-1.0, 1.0), "n": IntDistribution(0, 3)}, ("fixed=1",))
+GRID = {"n": IntDistribution(0, 2), "c": CategoricalDistribution(("a", "b"))}
 Values = Callable[[Mapping[str, Any]], tuple[float, ...]]
 
 
@@ -63,16 +71,16 @@ class Runner:
         self.points: list[Mapping[str, Any]] = []
         self.batches: list[tuple[int, int]] = []
 
-    def __call__(self, points: Sequence[Mapping[str, Any]], first: int) -> Sequence[Outcome]:
+    def __call__(self, points: Sequence[Mapping[str, Any]], first: int) -> Sequence[TrialOutcome]:
         self.batches.append((first, len(points)))
         outcomes = []
         for point in points:
             self.points.append(dict(point))
             overrides = tuple(f"{key}={value}" for key, value in point.items())
             try:
-                outcomes.append(Outcome(values=self.values(point), overrides=overrides))
+                outcomes.append(TrialOutcome(values=self.values(point), overrides=overrides))
             except ArithmeticError as error:
-                outcomes.append(Outcome(error=str(error), overrides=overrides))
+                outcomes.append(TrialOutcome(error=str(error), overrides=overrides))
         return outcomes
 
 
@@ -87,3 +95,56 @@ def work(folder: str, storage: str, n_trials: int, seconds: float, start: Any) -
 
     start.wait(60)
     search(path, storage=storage, n_trials=n_trials).run(Runner(slow))
+
+
+def enumerate_all(kind: str) -> BaseSampler:
+    """A sampler over GRID: both that enumerate it, and one that draws."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        match kind:
+            case "brute force":
+                return BruteForceSampler(seed=0)
+            case "grid":
+                return GridSampler({"n": [0, 1, 2], "c": ["a", "b"]}, seed=0)
+            case _:
+                return TPESampler(seed=0, n_startup_trials=2)
+
+
+def take_part(folder: str, kind: str, n_trials: int, seconds: float, dies_at: int) -> None:
+    """What a worker process does on GRID: leaves a file for every point that it has run.
+
+    It is killed by SIGKILL in the middle of its write number `dies_at` to the study's journal, from 1 on; 0 is never.
+    """
+    path, journal, writes = Path(folder), Path(folder) / "study.journal", 0
+    append = storages._Journal.append_logs
+
+    def append_or_die(backend: storages._Journal, logs: list[dict[str, Any]]) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == dies_at:
+            with backend._mutex, journal.open("ab") as file:
+                file.write(json.dumps(logs[0], separators=(",", ":")).encode()[: 10 * dies_at])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        append(backend, logs)
+
+    def slow(point: Mapping[str, Any]) -> tuple[float, ...]:
+        time.sleep(seconds)
+        (path / f"ran-{point['n']}{point['c']}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        return (point["n"],)
+
+    if dies_at:
+        storages._Journal.append_logs = append_or_die  # type: ignore[method-assign]
+    sampler = enumerate_all(kind)
+    search(path, n_trials=n_trials, distributions=GRID, sampler=sampler, settings={"seed": 0}).run(Runner(slow))
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writes beyond a size are cut off there and fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

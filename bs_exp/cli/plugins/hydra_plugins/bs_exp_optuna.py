@@ -1,7 +1,7 @@
 """The Hydra side of a search: `hydra/sweeper=optuna`.
 
-Hydra looks for plug-ins in the namespace package `hydra_plugins` alone; `bs_exp.__main__` shows it this folder. It
-imports them at every start, so that what a search needs (Optuna, Matplotlib) is imported when one begins.
+Hydra looks for plug-ins only in the namespace package `hydra_plugins`, and imports them at every start; so Optuna and
+Matplotlib are imported when a search begins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives
 
 if TYPE_CHECKING:
-    from bs_exp.search.search import Outcome
+    from bs_exp.search.search import TrialOutcome
     from bs_exp.search.space import SearchSpace, Value
     from bs_exp.search.study import Identity
 
@@ -73,7 +73,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs the search; everything that it found is on disk and on the screen then."""
+        """Runs the search, saves its tables and figures, and prints its results."""
         import optuna
 
         from bs_exp.search.search import Search, ignoring_experimental
@@ -85,7 +85,7 @@ class OptunaSweeper(Sweeper):
         params = OmegaConf.to_container(self._params, resolve=True)
         assert isinstance(params, dict)
         space = parse_space({str(key): value for key, value in params.items()}, arguments, parser)
-        # Slips of the keyboard are found here, before there is a study.
+        # Misspelt settings are found here, before there is a study.
         config = self._compose(space.overrides(self._somewhere(space)))
         with ignoring_experimental():
             sampler = instantiate(self._sampler, _convert_="all")
@@ -100,7 +100,7 @@ class OptunaSweeper(Sweeper):
         search.conclude(search.run(lambda points, first: self._run(space, points, first)))
 
     def _compare_jobs(self) -> None:
-        """Says so if trials will wait for each other, or be proposed in ignorance of each other, to no purpose."""
+        """Prints a note if `n_jobs` does not fit the launcher."""
         from bs_exp.search.search import say
 
         assert self.config is not None
@@ -112,8 +112,8 @@ class OptunaSweeper(Sweeper):
         if not serial and jobs == 1:
             say("note: hydra.sweeper.n_jobs=1 hands the launcher one trial at a time; raise it to what it can run.")
 
-    def _run(self, space: SearchSpace, points: Sequence[Mapping[str, Value]], first: int) -> Sequence[Outcome]:
-        """Launches those points whose settings compose; the others have failed."""
+    def _run(self, space: SearchSpace, points: Sequence[Mapping[str, Value]], first: int) -> Sequence[TrialOutcome]:
+        """Launches the points whose settings compose; the outcome of the others is the error."""
         assert self.launcher is not None
         checked = [self._check(space, point) for point in points]
         legal = [list(overrides) for overrides, error in checked if error is None]
@@ -121,7 +121,7 @@ class OptunaSweeper(Sweeper):
         return [_outcome(overrides, error, None if error else next(jobs)) for overrides, error in checked]
 
     def _check(self, space: SearchSpace, point: Mapping[str, Value]) -> tuple[list[str], str | None]:
-        """The overrides of a point, and what is wrong with them."""
+        """The overrides of a point, and an error if they do not compose."""
         try:
             overrides = space.overrides(self._applicable(space, point))
             self._compose(overrides)
@@ -134,13 +134,13 @@ class OptunaSweeper(Sweeper):
         return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
 
     def _groups(self, space: SearchSpace) -> list[str]:
-        """Parameters that choose an option of a group."""
+        """The parameters that choose an option of a config group."""
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         return [key for key in space.distributions if loader.get_group_options(key, ObjectType.CONFIG)]
 
     def _applicable(self, space: SearchSpace, point: Mapping[str, Value]) -> dict[str, Value]:
-        """The parameters of a point that its own options have: `allocation.beta` is none of allocation=uniform."""
+        """The parameters of a point that exist under its options: allocation=uniform has no `allocation.beta`."""
         groups = self._groups(space)
         if not groups:
             return dict(point)
@@ -148,7 +148,7 @@ class OptunaSweeper(Sweeper):
         return {key: value for key, value in point.items() if key in groups or _has(config, key)}
 
     def _somewhere(self, space: SearchSpace) -> dict[str, Value]:
-        """A point of the space. Every parameter must belong to some option; one that does not stays, and is refused."""
+        """The first point of the space. A parameter that belongs to no option stays in it, so composing refuses it."""
         point, groups = space.anywhere(), self._groups(space)
         found = self._applicable(space, point)
         for group in groups:
@@ -158,26 +158,26 @@ class OptunaSweeper(Sweeper):
         return {key: point[key] for key in point if key in belongs or key not in found}
 
 
-def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> Outcome:
-    """What became of a point that did not compose, or was launched as a job."""
-    from bs_exp.search.search import Outcome
+def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> TrialOutcome:
+    """The outcome of a point that was launched as a job; of one that did not compose, the error."""
+    from bs_exp.search.search import TrialOutcome
 
     point = tuple(overrides)
     if job is None:
-        return Outcome(error=error, overrides=point)
+        return TrialOutcome(error=error, overrides=point)
     folder = None if job.hydra_cfg is None else str(job.hydra_cfg.hydra.runtime.output_dir)
     if job.status is not JobStatus.COMPLETED:
         # Not `return_value`: that raises, and prints.
-        return Outcome(error=explain(job._return_value), overrides=point, folder=folder)
+        return TrialOutcome(error=explain(job._return_value), overrides=point, folder=folder)
     if job.return_value is None:
         error = "the run returned no objective: set objective to a metric of the evaluation."
-        return Outcome(error=error, overrides=point, folder=folder)
+        return TrialOutcome(error=error, overrides=point, folder=folder)
     values = job.return_value if isinstance(job.return_value, tuple | list) else (job.return_value,)
-    return Outcome(values=tuple(float(value) for value in values), overrides=point, folder=folder, names=_names(folder))
+    return TrialOutcome(tuple(float(value) for value in values), overrides=point, folder=folder, names=_names(folder))
 
 
 def _has(node: Any, key: str) -> bool:
-    """Whether a configuration, as plain data, has a setting; be it null or mandatory."""
+    """Whether a configuration, as plain data, has a setting, which may be null or mandatory."""
     for part in key.split("."):
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
@@ -189,7 +189,7 @@ def _has(node: Any, key: str) -> bool:
 
 
 def _names(folder: str | None) -> tuple[str, ...]:
-    """What a run's record calls its objectives; nothing where there is none, as on another machine's disk."""
+    """The names of the objectives in a run's record; empty if this machine has no such record."""
     if folder is None:
         return ()
     try:
@@ -199,7 +199,7 @@ def _names(folder: str | None) -> tuple[str, ...]:
 
 
 def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str]) -> Identity:
-    """What the study is about: everything that a trial's result depends on, beside its parameters."""
+    """The study's identity: directions, objectives, parameters, and every other setting that results depend on."""
     from bs_exp.search.study import Identity
 
     asked = config.objective
