@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.errors import SearchError
+from bs_exp.files import write_file
 from bs_exp.search.storage import file_of, locked, shown
 from bs_exp.search.study import Identity, differences
 
@@ -51,14 +52,14 @@ def signed(folder: Path, *, study: str, storage: str | None, identity: Identity)
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes texts by file name, each under a temporary name first. Raises SearchError."""
+    """Writes texts by file name, each whole or not at all. Raises SearchError."""
     for name, content in files.items():
-        path, temporary = folder / name, folder / f".{name}.{os.getpid()}.tmp"
         try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(path)
+            write_file(folder / name, content)
         except OSError as error:
-            raise SearchError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
+            raise SearchError(
+                f"Cannot write {folder / name}: {error}. Free some space, or set hydra.sweep.dir."
+            ) from error
 
 
 def _beside(storage: str | None, folder: Path) -> str:

@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from bs_exp.errors import ConfigError, SearchError
+from bs_exp.files import write_file
 
 _JOURNAL = "journal:"
 _LOCK = ".study.lock"
@@ -166,9 +167,7 @@ class _Journal(JournalFileBackend):
         for line in whole:
             json.loads(line)
         if whole != lines:
-            temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(b"\n".join([*whole, unfinished]))
-            temporary.replace(self._path)
+            write_file(self._path, b"\n".join([*whole, unfinished]))
 
 
 def _make_folder(path: Path, setting: str) -> None:

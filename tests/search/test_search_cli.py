@@ -171,6 +171,17 @@ def test_slip_stops_before_there_is_a_study(cli: Cli, searching: Tiny, slips: li
     assert not list(FOLDER.glob("study.*")) and not list(FOLDER.glob("*/record.json"))
 
 
+def test_a_default_objective_that_the_direction_would_make_worse_is_refused(cli: Cli, searching: Tiny) -> None:
+    """Without logits the default objective is a cosine, of which higher is better; the default direction minimises."""
+    encoder = ["model.family=bert", "evaluation=similarity", "evaluation.sequence_length=64"]
+    kept = [s for s in searching if not s.startswith(("evaluation", "hydra.sweeper.n_trials"))]
+    done = cli(*kept, *encoder, "hydra.sweeper.n_trials=1", "calibration.sequence_length=32")
+    assert done.status == 1
+    wanted = "objective is null, so the run returned cosine/python_docs, which hydra.sweeper.direction=minimize"
+    assert wanted in done.err + done.out
+    assert "Set objective=cosine/python_docs and hydra.sweeper.direction=maximize." in done.err + done.out
+
+
 @pytest.mark.slow
 def test_the_sweep_file_searches_ranks(cli: Cli, tiny: Tiny) -> None:
     done = cli(

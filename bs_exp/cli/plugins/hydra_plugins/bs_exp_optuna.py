@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bs_exp.cli.config import result_settings
 from bs_exp.cli.explain import explain
 from bs_exp.errors import ConfigError, RecordError
+from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives
 
@@ -118,7 +119,8 @@ class OptunaSweeper(Sweeper):
         checked = [self._check(space, point) for point in points]
         legal = [list(overrides) for overrides, error in checked if error is None]
         jobs = iter(self.launcher.launch(legal, initial_job_idx=first) if legal else ())
-        return [_outcome(overrides, error, None if error else next(jobs)) for overrides, error in checked]
+        direction = self._settings.directions[0]
+        return [_outcome(overrides, error, None if error else next(jobs), direction) for overrides, error in checked]
 
     def _check(self, space: SearchSpace, point: Mapping[str, Value]) -> tuple[list[str], str | None]:
         """The overrides of a point, and an error if they do not compose."""
@@ -158,8 +160,11 @@ class OptunaSweeper(Sweeper):
         return {key: point[key] for key in point if key in belongs or key not in found}
 
 
-def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None) -> TrialOutcome:
-    """The outcome of a point that was launched as a job; of one that did not compose, the error."""
+def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None, direction: str) -> TrialOutcome:
+    """The outcome of a point that was launched as a job; of one that did not compose, the error.
+
+    Where no objective was set, its name is known only now, and so whether `direction` goes the right way.
+    """
     from bs_exp.search.search import TrialOutcome
 
     point = tuple(overrides)
@@ -173,7 +178,16 @@ def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None)
         error = "the run returned no objective: set objective to a metric of the evaluation."
         return TrialOutcome(error=error, overrides=point, folder=folder)
     values = job.return_value if isinstance(job.return_value, tuple | list) else (job.return_value,)
-    return TrialOutcome(tuple(float(value) for value in values), overrides=point, folder=folder, names=_names(folder))
+    names = _names(folder)
+    chosen = job.cfg is not None and job.cfg.objective is not None
+    if len(names) == 1 and not chosen and lower_is_better(names[0]) != (direction == "minimize"):
+        wanted = "minimize" if lower_is_better(names[0]) else "maximize"
+        error = (
+            f"objective is null, so the run returned {names[0]}, which hydra.sweeper.direction={direction} would make "
+            f"worse. Set objective={names[0]} and hydra.sweeper.direction={wanted}."
+        )
+        return TrialOutcome(error=error, overrides=point, folder=folder)
+    return TrialOutcome(tuple(float(value) for value in values), overrides=point, folder=folder, names=names)
 
 
 def _has(node: Any, key: str) -> bool:
