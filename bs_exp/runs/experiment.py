@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,16 +13,17 @@ import transformers
 from datasets.utils import logging as datasets_logging
 
 from bs_exp.cache import Cache
-from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.errors import ConfigError
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
 from bs_exp.records import metrics as names
-from bs_exp.records.stages import Stage, evaluation_stage
+from bs_exp.records.stages import Stage
 from bs_exp.runs import environment
 from bs_exp.runs.dense_cache import DenseStore
+from bs_exp.runs.judge import Judge
 from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
 from bs_exp.selection.none import NoSelection
@@ -79,41 +79,56 @@ class Experiment:
             _free_memory()
 
     def _compare(self, recorder: Recorder) -> Objective:
+        judge = Judge(self.evaluators, self.dense, recorder)
+        dense, prepared = self._prepare(judge, recorder)
+        objectives = self._objectives(judge.dense(dense))
+        recipe, prepared, compressed = self._compress(dense, prepared, recorder)
+        self._save(compressed, dense, recorder)
+        self._analyse(prepared, recipe, recorder)
+        metrics = judge.compressed(replace(dense, module=compressed.module, original=dense))
+        # What an earlier run left in the cache would make it look cheap.
+        if self.cache.folder is None or not self.cache.hits:
+            before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
+            judge.add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed")
+        return self._report(objectives, metrics, recorder)
+
+    def _prepare(self, judge: Judge, recorder: Recorder) -> tuple[LoadedModel, Preparation]:
+        """The dense model, and what the recipe makes of it before any work: settings that do not fit end here."""
         if self.save_model:
             check_replaceable(recorder.folder / MODEL_FOLDER)
         self.cache.check()
         dense = self._load(recorder)
-        self._check_evaluators(dense, recorder)
-        recipe, workspace = self.recipe, Workspace(self.cache, recorder.progress)
+        judge.check(dense)
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
         compares = bool(self.selection.candidates)
-        preparation = prepare(dense, recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
-        check_candidates(dense, recipe, self.selection, preparation, recorder.progress)
-        self.analysis.check(preparation.dense.architecture)
-        dense_metrics = self._evaluate_dense(dense, recorder)
-        objectives = self._objectives(dense_metrics)
+        prepared = prepare(dense, self.recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
+        check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
+        self.analysis.check(prepared.dense.architecture)
+        return dense, prepared
+
+    def _compress(
+        self, dense: LoadedModel, prepared: Preparation, recorder: Recorder
+    ) -> tuple[Recipe, Preparation, CompressedModel]:
+        """The recipe that the selection chose, its preparation, and the model that it makes."""
+        workspace = Workspace(self.cache, recorder.progress)
         # Global generators start here, whether the work so far was done or taken from an earlier run.
         transformers.set_seed(self.seed)
         with recorder.progress.stage(Stage.COMPRESS):
-            selected = select(dense, recipe, self.selection, preparation, workspace)
-            recipe, preparation = selected.recipe, selected.preparation
+            selected = select(dense, self.recipe, self.selection, prepared, workspace)
             recorder.update(selection=dict(selected.report))
-            compressed = compress(dense, recipe, workspace, preparation)
+            compressed = compress(dense, selected.recipe, workspace, selected.preparation)
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
             update=dict(compressed.update),
-            size=measure_size(preparation.dense, compressed, compressed.plan),
+            size=measure_size(selected.preparation.dense, compressed, compressed.plan),
             provenance={**recorder.record.provenance, "calibration": dict(compressed.calibration)},
         )
-        self._save(compressed, dense, recorder)
-        self._analyse(preparation, recipe, recorder)
-        metrics = self._evaluate(replace(dense, module=compressed.module, original=dense), "compressed", recorder)
-        self._measure_again_if_changed(dense, dense_metrics, metrics, recorder)
-        # What an earlier run left in the cache would make it look cheap.
-        if self.cache.folder is None or not self.cache.hits:
-            before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
-            self._add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed", recorder)
-        found = {**metrics, **{names.metric(names.SIZE, name): value for name, value in recorder.record.size.items()}}
+        return selected.recipe, selected.preparation, compressed
+
+    def _report(self, objectives: Sequence[str], metrics: Mapping[str, Any], recorder: Recorder) -> Objective:
+        """The objectives among metrics and sizes, recorded, as a sweeper takes them."""
+        sizes = {names.metric(names.SIZE, name): value for name, value in recorder.record.size.items()}
+        found = {**metrics, **sizes}
         values = {name: float(found[name]) for name in objectives}
         if isinstance(self.objective, tuple):
             recorder.update(objective=values)
@@ -133,67 +148,6 @@ class Experiment:
             shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
         return dense
-
-    def _check_evaluators(self, dense: LoadedModel, recorder: Recorder) -> None:
-        with recorder.progress.stage(Stage.CHECK_EVALUATION):
-            for name, evaluator in self.evaluators.items():
-                with _about_evaluator(name):
-                    evaluator.check(dense)
-
-    def _evaluate_dense(self, dense: LoadedModel, recorder: Recorder) -> dict[str, Any]:
-        """As `_evaluate`, but what an earlier run of the sweep measured on this very model is not measured again."""
-        metrics: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        for name, evaluator in self.evaluators.items():
-            found = self.dense.measurement(evaluator)
-            if found is None:
-                fresh = self._measure(name, evaluator, dense, "dense", recorder)
-                self.dense.measured(evaluator, fresh, recorder.record.run_id)
-            else:
-                fresh, origins[name] = dict(found.metrics), found.run_id
-            self._add(metrics, fresh, name, "dense", recorder)
-        if origins:
-            recorder.update(provenance={**recorder.record.provenance, "dense_metrics": origins})
-        return metrics
-
-    def _measure_again_if_changed(
-        self, dense: LoadedModel, before: Mapping[str, Any], after: Mapping[str, Any], recorder: Recorder
-    ) -> None:
-        """Dense metrics taken over from a run that saw other text, or another device, are measured here after all."""
-        origins: dict[str, str] = dict(recorder.record.provenance.get("dense_metrics", {}))
-        changed = [name for name, value in after.items() if isinstance(value, str) and before.get(name) != value]
-        if not origins or not changed:
-            return
-        recorder.progress.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
-        metrics: dict[str, Any] = {}
-        for name, evaluator in self.evaluators.items():
-            fresh = self._measure(name, evaluator, dense, "dense", recorder)
-            self.dense.measured(evaluator, fresh, recorder.record.run_id)
-            self._add(metrics, fresh, name, "dense", recorder)
-        provenance = {key: value for key, value in recorder.record.provenance.items() if key != "dense_metrics"}
-        recorder.update(provenance=provenance)
-
-    def _evaluate(self, model: LoadedModel, label: str, recorder: Recorder) -> dict[str, Any]:
-        """Metrics of all evaluators, recorded as each of them ends."""
-        metrics: dict[str, Any] = {}
-        for name, evaluator in self.evaluators.items():
-            self._add(metrics, self._measure(name, evaluator, model, label, recorder), name, label, recorder)
-        return metrics
-
-    def _measure(
-        self, name: str, evaluator: Evaluator, model: LoadedModel, label: str, recorder: Recorder
-    ) -> dict[str, Any]:
-        with recorder.progress.stage(evaluation_stage(name, label)), _about_evaluator(name):
-            return dict(evaluator.evaluate(model))
-
-    def _add(
-        self, metrics: dict[str, Any], found: Mapping[str, Any], name: str, label: str, recorder: Recorder
-    ) -> None:
-        if twice := sorted(metrics.keys() & found.keys()):
-            raise ConfigError(f"Two evaluators report {twice[0]}, one of them {name}; name their corpora apart.")
-        metrics.update(found)
-        recorder.update(metrics={**recorder.record.metrics, label: dict(metrics)})
-        recorder.log({f"{label}/{key}": value for key, value in found.items()})
 
     def _objectives(self, metrics: Mapping[str, Any]) -> tuple[str, ...]:
         """The metrics to return, checked on the dense model's before the work of compression begins."""
@@ -221,15 +175,6 @@ class Experiment:
             folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER)
         saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)
-
-
-@contextmanager
-def _about_evaluator(name: str) -> Iterator[None]:
-    try:
-        yield
-    except BsExpError as error:
-        error.add_note(f"This is about the evaluation, its part {name!r} (evaluation=...).")
-        raise
 
 
 def _quiet_libraries() -> None:

@@ -1,0 +1,104 @@
+"""The dense and the compressed model of one run, judged by the same evaluators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.protocols import Evaluator
+from bs_exp.records.stages import Stage, evaluation_stage
+from bs_exp.runs.dense_cache import DenseStore
+from bs_exp.runs.recorder import Recorder
+from bs_exp.types import LoadedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Runs the evaluators and records what each of them finds as it ends.
+
+    What an earlier point of the sweep measured on the same dense model is taken from `store`.
+    """
+
+    evaluators: Mapping[str, Evaluator]
+    store: DenseStore
+    recorder: Recorder
+
+    def check(self, dense: LoadedModel) -> None:
+        """An error for an evaluator that does not fit the model, before the long work."""
+        with self.recorder.progress.stage(Stage.CHECK_EVALUATION):
+            for name, evaluator in self.evaluators.items():
+                with _about(name):
+                    evaluator.check(dense)
+
+    def dense(self, model: LoadedModel) -> dict[str, Any]:
+        """Metrics of the dense model by name; `provenance.dense_metrics` names the runs that measured them earlier."""
+        metrics: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for name, evaluator in self.evaluators.items():
+            found = self.store.measurement(evaluator)
+            if found is None:
+                self._measure_dense(metrics, name, evaluator, model)
+            else:
+                origins[name] = found.run_id
+                self.add(metrics, found.metrics, name, "dense")
+        if origins:
+            self.recorder.update(provenance={**self.recorder.record.provenance, "dense_metrics": origins})
+        return metrics
+
+    def compressed(self, model: LoadedModel) -> dict[str, Any]:
+        """Metrics of the compressed model by name.
+
+        Dense metrics that were taken over from a run with other text, or on another device, are measured again.
+        """
+        metrics: dict[str, Any] = {}
+        for name, evaluator in self.evaluators.items():
+            self.add(metrics, self._measure(name, evaluator, model, "compressed"), name, "compressed")
+        assert model.original is not None
+        self._measure_again_if_changed(model.original, metrics)
+        return metrics
+
+    def add(self, metrics: dict[str, Any], found: Mapping[str, Any], name: str, label: str) -> None:
+        """Adds what an evaluator found to the metrics of a model, to the record and to the tracker.
+
+        Raises ConfigError if two evaluators report one metric.
+        """
+        if twice := sorted(metrics.keys() & found.keys()):
+            raise ConfigError(f"Two evaluators report {twice[0]}, one of them {name}; name their corpora apart.")
+        metrics.update(found)
+        self.recorder.update(metrics={**self.recorder.record.metrics, label: dict(metrics)})
+        self.recorder.log({f"{label}/{key}": value for key, value in found.items()})
+
+    def _measure_again_if_changed(self, dense: LoadedModel, after: Mapping[str, Any]) -> None:
+        record = self.recorder.record
+        before = record.metrics.get("dense", {})
+        # Texts say how numbers came about: a hash of the evaluation text, the device.
+        changed = [name for name, value in after.items() if isinstance(value, str) and before.get(name) != value]
+        if not record.provenance.get("dense_metrics") or not changed:
+            return
+        self.recorder.progress.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
+        metrics: dict[str, Any] = {}
+        for name, evaluator in self.evaluators.items():
+            self._measure_dense(metrics, name, evaluator, dense)
+        provenance = {key: value for key, value in record.provenance.items() if key != "dense_metrics"}
+        self.recorder.update(provenance=provenance)
+
+    def _measure_dense(self, metrics: dict[str, Any], name: str, evaluator: Evaluator, model: LoadedModel) -> None:
+        fresh = self._measure(name, evaluator, model, "dense")
+        self.store.measured(evaluator, fresh, self.recorder.record.run_id)
+        self.add(metrics, fresh, name, "dense")
+
+    def _measure(self, name: str, evaluator: Evaluator, model: LoadedModel, label: str) -> dict[str, Any]:
+        with self.recorder.progress.stage(evaluation_stage(name, label)), _about(name):
+            return dict(evaluator.evaluate(model))
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BsExpError as error:
+        error.add_note(f"This is about the evaluation, its part {name!r} (evaluation=...).")
+        raise
