@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bs_exp.allocation.budget import check_retain_ratio, make_plan, share_out
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.calibration.statistics import check_gatherable
 from bs_exp.corpora.windows import check_fits
@@ -34,6 +33,7 @@ from bs_exp.protocols import (
     Update,
     Whitening,
 )
+from bs_exp.rank_budget import check_retain_ratio, make_plan, share_out
 from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
 from bs_exp.types import (

@@ -97,7 +97,6 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
     # Mathematics of a family, no strategies.
     shared = {
         "bs_exp.sharing.layers",
-        "bs_exp.allocation.budget",
         "bs_exp.importance.weighting",
     }
     for module in files:

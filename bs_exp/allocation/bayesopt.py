@@ -15,10 +15,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from bs_exp.allocation.budget import check_affordable, make_plan, share_out
 from bs_exp.cache import content_key
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
+from bs_exp.rank_budget import check_affordable, make_plan, share_out
 from bs_exp.search.storage import answering, open_storage
 from bs_exp.search.study import Wording, check_identity, find_study, open_study
 from bs_exp.types import RankPlan, Statistic, WeightGroup

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.allocation.budget import check_affordable, make_plan, mean_over_layers, share_out
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import check_affordable, make_plan, mean_over_layers, share_out
 from bs_exp.types import LayerProfile, RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_choice, check_share
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from bs_exp.allocation.budget import by_type, check_affordable, make_plan, share_out
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import by_type, check_affordable, make_plan, share_out
 from bs_exp.types import RankPlan, Spectrum, Statistic, WeightGroup
 from bs_exp.validation import check_share
 

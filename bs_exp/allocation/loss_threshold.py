@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from bs_exp.allocation.budget import check_affordable, make_plan
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
-from bs_exp.rank_budget import Choices, cost_of, parameter_budget, spectrum_choices, spend
+from bs_exp.rank_budget import Choices, check_affordable, cost_of, make_plan, parameter_budget, spectrum_choices, spend
 from bs_exp.types import LossUnit, RankPlan, Spectrum, Statistic, WeightGroup
 
 
@@ -77,14 +77,10 @@ class LossThreshold:
 def affordable_loss(choices: Sequence[Choices], budget: int) -> float:
     """The smallest threshold that the budget can meet; it is one of the choices' losses, since ranks are whole."""
     losses = torch.cat([c.losses for c in choices]).unique()
-    low, high = 0, len(losses) - 1  # at the largest loss every group has its cheapest choice
-    while low < high:
-        middle = (low + high) // 2
-        if cost_of(choices, _at(choices, float(losses[middle]))) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return float(losses[low])
+    # At the largest loss every group has its cheapest choice.
+    others = range(len(losses) - 1)
+    fits = bisect_left(others, True, key=lambda i: cost_of(choices, _at(choices, float(losses[i]))) <= budget)
+    return float(losses[fits])
 
 
 def _at(choices: Sequence[Choices], threshold: float) -> list[int]:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bs_exp.allocation.budget import check_affordable, make_plan, mean_over_layers, share_out
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
+from bs_exp.rank_budget import check_affordable, make_plan, mean_over_layers, share_out
 from bs_exp.types import MATRIX_TYPES, RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_share
 

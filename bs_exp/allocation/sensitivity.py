@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from bs_exp.allocation.budget import check_affordable, make_plan
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout, PlanObjective, Score
-from bs_exp.rank_budget import Choices, cost_of, parameter_budget, spectrum_choices, spend
+from bs_exp.rank_budget import Choices, check_affordable, cost_of, make_plan, parameter_budget, spectrum_choices, spend
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_choice
 

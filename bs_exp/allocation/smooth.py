@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from scipy.interpolate import PPoly
 from scipy.optimize import minimize
 
-from bs_exp.allocation.budget import check_affordable, make_plan, share_out
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
-from bs_exp.rank_budget import spectrum_choices
+from bs_exp.rank_budget import check_affordable, make_plan, share_out, spectrum_choices
 from bs_exp.types import RankPlan, Spectrum, Statistic, WeightGroup
 from bs_exp.validation import check_choice
 

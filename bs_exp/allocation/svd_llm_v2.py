@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.allocation.budget import by_type, check_affordable, make_plan, share_out
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
-from bs_exp.rank_budget import largest_rank, parameter_budget
+from bs_exp.rank_budget import by_type, check_affordable, largest_rank, make_plan, parameter_budget, share_out
 from bs_exp.types import LossUnit, RankPlan, Spectrum, Statistic, WeightGroup
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.allocation.budget import check_retain_ratio, make_plan, nearest_ranks
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
-from bs_exp.rank_budget import largest_rank, parameter_budget, spectrum_choices
+from bs_exp.rank_budget import (
+    check_retain_ratio,
+    largest_rank,
+    make_plan,
+    nearest_ranks,
+    parameter_budget,
+    spectrum_choices,
+)
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 
 

@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.allocation.budget import check_affordable, check_retain_ratio, least_parameters, make_plan
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
-from bs_exp.rank_budget import at_price, parameter_budget, spectrum_choices, spend
+from bs_exp.rank_budget import (
+    at_price,
+    check_affordable,
+    check_retain_ratio,
+    least_parameters,
+    make_plan,
+    parameter_budget,
+    spectrum_choices,
+    spend,
+)
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_share, is_number
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
-from bs_exp.rank_budget import Choices, at_price, cost_of, parameter_budget, spectrum_choices, spend
+from bs_exp.rank_budget import Choices, at_price, cost_of, lowest_price, parameter_budget, spectrum_choices, spend
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
 from bs_exp.types import Architecture, LoadedModel, LossUnit, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_names
@@ -99,15 +99,7 @@ def _groupings(
         seen[price] = grouping, cost
         return cost
 
-    low, high = 0.0, 1.0
-    if at(low) > budget:
-        while at(high) > budget and high < 1e300:
-            low, high = high, 2.0 * high
-        for _ in range(200):  # until no float lies between the two
-            middle = 0.5 * (low + high)
-            if not low < middle < high:
-                break
-            low, high = (middle, high) if at(middle) > budget else (low, middle)
+    lowest_price(at, budget)
     return list(dict.fromkeys(seen[price][0] for price in sorted(seen)))
 
 

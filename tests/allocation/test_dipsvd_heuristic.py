@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bs_exp.allocation.budget import spread
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic, code_shares
 from bs_exp.errors import ConfigError
+from bs_exp.rank_budget import spread
 from bs_exp.types import LayerProfile
 from tests.support.spectra import group, problem
 

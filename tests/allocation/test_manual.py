@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from bs_exp.allocation.budget import largest_rank, parameter_budget
 from bs_exp.allocation.manual import ManualAllocation
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.rank_budget import largest_rank, parameter_budget
 from bs_exp.types import RankPlan
 from tests.support.spectra import group, problem
 

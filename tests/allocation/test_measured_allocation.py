@@ -143,7 +143,10 @@ def test_a_study_of_other_scores_is_refused_before_any_work(
 def test_a_study_of_another_model_is_refused_before_any_work(tmp_path: Path) -> None:
     recipe = replace(RECIPE, allocation=search(storage=str(tmp_path / "s.log"), study_name="mine", trials=1))
     compress(tiny_random(), recipe, Workspace(Cache(None), Progress(quiet=True)))
-    with pytest.raises(ConfigError, match=r"What differs:\n  model: \w+ in the study, \w+ here\nSet another"):
+    with pytest.raises(
+        ConfigError,
+        match=r"What differs:\n  model: \w+ in the study, \w+ here\nSet these as they were .* Set another allocation",
+    ):
         prepare(tiny_random(seed=1), recipe, Progress(quiet=True))
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bs_exp.allocation.budget import by_type, check_affordable, mean_over_layers, share_out, spread
 from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.rank_budget import by_type, check_affordable, mean_over_layers, share_out, spread
 from tests.support.spectra import group, problem
 
 SHARE = st.floats(0.0, 1.0)
