@@ -46,9 +46,8 @@ def random_factors(architecture: Architecture, correction: int = 0) -> Iterator[
 
 def stored(dense: LoadedModel, row: str, correction: int) -> PreTrainedModel:
     """The model with random factors in place of every matrix."""
-    layout, module = strategy(row), twin(dense.module)
-    factors = (layout.arrange(shared) for shared in random_factors(dense.architecture, correction))
-    replace_matrices(module, dense.architecture, factors, layout=layout.name)
+    module = twin(dense.module)
+    replace_matrices(module, dense.architecture, random_factors(dense.architecture, correction), strategy(row))
     return module
 
 

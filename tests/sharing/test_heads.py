@@ -58,7 +58,7 @@ def compressed(dense: LoadedModel, heads_per_block: int | str, layout: Layout) -
         factors.append(SharedFactors(group, basis, rows))
         planned.append(PlannedGroup(group, 2, layout.parameters(group, 2), 0.0, 0.0))
     module = twin(seen.module)
-    replace_matrices(module, seen.architecture, map(layout.arrange, factors), layout=layout.name)
+    replace_matrices(module, seen.architecture, factors, layout)
     return module, RankPlan(tuple(planned), 0.5, layout.name), seen
 
 
