@@ -41,8 +41,9 @@ FORMAT_VERSION = 2
 REMOTE_MODULE = "modeling_basis_sharing"
 # What the bias of a layer can be called: see `FactorisedLinear.bias_name`.
 BIASES = ("bias", "output_bias")
-# More blocks than any model has: what a configuration says beyond that is not built.
+# More blocks, and more matrices in them, than any model has: what a configuration says beyond that is not built.
 MOST_LAYERS = 10_000
+MOST_MODULES = 100_000
 
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -374,7 +375,9 @@ class SplitLinear(nn.Module):
         """The layer in blocks, whose weights are views of its own; the bias stays the same Parameter."""
         shape = _shape(dense, "layer")
         if axis not in AXES or sum(sizes) != shape[AXES.index(axis)]:
-            raise ValueError(f"A layer of (d_in, d_out) = {shape} cannot be cut into {list(sizes)} along {axis!r}.")
+            raise ValueError(
+                f"A layer of (d_in, d_out) = {shape} cannot be cut into {_shown(list(sizes))} along {axis!r}."
+            )
         conv1d, bias = isinstance(dense, Conv1D), cast("nn.Parameter | None", dense.bias)
         weight = dense.weight.detach().T if conv1d else dense.weight.detach()
         parts = weight.split(list(sizes), dim=0 if axis == "out" else 1)
@@ -945,6 +948,12 @@ def _check_groups(groups: Any) -> None:
             if name in seen:
                 raise ValueError(f"quantization_config.groups names {name!r} twice; a module belongs to one group.")
             seen.add(name)
+        _check_count("groups", len(seen))
+
+
+def _check_count(what: str, count: int) -> None:
+    if count > MOST_MODULES:
+        raise ValueError(f"quantization_config.{what} must name at most {MOST_MODULES} modules, got {count} or more.")
 
 
 def _is_group(group: Any) -> bool:
@@ -969,6 +978,7 @@ def _is_count(value: object) -> bool:
 def _checked_splits(splits: Any) -> list[dict[str, Any]]:
     if not isinstance(splits, list | tuple):
         raise ValueError(f"quantization_config.splits must be a list of splits, got {_shown(splits)}.")
+    _check_count("splits", len(splits))
     seen: set[str] = set()
     for split in splits:
         if not _is_split(split):

@@ -152,7 +152,7 @@ def test_nothing_replaced_is_the_dense_model(tmp_path: Path) -> None:
     dense = tiny_random("qwen2")
     seen = sharing(1).view(dense)
     module = twin(seen.module)
-    replace_matrices(module, seen.architecture, [])
+    replace_matrices(module, seen.architecture, [], PlainLayout())
     save_model(module, dense.tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(logits_of(to_dense(loaded)), logits_of(dense.module))
