@@ -998,7 +998,7 @@ def _is_split(split: Any) -> bool:
     sizes = split["sizes"]
     return (
         isinstance(split["module"], str)
-        and split["axis"] in AXES
+        and isinstance(split["axis"], str)
         and isinstance(sizes, list | tuple)
         and len(sizes) > 1
         and all(_is_count(size) for size in sizes)

@@ -165,7 +165,7 @@ def test_some_blocks_of_a_layer_may_stay_dense(tmp_path: Path) -> None:
     basis = torch.ones(group.d_in, 1, dtype=torch.float64)
     rows = {layer: 0.01 * torch.ones(1, group.d_out, dtype=torch.float64) for layer in group.layers}
     module = twin(seen.module)
-    replace_matrices(module, seen.architecture, [SharedFactors(group, basis, rows)])
+    replace_matrices(module, seen.architecture, [SharedFactors(group, basis, rows)], PlainLayout())
     save_model(module, dense.tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(logits_of(loaded), logits_of(module))
