@@ -10,7 +10,6 @@ from bs_exp.models.modeling_basis_sharing import BIASES
 from bs_exp.types import CompressedModel, LoadedModel, RankPlan
 
 
-
 def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:
     """Parameters, bytes and retained shares, counted on the models themselves; a tensor used twice counts once.
 
