@@ -30,6 +30,7 @@ from bs_exp.protocols import (
     Score,
     Sharing,
     SharingProblem,
+    SplitsMatrices,
     Update,
     Whitening,
 )
@@ -138,7 +139,7 @@ def prepare(
     Raises ConfigError, ModelError or DataError.
     """
     with progress.stage(Stage.GROUP):
-        dense = recipe.sharing.view(dense)
+        dense = seen_by(recipe.sharing, dense)
         recipe.sharing.check(dense.architecture)
         groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
@@ -153,6 +154,11 @@ def prepare(
             recipe.allocation.check_search(_search_identity(dense, recipe, data, kept=1.0))
     recipe.update.check(dense, data)
     return Preparation(dense, groups, data)
+
+
+def seen_by(sharing: Sharing, dense: LoadedModel) -> LoadedModel:
+    """The model whose matrices the strategy puts into groups: `dense` itself, unless it cuts them into parts."""
+    return sharing.view(dense) if isinstance(sharing, SplitsMatrices) else dense
 
 
 def _windows(dense: LoadedModel, calibration: Calibration, cut: CutWindows) -> TokenWindows:
@@ -209,8 +215,7 @@ def compress(
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
         with progress.stage(Stage.REPLACE):
             module = twin(dense.module)
-            factors = (recipe.layout.arrange(shared) for shared in decompositions.truncated(plan))
-            replace_matrices(module, dense.architecture, factors, layout=recipe.layout.name)
+            replace_matrices(module, dense.architecture, decompositions.truncated(plan), recipe.layout)
         rounds.append(plan.requested_ratio)
         if plan.requested_ratio <= recipe.retain_ratio:
             break

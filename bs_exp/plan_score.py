@@ -18,6 +18,7 @@ from bs_exp.cache import content_key
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions
+from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import PlanObjective
@@ -188,7 +189,7 @@ class PlanScore:
             return
         dense, values = self.comparison.dense, []
         module = twin(dense.module)
-        replace_matrices(module, dense.architecture, self.decompositions.truncated(plan))
+        replace_matrices(module, dense.architecture, self.decompositions.truncated(plan), PlainLayout())
         for value in self.comparison.running(module):
             values.append(value)
             yield value

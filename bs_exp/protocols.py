@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bs_exp.types import (
     Architecture,
     CalibrationData,
+    Corrections,
     GroupStatistics,
     LayerProfile,
     LoadedModel,
@@ -22,7 +23,6 @@ from bs_exp.types import (
     SharedFactors,
     Spectrum,
     Statistic,
-    StoredFactors,
     TokenWindows,
     WeightGroup,
 )
@@ -94,14 +94,19 @@ class Sharing(Protocol):
     @property
     def needs(self) -> frozenset[Statistic]: ...
 
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        """The model whose matrices are put into groups: `dense` itself, or a twin that stores them in another way."""
-
     def check(self, architecture: Architecture) -> None:
         """ConfigError if the settings do not fit the model; called before any work."""
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
         """All groups: every targeted matrix is in exactly one of them."""
+
+
+@runtime_checkable
+class SplitsMatrices(Protocol):
+    """A sharing strategy whose groups are made of parts of the model's matrices."""
+
+    def view(self, dense: LoadedModel) -> LoadedModel:
+        """A twin of the dense model in which these parts are matrices; the other stages see no other model."""
 
 
 class Analysis(Protocol):
@@ -140,8 +145,35 @@ class Whitening(Protocol):
         """The metric of a group from its statistics, whose Gram the importance strategy has already re-weighted."""
 
 
+@dataclass(frozen=True, eq=False)
+class StoredFactors:
+    """The factors of a group in the form in which a layout stores them; made by its `arrange`.
+
+    A factor is a matrix `[in, out]`: `basis` has one column per component, the coefficients of a layer one row per
+    component; what stands in them is up to the layout. `kept` holds further tensors that all layers of the group have
+    alike, by the names of the buffers that hold them in the layers. Corrections are stored as they are.
+    """
+
+    layout: Layout
+    group: WeightGroup
+    basis: Float[Tensor, "inputs rank"]
+    coefficients: Mapping[int, Float[Tensor, "rank outputs"]]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    corrections: Corrections = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[1]
+
+
 class Layout(Protocol):
-    """A way to store the factors of a group."""
+    """How the factors of a group are stored: the only one who knows, besides the class of its layers.
+
+    That class is found by `name` in the table `LAYOUTS` of `models/modeling_basis_sharing.py`. It states the shapes of
+    what is stored (`FactorisedLinear.shapes`) and computes with it. A folder is loaded by that table too, and a copy of
+    the file lies in every saved folder: so a layout that adds its row in another package can be compressed with and
+    saved, but loads only in a process that has added the row; elsewhere the folder is refused by the layout's name.
+    """
 
     name: ClassVar[str]
 
@@ -150,6 +182,17 @@ class Layout(Protocol):
 
     def arrange(self, factors: SharedFactors) -> StoredFactors:
         """The factors as they are stored: another form of the same product."""
+
+    def restore(self, stored: StoredFactors) -> SharedFactors:
+        """Factors `[d_in, rank]` and `[rank, d_out]` of the same product, and the corrections, in fp64."""
+
+    def with_coefficients(
+        self, stored: StoredFactors, coefficients: Mapping[int, Float[Tensor, "rank d_out"]]
+    ) -> StoredFactors:
+        """The factors with new coefficients for some layers, which belong to the basis that `restore` gives.
+
+        What need not change keeps its bits: above all the basis and the other layers of a shared group.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

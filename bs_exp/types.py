@@ -17,7 +17,7 @@ from bs_exp.errors import RecordError
 
 if TYPE_CHECKING:  # readers of records need the plan below, and should not wait for torch
     import torch
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -357,29 +357,14 @@ class SharedFactors:
     def rank(self) -> int:
         return self.basis.shape[1]
 
-
-@dataclass(frozen=True, eq=False)
-class PivotedFactors:
-    """Factors of the same product, one of which holds a k x k identity, at the features `pivots`, that is not stored.
-
-    In a group of one layer the pivots are outputs: the basis `[d_in, k]` is these columns of the product, and the
-    coefficients `[k, d_out - k]` give the other columns. Where the basis is shared they are inputs: the basis is the
-    identity in these rows and stored for the others, `[d_in - k, k]`, and the coefficients `[k, d_out]` are the rows of
-    the product at these inputs.
-    """
-
-    group: WeightGroup
-    basis: Float[Tensor, "inputs rank"]
-    coefficients: Mapping[int, Float[Tensor, "rank outputs"]]
-    pivots: Bool[Tensor, " features"]
-    corrections: Corrections = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        return self.basis.shape[1]
-
-
-StoredFactors = SharedFactors | PivotedFactors
+    def double(self) -> SharedFactors:
+        """The same factors in fp64."""
+        return SharedFactors(
+            self.group,
+            self.basis.double(),
+            {layer: c.double() for layer, c in self.coefficients.items()},
+            {layer: (down.double(), up.double()) for layer, (down, up) in self.corrections.items()},
+        )
 
 
 @dataclass(frozen=True)

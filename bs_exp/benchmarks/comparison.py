@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import quantile_test
-from torch import nn
+from torch import Tensor, nn
 
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
-from bs_exp.models.modeling_basis_sharing import LAYOUTS, FactorisedLinear, PivotedLinear, pack_bits
+from bs_exp.linalg.pivoting import pivots_are_inputs
+from bs_exp.models.modeling_basis_sharing import FactorisedLinear, empty_layers, kept_of, pack_bits
 from bs_exp.protocols import Layout
 from bs_exp.rank_budget import largest_rank, parameter_budget
 from bs_exp.runs import environment
@@ -85,23 +86,32 @@ def factorised(dense: Sequence[nn.Linear], name: str, ratio: float, *, multiple:
     if rank < 1:
         shapes = f"{group.size} of {group.d_in} x {group.d_out}"
         raise ValueError(f"ratio {ratio} leaves no room for rank {multiple} in a group of {shapes}.")
-    layers = LAYOUTS[layout.name](dense, {"members": [str(i) for i in group.layers], "rank": rank})
+    layers = empty_layers(layout.name, dense, [str(i) for i in group.layers], rank)
     factors = {id(factor): factor for layer in layers for factor in (layer.basis, layer.weight)}.values()
     for factor in factors:
         nn.init.normal_(factor.requires_grad_(False), std=max(factor.shape[1], 1) ** -0.5)
     for layer in layers:
-        if isinstance(layer, PivotedLinear):
-            features = len(layer.own_features) + len(layer.other_features)
-            chosen = torch.zeros(features, dtype=torch.bool)
-            chosen[torch.randperm(features, generator=torch.Generator().manual_seed(0))[:rank]] = True
-            layer.pivots = pack_bits(chosen).to(layer.weight.device)
-            layer.refresh()
+        for kept in kept_of(layer):
+            setattr(layer, kept, _RANDOM[kept](group, rank).to(layer.weight.device))
+        layer.refresh()
     return RandomGroup(
         layers=layers,
         rank=rank,
         parameters=layout.parameters(group, rank),
         multiply_adds=sum(layer.basis.numel() + layer.weight.numel() for layer in layers),
     )
+
+
+def _random_pivots(group: WeightGroup, rank: int) -> Tensor:
+    """Bits of `rank` features, the same for every layer: to find the best ones would take longer than all the rest."""
+    features = group.d_in if pivots_are_inputs(group) else group.d_out
+    chosen = torch.zeros(features, dtype=torch.bool)
+    chosen[torch.randperm(features, generator=torch.Generator().manual_seed(0))[:rank]] = True
+    return pack_bits(chosen)
+
+
+# What layouts keep beside the factors -> random contents.
+_RANDOM: Mapping[str, Callable[[WeightGroup, int], Tensor]] = {"pivots": _random_pivots}
 
 
 def move(module: nn.Module) -> None:

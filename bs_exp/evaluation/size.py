@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from bs_exp.models.modeling_basis_sharing import BIASES
 from bs_exp.types import CompressedModel, LoadedModel, RankPlan
-
-_BIASES = ("bias", "output_bias")
 
 
 def measure_size(dense: LoadedModel, compressed: LoadedModel | CompressedModel, plan: RankPlan) -> dict[str, float]:
@@ -44,7 +43,7 @@ def stored_bytes(module: nn.Module) -> int:
 def _weights(module: nn.Module, targets: Iterable[str]) -> Iterator[Tensor]:
     for target in targets:
         named = module.get_submodule(target).named_parameters()
-        yield from (parameter for name, parameter in named if name.rpartition(".")[2] not in _BIASES)
+        yield from (parameter for name, parameter in named if name.rpartition(".")[2] not in BIASES)
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:

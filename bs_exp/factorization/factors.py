@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from bs_exp.cache import Entry
 from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
-from bs_exp.linalg.decomposition import corrections_of, decompose, split_by_layer
+from bs_exp.linalg.corrections import corrections_of
+from bs_exp.linalg.decomposition import decompose, split_by_layer
 from bs_exp.records.stages import Stage
 from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from bs_exp.linalg.decomposition import pivoted_form
-from bs_exp.types import PivotedFactors, SharedFactors, WeightGroup
+from torch import Tensor
+
+from bs_exp.linalg.pivoting import PivotedForm, pivoted_form, pivots_are_inputs, plain_form
+from bs_exp.models.modeling_basis_sharing import pack_bits, unpack_bits
+from bs_exp.protocols import StoredFactors
+from bs_exp.types import SharedFactors, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +29,32 @@ class PivotedLayout:
     name: ClassVar[str] = "pivoted"
 
     def parameters(self, group: WeightGroup, rank: int) -> int:
-        bits = group.size * -(-(group.d_out if group.size == 1 else group.d_in) // 16)
+        bits = group.size * -(-_features(group) // 16)
         return rank * (group.d_in + group.columns - rank) + bits + group.correction_parameters
 
-    def arrange(self, factors: SharedFactors) -> PivotedFactors:
-        return pivoted_form(factors)
+    def arrange(self, factors: SharedFactors) -> StoredFactors:
+        form = pivoted_form(factors)
+        return StoredFactors(
+            self,
+            factors.group,
+            form.basis,
+            form.coefficients,
+            {"pivots": pack_bits(form.pivots)},
+            factors.corrections,
+        )
+
+    def restore(self, stored: StoredFactors) -> SharedFactors:
+        pivots = unpack_bits(stored.kept["pivots"], _features(stored.group))
+        plain = plain_form(stored.group, PivotedForm(stored.basis, stored.coefficients, pivots))
+        return replace(plain, corrections=stored.corrections).double()
+
+    def with_coefficients(self, stored: StoredFactors, coefficients: Mapping[int, Tensor]) -> StoredFactors:
+        if pivots_are_inputs(stored.group):
+            return replace(stored, coefficients={**stored.coefficients, **coefficients})
+        # The coefficients of a single matrix hold the identity, so other columns may become pivots.
+        return self.arrange(replace(self.restore(stored), coefficients=coefficients))
+
+
+def _features(group: WeightGroup) -> int:
+    """How many features there are to choose pivots from."""
+    return group.d_in if pivots_are_inputs(group) else group.d_out

@@ -6,29 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
-import scipy.linalg
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.errors import DecompositionError
-from bs_exp.types import (
-    Corrections,
-    Decomposition,
-    LossUnit,
-    Metric,
-    PivotedFactors,
-    SharedFactors,
-    Spectrum,
-    StoredFactors,
-    WeightGroup,
-)
-
-# Ranks at which losses after corrections are computed: each costs one eigenvalue problem per layer.
-_CORRECTION_POINTS = 65
+from bs_exp.linalg.corrections import corrected_energies
+from bs_exp.linalg.scaling import balanced, by_layer, unscale
+from bs_exp.types import Decomposition, LossUnit, Metric, SharedFactors, Spectrum, WeightGroup
 
 
 def cholesky_whitener(
@@ -94,9 +79,9 @@ def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric:
     basis_t, coefficients, values = basis_t[order], coefficients[order], values[order]
     energies = _energies(values, basis_t, coefficients, metric)
     if group.correction:
-        energies = _corrected_energies(group, energies, basis_t, coefficients, metric)
-    coefficients = _by_layer(group, coefficients, metric, _unscale)
-    basis_t, coefficients = _balanced(basis_t, coefficients)
+        energies = corrected_energies(group, energies, basis_t, coefficients, metric)
+    coefficients = by_layer(group, coefficients, metric, unscale)
+    basis_t, coefficients = balanced(basis_t, coefficients)
     spectrum = Spectrum(
         group=group,
         singular_values=values,
@@ -150,168 +135,17 @@ def truncate(decomposition: Decomposition, rank: int) -> SharedFactors:
     return split_by_layer(group, decomposition.basis_t[:rank], decomposition.coefficients[:rank])
 
 
-def corrections_of(
-    group: WeightGroup,
-    basis_t: Float[Tensor, "full_rank d_in"],
-    coefficients: Float[Tensor, "full_rank columns"],
-    metric: Metric,
-    rank: int,
-) -> Corrections:
-    """Each layer's correction: in the metric, the best factors of what the first `rank` components leave of it.
-
-    Their rank is `group.correction` at most; all in fp64.
-    """
-    scaled = _by_layer(group, coefficients.double(), metric, lambda block, right: block @ right)
-    units_t, rows = _orthonormal(basis_t.double(), scaled, metric)
-    found = {}
-    for layer, tail in zip(group.layers, rows[rank:].split(group.d_out, dim=1), strict=True):
-        left, values, right = torch.linalg.svd(tail, full_matrices=False)
-        left, values, right = left[:, : group.correction], values[: group.correction], right[: group.correction]
-        own = values[:, None] * right
-        if metric.right is not None:
-            own = _unscale(own, metric.right[layer])
-        down_t, own = _balanced(left.mT @ units_t[rank:], own)
-        found[layer] = (down_t.mT, own)
-    return found
-
-
-def _orthonormal(basis_t: Tensor, rows: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """The same product with basis vectors rescaled to length 1 in the metric, so that norms of rows are errors."""
-    in_metric = basis_t if metric.whitener is None else basis_t @ metric.whitener.mT
-    lengths = in_metric.norm(dim=1)
-    lengths = lengths.where(lengths > 0, 1.0)[:, None]
-    return basis_t / lengths, rows * lengths
-
-
-def _corrected_energies(
-    group: WeightGroup, energies: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric
-) -> Tensor:
-    """Energies whose tails are the losses after every layer's correction.
-
-    The correction removes the largest singular values of what k components leave of a layer. That is computed at up to
-    `_CORRECTION_POINTS` ranks k, at all of them in small groups; between them the remaining share of the loss is
-    interpolated.
-    """
-    units_t, rows = _orthonormal(basis_t, coefficients, metric)
-    tails = energies.flip(0).cumsum(0).flip(0)
-    full = len(energies)
-    # Denser towards both ends, where the share changes its slope most.
-    angles = np.linspace(0.0, np.pi, _CORRECTION_POINTS)
-    spread = np.unique(np.rint((full - 1) * (1.0 - np.cos(angles)) / 2.0).astype(int)).tolist()
-    points = list(range(full)) if full <= _CORRECTION_POINTS else spread
-    overlap = units_t @ units_t.mT if metric.ridge and metric.unit is not LossUnit.NATS else None
-    left = []
-    for rank in points:
-        total = 0.0
-        for tail in rows[rank:].split(group.d_out, dim=1):
-            lost = tail - _leading(tail, group.correction)
-            total += float(lost.square().sum())
-            if overlap is not None:  # the ridge's share is no error on any input
-                total -= metric.ridge * float((lost * (overlap[rank:, rank:] @ lost)).sum())
-        left.append(max(total, 0.0) * (0.5 if metric.unit is LossUnit.NATS else 1.0))
-    shares = torch.tensor(left, dtype=tails.dtype) / tails[points].cpu().clamp_min(torch.finfo(tails.dtype).tiny)
-    between = torch.from_numpy(np.interp(range(full), points, shares.clamp(0.0, 1.0).numpy())).to(tails)
-    losses = torch.cat([(tails * between).cummin(0).values, tails.new_zeros(1)])
-    corrected: Tensor = losses[:-1] - losses[1:]
-    return corrected
-
-
-def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """The best approximation of a rank, from eigenvectors of the smaller of `M M^T` and `M^T M`."""
-    if matrix.shape[0] < matrix.shape[1]:
-        return _leading(matrix.mT, rank).mT
-    vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -rank:]
-    leading: Tensor = (matrix @ vectors) @ vectors.mT
-    return leading
-
-
 def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """`[W_1 R_1 .. W_n R_n]` and `S` times that, in fp64."""
     weight = weight.double()
     if not bool(weight.isfinite().all()):
         raise DecompositionError("the weight holds NaN or infinite entries.")
-    scaled = _by_layer(group, weight, metric, lambda block, right: block @ right)
+    scaled = by_layer(group, weight, metric, lambda block, right: block @ right)
     return scaled, scaled if metric.whitener is None else metric.whitener @ scaled
-
-
-def pivoted_form(factors: SharedFactors) -> PivotedFactors:
-    """Factors of the same product, in fp64, one of which holds a k x k identity that is left out.
-
-    A single matrix uses k independent columns J of C (outputs), `B C = (B C_J)(C_J^-1 C)`. A shared basis uses k
-    independent rows J of B (inputs), `B C = (B B_J^-1)(B_J C)`, since every layer computes with it. J is chosen by QR
-    with column pivoting, so that the stored numbers stay small and well conditioned.
-    """
-    group, basis = factors.group, factors.basis.double()
-    coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
-    if group.size == 1:
-        (layer,) = group.layers
-        own, others = _interpolation(coefficients[layer])
-        basis, coefficients = basis @ coefficients[layer][:, own], {layer: others}
-    else:
-        whole = torch.cat([coefficients[layer] for layer in group.layers], dim=1)
-        # Rows with the norms and angles of the product's rows: inputs are chosen by their effect on the outputs.
-        rows = basis @ torch.linalg.qr(whole.mT, mode="r").R.mT
-        own, others = _interpolation(rows.mT)
-        basis, coefficients = others.mT, {layer: basis[own] @ c for layer, c in coefficients.items()}
-    return PivotedFactors(group, basis, coefficients, own, factors.corrections)
-
-
-def plain_form(factors: StoredFactors) -> SharedFactors:
-    """The same factors as plain ones in fp64: pivoted factors get their identity back."""
-    group, basis = factors.group, factors.basis.double()
-    coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
-    corrections = {layer: (down.double(), own.double()) for layer, (down, own) in factors.corrections.items()}
-    if isinstance(factors, PivotedFactors):
-        pivots = factors.pivots.to(basis.device)
-        if group.size == 1:
-            coefficients = {layer: _with_identity(c, pivots) for layer, c in coefficients.items()}
-        else:
-            basis = _with_identity(basis.mT, pivots).mT
-    return SharedFactors(group, basis, coefficients, corrections)
-
-
-def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, "k others"]]:
-    """k columns J of a matrix, and the combinations `M_J^-1 M` of them that give its other columns.
-
-    By QR with column pivoting. The chosen columns keep their order, so that one bit per column records the choice.
-    """
-    rank, width = matrix.shape
-    triangle, order = scipy.linalg.qr(matrix.cpu().numpy(), mode="r", pivoting=True)
-    columns = torch.from_numpy(order[:rank].copy()).long().sort()
-    # A matrix of lower rank has rows of zeros in the triangle: these columns contribute nothing to the others.
-    true_rank = int(np.count_nonzero(np.diagonal(triangle)[:rank]))
-    found = np.zeros((rank, width - rank))
-    found[:true_rank] = scipy.linalg.solve_triangular(triangle[:true_rank, :true_rank], triangle[:true_rank, rank:])
-    others = torch.zeros(rank, width, dtype=torch.float64)
-    others[:, torch.from_numpy(order[rank:].copy()).long()] = torch.from_numpy(found)[columns.indices]
-    own = torch.zeros(width, dtype=torch.bool)
-    own[columns.values] = True
-    return own.to(matrix.device), others[:, ~own].to(matrix.device)
-
-
-def _with_identity(others: Float[Tensor, "k others"], own: Bool[Tensor, " n"]) -> Float[Tensor, "k n"]:
-    """The full matrix: the identity in the columns `own`, and `others` in the remaining columns."""
-    whole = others.new_zeros(others.shape[0], len(own))
-    whole[:, own] = torch.eye(others.shape[0], dtype=others.dtype, device=others.device)
-    whole[:, ~own] = others
-    return whole
 
 
 def _shifted(gram: Tensor, damping: float) -> Tensor:
     return gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) if damping else gram
-
-
-def _by_layer(group: WeightGroup, columns: Tensor, metric: Metric, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The columns after `apply(block, right)` on each layer's block of columns; unchanged without right factors."""
-    if metric.right is None:
-        return columns
-    blocks = zip(group.layers, columns.split(group.d_out, dim=1), strict=True)
-    return torch.cat([apply(block, metric.right[layer]) for layer, block in blocks], dim=1)
-
-
-def _unscale(block: Tensor, right: Tensor) -> Tensor:
-    unscaled: Tensor = torch.linalg.solve_triangular(right, block, upper=False, left=False)
-    return unscaled
 
 
 def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
@@ -332,12 +166,3 @@ def _unwhiten(left: Tensor, metric: Metric) -> Tensor:
         return left
     unwhitened: Tensor = torch.linalg.solve_triangular(metric.whitener, left, upper=True)
     return unwhitened
-
-
-def _balanced(basis_t: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with equal norms on both sides of every component: fp16 holds neither 1e5 nor 1e-8."""
-    left, right = basis_t.norm(dim=1), coefficients.norm(dim=1)
-    usable = (left > 0) & (right > 0)
-    scale = torch.where(usable, (right / left.where(usable, 1.0)).sqrt(), 1.0)
-    scale = scale.where(scale > 0, 1.0)
-    return basis_t * scale[:, None], coefficients / scale[:, None]

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 import transformers
@@ -31,26 +33,75 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+if TYPE_CHECKING:
+    from typing import Self
+
 METHOD = "basis_sharing"
 FORMAT_VERSION = 2
 REMOTE_MODULE = "modeling_basis_sharing"
+# What the bias of a layer can be called: see `FactorisedLinear.bias_name`.
+BIASES = ("bias", "output_bias")
+# More blocks, and more matrices in them, than any model has: what a configuration says beyond that is not built.
+MOST_LAYERS = 10_000
+MOST_MODULES = 100_000
 
 
 LinearMap = Callable[[Tensor], Tensor]
+
+
+class Shapes(NamedTuple):
+    """Shapes of what a layer stores: both factors, `[out, in]`, and by name the buffers it keeps, with their dtypes."""
+
+    basis: tuple[int, int]
+    weight: tuple[int, int]
+    kept: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class FactorisedLinear(nn.Module):
     """A linear layer whose matrix is stored as two factors: one class for each way to store them.
 
     `basis` is one Parameter object for all layers of a group, `weight` the layer's own. Both have the orientation of
-    `nn.Linear`, `[out, in]`. The coefficients are called `weight` so that a process without the plug-in meets a tensor
-    of the wrong shape (any rank that saves parameters is below d_in) and fails, instead of initialising the layer at
-    random.
+    `nn.Linear`, `[out, in]`, and `basis` has one row per component. `kept` are buffers, alike in all layers of a group.
+    The coefficients are called `weight` so that a process without the plug-in meets a tensor of the wrong shape (any
+    rank that saves parameters is below d_in) and fails, instead of initialising the layer at random. A bias is called
+    `output_bias` where `weight` need not have one row per output: Transformers cuts a `bias` beside a tied parameter
+    to the rows of `weight`.
     """
+
+    bias_name: ClassVar[str] = "output_bias"
 
     basis: nn.Parameter
     weight: nn.Parameter
     is_conv1d: bool
+
+    def __init__(
+        self, basis: nn.Parameter, weight: nn.Parameter, bias: nn.Parameter | None, *, is_conv1d: bool, **kept: Tensor
+    ):
+        super().__init__()
+        self.basis = basis
+        self.weight = weight
+        self.register_parameter(self.bias_name, bias)
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor)
+        self.is_conv1d = is_conv1d
+
+    @classmethod
+    def shapes(cls, d_in: int, d_out: int, rank: int) -> Shapes:
+        """What a layer for a matrix `[d_in, d_out]` stores at a rank; ValueError if it cannot have that rank."""
+        raise NotImplementedError
+
+    @classmethod
+    def replacing(cls, dense: nn.Linear | Conv1D, basis: nn.Parameter, weight: nn.Parameter, **kept: Tensor) -> Self:
+        """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
+        bias, conv1d = cast("nn.Parameter | None", dense.bias), isinstance(dense, Conv1D)
+        return cls(basis, weight, bias, is_conv1d=conv1d, **kept).train(dense.training)
+
+    def refresh(self) -> None:
+        """Derives anew what follows from the kept buffers; called whenever these were read from a file."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
 
     @property
     def in_features(self) -> int:
@@ -67,7 +118,7 @@ class FactorisedLinear(nn.Module):
     @property
     def any_bias(self) -> nn.Parameter | None:
         """The bias, whatever it is called."""
-        raise NotImplementedError
+        return cast("nn.Parameter | None", getattr(self, self.bias_name))
 
     def forward(self, x: Tensor) -> Tensor:
         linear = nn.functional.linear
@@ -83,7 +134,7 @@ class FactorisedLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
-        product = self.product().to(self.weight.dtype).contiguous()
+        product = canonical(self.product().to(self.weight.dtype))
         return _dense_layer(self, product, self.any_bias, requires_grad=self.weight.requires_grad)
 
     def extra_repr(self) -> str:
@@ -103,20 +154,12 @@ class SharedLinear(FactorisedLinear):
     `basis` is `[rank, d_in]`, `weight` is `[d_out, rank]`.
     """
 
+    bias_name = "bias"
     bias: nn.Parameter | None
 
-    def __init__(self, basis: nn.Parameter, weight: nn.Parameter, bias: nn.Parameter | None, *, is_conv1d: bool):
-        super().__init__()
-        self.basis = basis
-        self.weight = weight
-        self.register_parameter("bias", bias)
-        self.is_conv1d = is_conv1d
-
     @classmethod
-    def replacing(cls, dense: nn.Linear | Conv1D, basis: nn.Parameter, weight: nn.Parameter) -> SharedLinear:
-        """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
-        layer = cls(basis, weight, cast("nn.Parameter | None", dense.bias), is_conv1d=isinstance(dense, Conv1D))
-        return layer.train(dense.training)
+    def shapes(cls, d_in: int, d_out: int, rank: int) -> Shapes:
+        return Shapes(basis=(rank, d_in), weight=(d_out, rank), kept={})
 
     @property
     def in_features(self) -> int:
@@ -125,10 +168,6 @@ class SharedLinear(FactorisedLinear):
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
-
-    @property
-    def any_bias(self) -> nn.Parameter | None:
-        return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         linear = nn.functional.linear
@@ -146,8 +185,7 @@ class SharedLinear(FactorisedLinear):
 class PivotedLinear(FactorisedLinear):
     """A layer one of whose factors holds an identity that is not stored: `rank` of its features are `pivots`.
 
-    `pivots` holds one bit per feature, packed into bytes. The bias is called `output_bias` because Transformers cuts a
-    `bias` beside a tied parameter to the rows of `weight`.
+    `pivots` holds one bit per feature, packed into bytes.
     """
 
     output_bias: nn.Parameter | None
@@ -156,30 +194,13 @@ class PivotedLinear(FactorisedLinear):
     other_features: Tensor
 
     def __init__(
-        self, basis: nn.Parameter, weight: nn.Parameter, bias: nn.Parameter | None, pivots: Tensor, *, is_conv1d: bool
+        self, basis: nn.Parameter, weight: nn.Parameter, bias: nn.Parameter | None, *, is_conv1d: bool, pivots: Tensor
     ):
-        super().__init__()
-        self.basis = basis
-        self.weight = weight
-        self.register_parameter("output_bias", bias)
-        self.register_buffer("pivots", pivots)
+        super().__init__(basis, weight, bias, is_conv1d=is_conv1d, pivots=pivots)
         for name, length in (("own_features", self.rank), ("other_features", self._others)):
             features = torch.empty(length, dtype=torch.int64, device=pivots.device)
             self.register_buffer(name, features, persistent=False)
-        self.is_conv1d = is_conv1d
         self.refresh()
-
-    @classmethod
-    def replacing(
-        cls, dense: nn.Linear | Conv1D, basis: nn.Parameter, weight: nn.Parameter, pivots: Tensor
-    ) -> PivotedLinear:
-        """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
-        bias, conv1d = cast("nn.Parameter | None", dense.bias), isinstance(dense, Conv1D)
-        return cls(basis, weight, bias, pivots, is_conv1d=conv1d).train(dense.training)
-
-    @property
-    def any_bias(self) -> nn.Parameter | None:
-        return self.output_bias
 
     @property
     def _others(self) -> int:
@@ -200,10 +221,6 @@ class PivotedLinear(FactorisedLinear):
             raise ValueError(f"A layer of rank {self.rank} has {int(is_pivot.sum())} pivot bits.")
         self.own_features, self.other_features = is_pivot.nonzero()[:, 0], (~is_pivot).nonzero()[:, 0]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.refresh()
-
 
 class PivotedOutputLinear(PivotedLinear):
     """`y = z || z @ weight^T` in the order of the output features, plus bias, with `z = x @ basis^T`.
@@ -211,6 +228,11 @@ class PivotedOutputLinear(PivotedLinear):
     The basis `[rank, d_in]` consists of columns of the product itself, so `z` is a part of the outputs; `weight
     [d_out - rank, rank]` makes the others. For a layer that shares its basis with no other.
     """
+
+    @classmethod
+    def shapes(cls, d_in: int, d_out: int, rank: int) -> Shapes:
+        _check_pivots(d_in, d_out, rank, features=d_out)
+        return Shapes((rank, d_in), (d_out - rank, rank), {"pivots": ((-(-d_out // 8),), torch.uint8)})
 
     @property
     def in_features(self) -> int:
@@ -247,6 +269,11 @@ class PivotedInputLinear(PivotedLinear):
     the multiply-adds of the identity: with pivots among the outputs, they would be spared but once in all the group.
     """
 
+    @classmethod
+    def shapes(cls, d_in: int, d_out: int, rank: int) -> Shapes:
+        _check_pivots(d_in, d_out, rank, features=d_in)
+        return Shapes((rank, d_in - rank), (d_out, rank), {"pivots": ((-(-d_in // 8),), torch.uint8)})
+
     @property
     def in_features(self) -> int:
         return self.rank + self._others
@@ -267,6 +294,11 @@ class PivotedInputLinear(PivotedLinear):
         basis, weight = self._precise()
         product = weight.new_empty(self.out_features, self.in_features)
         return product.index_copy_(1, self.own_features, weight).index_copy_(1, self.other_features, weight @ basis)
+
+
+def _check_pivots(d_in: int, d_out: int, rank: int, *, features: int) -> None:
+    if rank > features:
+        raise ValueError(f"the rank {rank} is above what layers of (d_in, d_out) = {(d_in, d_out)} have pivots for")
 
 
 class CorrectedLinear(nn.Module):
@@ -314,7 +346,7 @@ class SplitLinear(nn.Module):
 
     `y = block_0(x) || block_1(x) || ..`, or `y = block_0(x_0) + block_1(x_1) + ..`, plus bias. The sizes of the blocks
     are a buffer called `weight`, so that a process without the plug-in meets a tensor of the wrong shape and fails; the
-    bias is called `output_bias` for the same reason as in `PivotedLinear`.
+    bias is called `output_bias` for the same reason as in `FactorisedLinear`.
     """
 
     output_bias: nn.Parameter | None
@@ -343,7 +375,9 @@ class SplitLinear(nn.Module):
         """The layer in blocks, whose weights are views of its own; the bias stays the same Parameter."""
         shape = _shape(dense, "layer")
         if axis not in AXES or sum(sizes) != shape[AXES.index(axis)]:
-            raise ValueError(f"A layer of (d_in, d_out) = {shape} cannot be cut into {list(sizes)} along {axis!r}.")
+            raise ValueError(
+                f"A layer of (d_in, d_out) = {shape} cannot be cut into {_shown(list(sizes))} along {axis!r}."
+            )
         conv1d, bias = isinstance(dense, Conv1D), cast("nn.Parameter | None", dense.bias)
         weight = dense.weight.detach().T if conv1d else dense.weight.detach()
         parts = weight.split(list(sizes), dim=0 if axis == "out" else 1)
@@ -362,8 +396,7 @@ class SplitLinear(nn.Module):
         """Gives blocks that stay dense weights of their own, instead of views."""
         for block in self.blocks:
             if isinstance(block, nn.Linear):
-                own = block.weight.detach().clone(memory_format=torch.contiguous_format)
-                block.weight = nn.Parameter(own, block.weight.requires_grad)
+                block.weight = nn.Parameter(canonical(block.weight.detach()), block.weight.requires_grad)
 
     def merged(self) -> nn.Linear | Conv1D:
         """The ordinary layer, once all blocks are dense; the bias is the same Parameter."""
@@ -385,6 +418,14 @@ def _linear_with(weight: nn.Parameter) -> nn.Linear:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = weight
     return layer
+
+
+def canonical(tensor: Tensor) -> Tensor:
+    """A copy with the strides that a tensor read from a file has.
+
+    `contiguous()` leaves those of sides of 1 as they are, and kernels that look at them round in another way.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -412,23 +453,9 @@ def _dense_layer(
         dense: nn.Linear | Conv1D = (
             Conv1D(d_out, d_in) if layer.is_conv1d else nn.Linear(d_in, d_out, bias=bias is not None)
         )
-    dense.weight = nn.Parameter(product.T.contiguous() if layer.is_conv1d else product, requires_grad)
+    dense.weight = nn.Parameter(canonical(product.T) if layer.is_conv1d else product, requires_grad)
     dense.register_parameter("bias", bias)
     return dense.train(layer.training)
-
-
-Layout = Callable[[Sequence[nn.Module], Mapping[str, Any]], Sequence[FactorisedLinear]]
-
-
-def plain_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[SharedLinear]:
-    """Layers of the group's rank, not yet filled, in place of the given ones; they hold one basis."""
-    rank, (linear, shapes) = group["rank"], _linear_layers(dense, group)
-    empty = linear[0].weight.new_empty
-    basis = nn.Parameter(empty(rank, shapes[0][0]))
-    return [
-        SharedLinear.replacing(layer, basis, nn.Parameter(empty(d_out, rank)))
-        for layer, (_, d_out) in zip(linear, shapes, strict=True)
-    ]
 
 
 def pivoted_kind(members: int) -> type[PivotedLinear]:
@@ -440,35 +467,52 @@ def pivoted_kind(members: int) -> type[PivotedLinear]:
     return PivotedInputLinear if members > 1 else PivotedOutputLinear
 
 
-def pivoted_layers(dense: Sequence[nn.Module], group: Mapping[str, Any]) -> list[PivotedLinear]:
-    """As `plain_layers`, without the identity."""
-    rank, (linear, shapes) = group["rank"], _linear_layers(dense, group)
-    kind, d_in, narrowest = pivoted_kind(len(linear)), shapes[0][0], min(d_out for _, d_out in shapes)
-    of_inputs = kind is PivotedInputLinear
-    if rank > (d_in if of_inputs else narrowest):
+def shared_kind(members: int) -> type[SharedLinear]:
+    """The same class for groups of every size."""
+    return SharedLinear
+
+
+# How a group's factors are stored -> the class of its layers, by their number. Another layout is a row here.
+LAYOUTS: dict[str, Callable[[int], type[FactorisedLinear]]] = {"plain": shared_kind, "pivoted": pivoted_kind}
+
+
+def empty_layers(layout: str, dense: Sequence[nn.Module], members: Sequence[str], rank: int) -> list[FactorisedLinear]:
+    """Layers of a rank, not yet filled, in place of the given ones; they hold one basis.
+
+    Raises ValueError, by the names of the `members`, for layers that cannot have it.
+    """
+    linear, sides = _linear_layers(dense, members)
+    kind = LAYOUTS[layout](len(linear))
+    try:
+        shapes = [kind.shapes(d_in, d_out, rank) for d_in, d_out in sides]
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {error} ({_shown(members)}). It does not fit this model.") from error
+    full = min(sides[0][0], sum(d_out for _, d_out in sides))
+    if rank > full:
         raise ValueError(
-            f"quantization_config: the rank {rank} of {group['members']} is above what layers of (d_in, d_out) = "
-            f"{shapes} have pivots for. It does not fit this model."
+            f"quantization_config: the rank of {_shown(members)} must be at most {full}, the full rank of layers of "
+            f"(d_in, d_out) = {_shown(sides)}, got {rank}. It does not fit this model."
         )
-    empty = linear[0].weight.new_empty
-    basis = nn.Parameter(empty(rank, d_in - rank if of_inputs else d_in))
+    basis = nn.Parameter(linear[0].weight.new_empty(shapes[0].basis))
     layers = []
-    for layer, (_, d_out) in zip(linear, shapes, strict=True):
-        weight = nn.Parameter(empty(d_out if of_inputs else d_out - rank, rank))
-        with torch.device("meta"):  # the bits come with the checkpoint
-            bits = torch.empty(-(-(d_in if of_inputs else d_out) // 8), dtype=torch.uint8)
-        layers.append(kind.replacing(layer, basis, weight, bits))
+    for layer, shape in zip(linear, shapes, strict=True):
+        weight = nn.Parameter(layer.weight.new_empty(shape.weight))
+        with torch.device("meta"):  # they come with the checkpoint
+            kept = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shape.kept.items()}
+        layers.append(kind.replacing(layer, basis, weight, **kept))
     return layers
-
-
-# How a group's factors are stored -> how its layers are built. Another layout is another class and a row here.
-LAYOUTS: Mapping[str, Layout] = {"plain": plain_layers, "pivoted": pivoted_layers}
 
 
 def _with_correction(shared: FactorisedLinear, rank: int) -> FactorisedLinear | CorrectedLinear:
     """The layer with a correction of that rank, not yet filled; itself for rank 0."""
     if rank == 0:
         return shared
+    sides = shared.in_features, shared.out_features
+    if rank > min(sides):
+        raise ValueError(
+            f"quantization_config: a correction of layers of (d_in, d_out) = {sides} must be at most {min(sides)}, got "
+            f"{rank}. It does not fit this model."
+        )
     empty = shared.weight.new_empty
     down, weight = empty(rank, shared.in_features), empty(shared.out_features, rank)
     return CorrectedLinear(shared, nn.Parameter(down), nn.Parameter(weight))
@@ -494,15 +538,15 @@ class BasisSharingConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise ValueError(f"quantization_config of {METHOD!r} has unknown keys: {', '.join(sorted(unknown))}.")
-        if layout not in LAYOUTS:
-            raise ValueError(f"quantization_config.layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+        if not isinstance(layout, str) or layout not in LAYOUTS:
+            raise ValueError(f"quantization_config.layout must be one of {', '.join(LAYOUTS)}, got {_shown(layout)}.")
         _check_groups(groups)
         self.quant_method: Any = quant_method  # the base class knows only the methods that Transformers brings
         self.format_version = format_version
         self.layout = layout
         self.groups = [dict(group) for group in groups]
         if splits:
-            self.splits = [_checked_split(split) for split in splits]
+            self.splits = _checked_splits(splits)
 
 
 class BasisSharingQuantizer(HfQuantizer):
@@ -511,27 +555,93 @@ class BasisSharingQuantizer(HfQuantizer):
     format_version = FORMAT_VERSION
     requires_calibration = True
     quantization_config: BasisSharingConfig
+    # What arranged the factors, in the process that compressed the model; a folder holds its name alone.
+    arranged_by: Any = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if int(transformers.__version__.split(".")[0]) < 5:
             raise ImportError(f"{METHOD!r} needs transformers 5 or newer, got {transformers.__version__}.")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The configuration as it is. Transformers asks before it builds the model: the last moment to refuse."""
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            for name in _DEPTHS:
+                depth = getattr(part, name, None)
+                if isinstance(depth, int) and depth > MOST_LAYERS:
+                    raise ValueError(f"config.json: {name} must be at most {MOST_LAYERS}, got {depth}.")
+        return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for split in getattr(self.quantization_config, "splits", ()):
             (name,) = _local_names(model, {"members": [split["module"]]})
             dense = model.get_submodule(name)
             model.set_submodule(name, SplitLinear.cutting(dense, split["sizes"], split["axis"]))
-        build = LAYOUTS[self.quantization_config.layout]
+        layout = self.quantization_config.layout
         for group in self.quantization_config.groups:
             names = _local_names(model, group)
-            layers = build([model.get_submodule(n) for n in names], group)
+            dense = [model.get_submodule(n) for n in names]
+            layers = empty_layers(layout, dense, group["members"], group["rank"])
             for name, layer in zip(names, layers, strict=True):
                 model.set_submodule(name, _with_correction(layer, group.get("correction", 0)))
         self.declare_ties(model)
+        self._check_what_is_loaded(model)
+
+    def _check_what_is_loaded(self, model: Any) -> None:
+        """Has the model, once its weights are read, refuse a file that does not hold every tensor of every group.
+
+        Transformers would leave memory as it finds it in place of them. It tells the model what is missing through
+        this method, before it fills the gaps or moves weights to other devices.
+        """
+        usual = model._adjust_missing_and_unexpected_keys
+
+        def adjust(loading: Any) -> None:
+            del model._adjust_missing_and_unexpected_keys
+            missing, unexpected = set(loading.missing_and_mismatched()), set(loading.unexpected_keys)
+            usual(loading)
+            self._check_loaded(model, missing, unexpected)
+
+        model._adjust_missing_and_unexpected_keys = adjust
+
+    def _check_loaded(self, model: Any, missing: set[str], unexpected: set[str]) -> None:
+        for names in self._modules(model):
+            absent = sorted(key for name in names for key in _tensors_of(model, name) if key in missing)
+            if absent:
+                raise ValueError(
+                    f"The file of the weights holds no tensor {absent[0]} that fits ({len(absent)} of this group are "
+                    f"missing or of another shape), though quantization_config.groups declares {_shown(names)}. The "
+                    "file is damaged, or belongs to another config.json."
+                )
+            if len({id(layer.basis) for layer in _factorised(model, names)}) > 1:
+                raise ValueError(
+                    f"The file of the weights holds different bases for {_shown(names)}, which "
+                    "quantization_config.groups declares as one group. It belongs to another config.json."
+                )
+        surplus = sorted(key for key in unexpected if key.rpartition(".")[2] in ("basis", "pivots"))
+        if surplus:
+            raise ValueError(
+                f"The file of the weights holds {surplus[0]}, of which quantization_config.groups says nothing. It "
+                "belongs to another config.json."
+            )
+        for split in getattr(self.quantization_config, "splits", ()):
+            (name,) = _local_names(model, {"members": [split["module"]]})
+            sizes = model.get_submodule(name).weight
+            if not sizes.is_meta and sizes.tolist() != split["sizes"]:
+                raise ValueError(
+                    f"The blocks of {name} have other sizes in the file of the weights, {_shown(sizes.tolist())}, than "
+                    f"in quantization_config.splits, {_shown(split['sizes'])}. It belongs to another config.json."
+                )
+
+    def _modules(self, model: Any) -> Iterator[list[str]]:
+        """Names of the modules of every group, and of every matrix that is cut into blocks."""
+        for group in self.quantization_config.groups:
+            yield _local_names(model, group)
+        for split in getattr(self.quantization_config, "splits", ()):
+            yield _local_names(model, {"members": [split["module"]]})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for group in self.quantization_config.groups:
-            _settle_pivots([model.get_submodule(name) for name in _local_names(model, group)], group["members"])
+            _settle(_factorised(model, _local_names(model, group)), group)
+            group.pop(CHECKSUM, None)  # there while saving only: what is trained on may change what is kept
         if _is_own_auto_map(getattr(model.config, "auto_map", None)):
             del model.config.auto_map  # there while saving only: what is made of this config may have no such file
         # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
@@ -606,7 +716,8 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     # A model of custom code brings its own auto_map, which must stay; of one with adapters, these alone are saved.
     own_code = model.is_remote_code() or getattr(model, "_hf_peft_config_loaded", False)
     if own_code or not model.should_save_on_this_rank(kwargs.get("is_main_process", True)):
-        save(model, save_directory, *args, **kwargs)
+        with _checksums(model):
+            save(model, save_directory, *args, **kwargs)
         return
     # Before the rest, which may end with an upload of the folder.
     folder = Path(save_directory)
@@ -614,9 +725,44 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     shutil.copyfile(__file__, folder / f"{REMOTE_MODULE}.py")
     model.config.auto_map = auto_map(model)
     try:
-        save(model, save_directory, *args, **kwargs)
+        with _checksums(model):
+            save(model, save_directory, *args, **kwargs)
     finally:
         del model.config.auto_map
+
+
+# In a group's entry of a saved config.json: CRC-32 of what its layers keep besides their factors, as 8 hex digits.
+CHECKSUM = "kept_crc32"
+
+
+@contextmanager
+def _checksums(model: Any) -> Iterator[None]:
+    """The checksums of the groups' kept buffers in the configuration, for as long as it is written."""
+    groups = model.config.quantization_config.groups
+    for group in groups:
+        if (found := _checksum(_factorised(model, _local_names(model, group))[0])) is not None:
+            group[CHECKSUM] = found
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.pop(CHECKSUM, None)
+
+
+def kept_of(layer: FactorisedLinear) -> dict[str, Tensor]:
+    """The buffers that a layer saves, by name."""
+    return {name: value for name, value in layer.named_buffers(recurse=False) if name in layer.state_dict()}
+
+
+def _checksum(layer: FactorisedLinear) -> str | None:
+    """Of the bytes of all kept buffers, in the order of their names; None without any, or where they are offloaded."""
+    kept = kept_of(layer)
+    if not kept or any(value.is_meta for value in kept.values()):
+        return None
+    value = 0
+    for name in sorted(kept):
+        value = zlib.crc32(canonical(kept[name].cpu()).reshape(-1).view(torch.uint8).numpy().tobytes(), value)
+    return f"{value:08x}"
 
 
 class BasisSharingAutoConfig:
@@ -700,14 +846,14 @@ def _is_own_auto_map(entries: Mapping[str, str] | None) -> bool:
 
 
 def _linear_layers(
-    dense: Sequence[nn.Module], group: Mapping[str, Any]
+    dense: Sequence[nn.Module], members: Sequence[str]
 ) -> tuple[list[nn.Linear | Conv1D], list[tuple[int, int]]]:
     """The dense layers of a group and their (d_in, d_out); raises ValueError unless all read inputs of one size."""
-    shapes = [_shape(layer, name) for layer, name in zip(dense, group["members"], strict=True)]
+    shapes = [_shape(layer, name) for layer, name in zip(dense, members, strict=True)]
     if len({d_in for d_in, _ in shapes}) != 1:
         raise ValueError(
-            f"The members of a group must read inputs of one size, got (d_in, d_out) = {shapes} for "
-            f"{group['members']}. The quantization_config does not fit this model."
+            f"The members of a group must read inputs of one size, got (d_in, d_out) = {_shown(shapes)} for "
+            f"{_shown(members)}. The quantization_config does not fit this model."
         )
     return cast("list[nn.Linear | Conv1D]", dense), shapes
 
@@ -740,15 +886,37 @@ def _local_names(model: Any, group: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _settle_pivots(layers: Sequence[nn.Module], names: Sequence[str]) -> None:
-    """Reads the bits of a group's layers, now that they are there; all have the same, as they share a basis."""
-    shared = [layer.shared if isinstance(layer, CorrectedLinear) else layer for layer in layers]
-    pivoted = [layer for layer in shared if isinstance(layer, PivotedLinear)]
-    for layer in pivoted:
+def _factorised(model: Any, names: Sequence[str]) -> list[FactorisedLinear]:
+    """The factorised layers of the named modules; those in front of a layer's own correction included."""
+    modules = [model.get_submodule(name) for name in names]
+    layers = [module.shared if isinstance(module, CorrectedLinear) else module for module in modules]
+    return [layer for layer in layers if isinstance(layer, FactorisedLinear)]
+
+
+def _tensors_of(model: Any, name: str) -> list[str]:
+    """Names of all tensors that a module saves."""
+    return [f"{name}.{key}" for key in model.get_submodule(name).state_dict()]
+
+
+def _settle(layers: Sequence[FactorisedLinear], group: Mapping[str, Any]) -> None:
+    """Reads what a group's layers keep, now that it is there: all keep the same, since they share a basis."""
+    for layer in layers:
         layer.refresh()
-        bits = layer.pivots, pivoted[0].pivots
-        if not (any(b.is_meta for b in bits) or torch.equal(*(b.cpu() for b in bits))):
-            raise ValueError(f"The layers {list(names)} share a basis, but their `pivots` differ: the file is damaged.")
+        for name, value in kept_of(layer).items():
+            both = value, kept_of(layers[0])[name]
+            if not (any(b.is_meta for b in both) or torch.equal(*(b.cpu() for b in both))):
+                raise ValueError(
+                    f"The layers {list(group['members'])} share a basis, but their `{name}` differ: the file is "
+                    "damaged."
+                )
+    if group.get(CHECKSUM) is not None:
+        found = _checksum(layers[0])
+        if found is not None and found != group[CHECKSUM]:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in kept_of(layers[0]))} of the layers {list(group['members'])}: the "
+                f"checksum is {found}, in config.json it is {group[CHECKSUM]}. The file of the weights is damaged, or "
+                "belongs to another config.json."
+            )
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
@@ -759,30 +927,88 @@ def _has_module(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+# What configuration classes call the number of blocks.
+_DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("num_decoder_layers", "encoder_layers", "decoder_layers"),
+)
+
+
+def _check_groups(groups: Any) -> None:
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"quantization_config.groups must be a list of groups, got {_shown(groups)}.")
     seen: set[str] = set()
     for group in groups:
-        members, rank = group.get("members"), group.get("rank")
-        unknown = group.keys() - {"members", "rank", "correction"}
-        if not members or isinstance(members, str) or type(rank) is not int or rank < 1 or unknown:
+        if not _is_group(group):
             raise ValueError(
                 "Each of quantization_config.groups needs `members` (a list of module names) and `rank` (a whole "
-                f"number of at least 1), and may have a `correction` (likewise), got {dict(group)}."
+                f"number of at least 1), and may have a `correction` (likewise), got {_shown(group)}."
             )
-        twice = [name for name in members if name in seen or list(members).count(name) > 1]
-        if twice:
-            raise ValueError(f"quantization_config.groups names {twice[0]!r} twice; a module belongs to one group.")
-        seen.update(members)
+        for name in group["members"]:
+            if name in seen:
+                raise ValueError(f"quantization_config.groups names {name!r} twice; a module belongs to one group.")
+            seen.add(name)
+        _check_count("groups", len(seen))
 
 
-def _checked_split(split: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = split.get("sizes")
-    if not (split.keys() == {"module", "axis", "sizes"} and isinstance(sizes, list | tuple) and len(sizes) > 1):
-        raise ValueError(
-            "Each of quantization_config.splits needs `module` (a name), `axis` (in or out) and `sizes` (of two blocks "
-            f"at least), got {dict(split)}."
-        )
-    return {**split, "sizes": list(sizes)}
+def _check_count(what: str, count: int) -> None:
+    if count > MOST_MODULES:
+        raise ValueError(f"quantization_config.{what} must name at most {MOST_MODULES} modules, got {count} or more.")
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, Mapping) or group.keys() - {"members", "rank", "correction", CHECKSUM}:
+        return False
+    members = group.get("members")
+    return (
+        isinstance(members, list | tuple)
+        and bool(members)
+        and all(isinstance(name, str) for name in members)
+        and _is_count(group.get("rank"))
+        and type(group.get("correction", 0)) is int
+        and group.get("correction", 0) >= 0
+        and isinstance(group.get(CHECKSUM, ""), str)
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _checked_splits(splits: Any) -> list[dict[str, Any]]:
+    if not isinstance(splits, list | tuple):
+        raise ValueError(f"quantization_config.splits must be a list of splits, got {_shown(splits)}.")
+    _check_count("splits", len(splits))
+    seen: set[str] = set()
+    for split in splits:
+        if not _is_split(split):
+            raise ValueError(
+                "Each of quantization_config.splits needs `module` (a name), `axis` (in or out) and `sizes` (of two "
+                f"blocks at least), got {_shown(split)}."
+            )
+        if split["module"] in seen:
+            raise ValueError(f"quantization_config.splits names {split['module']!r} twice; a module is cut once.")
+        seen.add(split["module"])
+    return [{**split, "sizes": list(split["sizes"])} for split in splits]
+
+
+def _is_split(split: Any) -> bool:
+    if not isinstance(split, Mapping) or split.keys() != {"module", "axis", "sizes"}:
+        return False
+    sizes = split["sizes"]
+    return (
+        isinstance(split["module"], str)
+        and isinstance(split["axis"], str)
+        and isinstance(sizes, list | tuple)
+        and len(sizes) > 1
+        and all(_is_count(size) for size in sizes)
+    )
+
+
+def _shown(value: object) -> str:
+    """A value of a file in a message, cut short if it is long."""
+    text = repr(value if not isinstance(value, list | tuple) or len(value) <= 8 else [*value[:8], "..."])
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 def register() -> None:

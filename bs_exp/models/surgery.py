@@ -14,18 +14,18 @@ from transformers import PreTrainedModel
 from bs_exp.errors import DecompositionError, ModelError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.modeling_basis_sharing import (
+    LAYOUTS,
     METHOD,
     BasisSharingConfig,
     BasisSharingQuantizer,
     CorrectedLinear,
     FactorisedLinear,
-    PivotedLinear,
-    SharedLinear,
     SplitLinear,
-    pack_bits,
-    pivoted_kind,
+    canonical,
+    kept_of,
 )
-from bs_exp.types import Architecture, PivotedFactors, SharedFactors, StoredFactors, WeightGroup
+from bs_exp.protocols import Layout, StoredFactors
+from bs_exp.types import Architecture, SharedFactors, WeightGroup
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,12 +37,12 @@ def twin(model: Model) -> Model:
 
 
 def replace_matrices(
-    model: PreTrainedModel, architecture: Architecture, factors: Iterable[StoredFactors], *, layout: str = "plain"
+    model: PreTrainedModel, architecture: Architecture, factors: Iterable[SharedFactors], layout: Layout
 ) -> None:
     """Put factorised layers in place of the groups' dense layers, in the dtype and on the device of their weights.
 
     Works in place on a twin of the dense model. Biases stay the same Parameters, and every module outside the given
-    groups stays as it is. `factors` is consumed one group at a time; all have the given layout.
+    groups stays as it is. `factors` is consumed one group at a time; all are stored in the given layout.
     """
     method = _quantization_method(model)
     if method is not None:
@@ -51,36 +51,45 @@ def replace_matrices(
             "Replace in a fresh twin of the dense model."
         )
     groups = []
-    for stored in factors:
-        groups.append(_replace_group(model, architecture, stored))
-        del stored  # else the fp64 factors would live until the next group's are there
+    for shared in factors:
+        groups.append(_replace_group(model, architecture, layout.arrange(shared)))
+        del shared  # else the fp64 factors would live until the next group's are there
     splits = _own_splits(model)
     if groups or splits:
-        BasisSharingQuantizer(BasisSharingConfig(groups=groups, layout=layout, splits=splits)).attach(model)
+        quantizer = BasisSharingQuantizer(BasisSharingConfig(groups=groups, layout=layout.name, splits=splits))
+        quantizer.arranged_by = layout
+        quantizer.attach(model)
 
 
-def factors_of(model: PreTrainedModel, architecture: Architecture, group: WeightGroup) -> StoredFactors:
-    """The factors of a group as the model holds them: views, in its dtype and on its device."""
-    matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
-    pivots = None
+def factors_of(
+    model: PreTrainedModel, architecture: Architecture, group: WeightGroup, layout: Layout | None = None
+) -> StoredFactors:
+    """The factors of a group as the model holds them: views, in its dtype and on its device.
+
+    A model that was read from a folder knows its layout by name alone: then `layout` must be given.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    layout = layout or getattr(quantizer, "arranged_by", None)
+    kept: Mapping[str, Tensor] = {}
     coefficients: dict[int, Tensor] = {}
     corrections: dict[int, tuple[Tensor, Tensor]] = {}
     basis = None
-    for matrix in matrices:
+    for matrix in (architecture.by_position[group.matrix, layer] for layer in group.layers):
         module = model.get_submodule(matrix.module)
         if isinstance(module, CorrectedLinear):
             corrections[matrix.layer] = (module.down.detach().T, module.weight.detach().T)
             module = module.shared
         if not isinstance(module, FactorisedLinear):
             raise ModelError(f"{matrix.module} is a {type(module).__name__}, not stored as factors of {group.name}.")
-        basis = module.basis.detach().T
+        basis, kept = module.basis.detach().T, kept_of(module)
         coefficients[matrix.layer] = module.weight.detach().T
-        if isinstance(module, PivotedLinear):
-            pivots = module.is_pivot
     assert basis is not None
-    if pivots is not None:
-        return PivotedFactors(group, basis, coefficients, pivots, corrections)
-    return SharedFactors(group, basis, coefficients, corrections)
+    if layout is None:
+        raise ModelError(
+            f"This {type(model).__name__} was read from a folder, which names its layout "
+            f"({quantizer.quantization_config.layout!r}) and no more. Give factors_of the layout itself."
+        )
+    return StoredFactors(layout, group, basis, coefficients, kept, corrections)
 
 
 def exchange_factors(model: PreTrainedModel, architecture: Architecture, factors: StoredFactors) -> None:
@@ -126,25 +135,16 @@ def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: S
     group = stored.group
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
     dense = [module_of(model, matrix) for matrix in matrices]
-    _check_shapes(stored)
+    kind = LAYOUTS[stored.layout.name](group.size)
+    _check_shapes(stored, kind)
     basis = _parameter(stored.basis, like=dense[0].weight, group=group, what="basis")
     entry: dict[str, Any] = {"members": [matrix.module for matrix in matrices], "rank": stored.rank}
-    coefficients = [
-        _parameter(
-            stored.coefficients[matrix.layer],
-            like=old.weight,
-            group=group,
-            what=f"coefficients of layer {matrix.layer}",
-        )
-        for matrix, old in zip(matrices, dense, strict=True)
-    ]
-    members = list(zip(dense, coefficients, strict=True))
-    layers: list[Any]
-    if isinstance(stored, PivotedFactors):
-        kind, bits = pivoted_kind(group.size), pack_bits(stored.pivots)
-        layers = [kind.replacing(old, basis, own, bits.to(old.weight.device, copy=True)) for old, own in members]
-    else:
-        layers = [SharedLinear.replacing(old, basis, own) for old, own in members]
+    layers: list[Any] = []
+    for matrix, old in zip(matrices, dense, strict=True):
+        what = f"coefficients of layer {matrix.layer}"
+        own = _parameter(stored.coefficients[matrix.layer], like=old.weight, group=group, what=what)
+        kept = {name: canonical(value.to(old.weight.device)) for name, value in stored.kept.items()}
+        layers.append(kind.replacing(old, basis, own, **kept))
     if group.correction:
         entry["correction"] = group.correction
         layers = [_corrected(new, stored, matrix.layer) for matrix, new in zip(matrices, layers, strict=True)]
@@ -170,23 +170,30 @@ def _corrected(shared: FactorisedLinear, stored: StoredFactors, layer: int) -> C
     return CorrectedLinear(shared, *factors)
 
 
-def _check_shapes(stored: StoredFactors) -> None:
+def _check_shapes(stored: StoredFactors, kind: type[FactorisedLinear]) -> None:
     group, rank = stored.group, stored.rank
-    rows, width = group.d_in, group.d_out
-    if isinstance(stored, PivotedFactors):
-        rows, width = (rows, width - rank) if group.size == 1 else (rows - rank, width)
     corrections = {layer: (down.shape[1], own.shape[0]) for layer, (down, own) in stored.corrections.items()}
     if corrections != ({layer: (group.correction,) * 2 for layer in group.layers} if group.correction else {}):
         raise DecompositionError(
             f"The factors of group {group.name} have corrections of the ranks {corrections} by layer, needed is "
             f"{group.correction} for each of {list(group.layers)}."
         )
+    try:
+        shapes = kind.shapes(group.d_in, group.d_out, rank)
+    except ValueError as error:
+        raise DecompositionError(f"The factors of group {group.name} do not fit it: {error}.") from error
     found = (stored.basis.shape[0], {layer: tuple(c.shape) for layer, c in stored.coefficients.items()})
-    needed = (rows, {layer: (rank, width) for layer in group.layers})
+    needed = (shapes.basis[1], {layer: (shapes.weight[1], shapes.weight[0]) for layer in group.layers})
     if found != needed:
         raise DecompositionError(
             f"The factors of group {group.name} do not fit it: rows of the basis, and shapes of the coefficients by "
             f"layer, are {found}, needed are {needed}."
+        )
+    kept = {name: (tuple(value.shape), value.dtype) for name, value in stored.kept.items()}
+    if kept != shapes.kept:
+        raise DecompositionError(
+            f"What the layout {stored.layout.name!r} keeps for group {group.name} beside its factors does not fit: "
+            f"shapes and dtypes are {kept}, needed are {shapes.kept}."
         )
 
 
@@ -197,7 +204,7 @@ def _parameter(factor: Tensor, *, like: Tensor, group: WeightGroup, what: str) -
             f"The weights of group {group.name} are not in memory (offloaded or on the meta device), so they cannot be "
             "replaced. Load the model onto one device."
         )
-    stored = factor.T.to(device=like.device, dtype=like.dtype).contiguous()
+    stored = canonical(factor.T.to(device=like.device, dtype=like.dtype))
     if not stored.isfinite().all():
         if not factor.isfinite().all():
             raise DecompositionError(f"The {what} of group {group.name}: NaN or infinite values in the factors.")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
-from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.types import Architecture, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_names
 
 
@@ -48,9 +48,6 @@ class AdjacentSharing:
         if matrix not in self.matrices:
             return 1
         return self.group_size.get(matrix, 1) if isinstance(self.group_size, Mapping) else self.group_size
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """ConfigError if a group size exceeds the layers, or no listed type occurs in the model."""

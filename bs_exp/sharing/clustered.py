@@ -10,7 +10,7 @@ from bs_exp.linalg.clustering import LINKAGES, Bounds, agglomerate
 from bs_exp.linalg.subspaces import left_subspace, subspace_distances
 from bs_exp.protocols import Measures, SharingProblem
 from bs_exp.sharing.layers import by_shape, check_matrices, check_named, check_size, part
-from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.types import Architecture, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice, check_names
 
 SPACES = ("weight", "whitened")
@@ -65,9 +65,6 @@ class ClusteredSharing:
             )
         if self.max_size is not None and self.max_size < self.min_size:
             raise ConfigError(f"max_size must be at least min_size ({self.min_size}), got {self.max_size}.")
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """ConfigError if the layers cannot form groups of such sizes, or `subspace` is the whole space of a matrix."""

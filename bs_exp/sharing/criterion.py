@@ -10,7 +10,7 @@ from bs_exp.linalg.decomposition import decompose, spectrum_of, truncate
 from bs_exp.protocols import Measures, SharingProblem
 from bs_exp.rank_budget import rank_at
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
-from bs_exp.types import Architecture, LoadedModel, LossUnit, Metric, Statistic, WeightGroup
+from bs_exp.types import Architecture, LossUnit, Metric, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice, check_names
 
 NORMS = ("frobenius", "whitened", "output")
@@ -47,9 +47,6 @@ class CriterionSharing:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Statistic.GRAM} if self.norm == "output" else ())
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """ConfigError if no listed type occurs in the model."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
-from bs_exp.types import MATRIX_TYPES, Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.types import MATRIX_TYPES, Architecture, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,6 @@ class ExplicitSharing:
             raise _malformed(self.layers)
         lists = {matrix: _lists(matrix, listed) for matrix, listed in (self.layers or {}).items()}
         object.__setattr__(self, "layers", lists)
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """ConfigError unless the model has all listed types and layers, and the layers of a group have one shape."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bs_exp.protocols import SharingProblem
-from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.types import Architecture, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,6 @@ class NoSharing:
     measured: ClassVar[bool] = False
     in_nats: ClassVar[bool] = False
     needs: ClassVar[frozenset[Statistic]] = frozenset()
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """Raises nothing: every model fits."""

@@ -11,7 +11,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.rank_budget import Choices, at_price, cost_of, lowest_price, parameter_budget, spectrum_choices, spend
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
-from bs_exp.types import Architecture, LoadedModel, LossUnit, Statistic, WeightGroup
+from bs_exp.types import Architecture, LossUnit, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_names
 
 
@@ -38,9 +38,6 @@ class OptimalSharing:
         object.__setattr__(self, "matrices", check_names("matrices", self.matrices))
         check_named(self.matrices)
         check_at_least(1, g_max=self.g_max)
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """ConfigError if no listed type occurs in the model."""

@@ -9,7 +9,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.rank_budget import parameter_budget
 from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
-from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
+from bs_exp.types import Architecture, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_names
 
 
@@ -35,9 +35,6 @@ class ResidualSharing:
         check_named(self.matrices)
         check_at_least(1, group_size=self.group_size)
         check_at_least(0, residual_rank=self.residual_rank)
-
-    def view(self, dense: LoadedModel) -> LoadedModel:
-        return dense
 
     def check(self, architecture: Architecture) -> None:
         """ConfigError if the group size exceeds the layers, or no listed type occurs in the model."""

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from bs_exp.calibration.statistics import calibrate
 from bs_exp.errors import CalibrationError, ConfigError
-from bs_exp.linalg.decomposition import pivoted_form, plain_form
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.blocks import BlockStream, block_paths
@@ -23,16 +22,8 @@ from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.progress import Progress
-from bs_exp.types import (
-    CalibrationData,
-    LoadedModel,
-    PivotedFactors,
-    RankPlan,
-    Statistic,
-    StoredFactors,
-    WeightGroup,
-    WeightMatrix,
-)
+from bs_exp.protocols import StoredFactors
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
 from bs_exp.validation import check_choice, check_number, check_unit, is_number
 from bs_exp.workspace import Workspace
 
@@ -205,14 +196,15 @@ class _Work:
         """Refits some layers of a group on their inputs, if that lowers the loss of the numbers that are stored."""
         architecture, ridge = self.dense.architecture, self.settings.ridge
         stored = factors_of(self.compressed, architecture, group)
-        present = plain_form(stored)
+        layout = stored.layout
+        present = layout.restore(stored)
         weight = torch.cat([weight_of(self.dense.module, self.matrix(group, i)).double() for i in layers], dim=1)
 
         def columns(blocks: Mapping[int, Tensor]) -> Tensor:
             return torch.cat([blocks[i] for i in layers], dim=1)
 
         def loss(factors: StoredFactors) -> float:
-            plain = plain_form(factors)
+            plain = layout.restore(factors)
             product = plain.basis @ columns(plain.coefficients)
             return squared_loss(product if fixed is None else product + fixed, weight, inputs, beta)
 
@@ -224,11 +216,7 @@ class _Work:
             present.basis, columns(present.coefficients), weight, inputs, beta=beta, ridge=ridge, fixed=fixed
         )
         parts = dict(zip(layers, new.split(group.d_out, dim=1), strict=True))
-        if isinstance(stored, PivotedFactors) and group.size == 1:  # its coefficients hold the identity
-            candidate: StoredFactors = pivoted_form(replace(present, coefficients=parts))
-        else:  # so the basis and the other layers keep their bits
-            candidate = replace(stored, coefficients={**stored.coefficients, **parts})
-        candidate = _in_dtype(candidate, stored.basis.dtype)
+        candidate = _in_dtype(layout.with_coefficients(stored, parts), stored.basis.dtype)
         before, after = loss(stored), loss(candidate)
         if not math.isfinite(before):
             raise CalibrationError(

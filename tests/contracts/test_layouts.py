@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.modeling_basis_sharing import LAYOUTS
 from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
@@ -46,9 +48,8 @@ def random_factors(architecture: Architecture, correction: int = 0) -> Iterator[
 
 def stored(dense: LoadedModel, row: str, correction: int) -> PreTrainedModel:
     """The model with random factors in place of every matrix."""
-    layout, module = strategy(row), twin(dense.module)
-    factors = (layout.arrange(shared) for shared in random_factors(dense.architecture, correction))
-    replace_matrices(module, dense.architecture, factors, layout=layout.name)
+    module = twin(dense.module)
+    replace_matrices(module, dense.architecture, random_factors(dense.architecture, correction), strategy(row))
     return module
 
 
@@ -115,3 +116,40 @@ def test_same_in_same_out_and_the_factors_are_untouched(row: str) -> None:
     for layer in shared.group.layers:
         assert torch.equal(first.coefficients[layer], second.coefficients[layer])
         assert torch.equal(shared.coefficients[layer], again.coefficients[layer])
+
+
+@EVERY
+@CORRECTIONS
+def test_restored_factors_have_the_same_product(row: str, correction: int) -> None:
+    """In fp64, from factors of any dtype; and they have the shapes that the class of the layers states."""
+    layout = strategy(row)
+    for shared in random_factors(tiny_random().architecture, correction):
+        stored, group = layout.arrange(shared), shared.group
+        shapes = LAYOUTS[layout.name](group.size).shapes(group.d_in, group.d_out, shared.rank)
+        assert stored.layout is layout and stored.rank == shared.rank
+        assert stored.basis.shape == shapes.basis[::-1]
+        assert {tuple(rows.shape) for rows in stored.coefficients.values()} == {shapes.weight[::-1]}
+        kept = {name: (tuple(value.shape), value.dtype) for name, value in stored.kept.items()}
+        assert kept == shapes.kept
+        again = layout.restore(replace(stored, basis=stored.basis.float()))
+        assert again.basis.dtype is torch.float64
+        assert again.basis.shape == shared.basis.shape and again.corrections.keys() == shared.corrections.keys()
+        for layer, rows in shared.coefficients.items():
+            found = again.basis @ again.coefficients[layer]
+            torch.testing.assert_close(found, shared.basis @ rows, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_new_coefficients_of_one_layer_leave_the_others_their_bits(row: str) -> None:
+    layout = strategy(row)
+    for shared in random_factors(tiny_random().architecture, correction=2):
+        stored = layout.arrange(shared)
+        present = layout.restore(stored)
+        first, *others = shared.group.layers
+        new = 2.0 * present.coefficients[first] + 1.0
+        changed = layout.with_coefficients(stored, {first: new})
+        found = layout.restore(changed)
+        torch.testing.assert_close(found.basis @ found.coefficients[first], present.basis @ new, rtol=1e-8, atol=1e-8)
+        for layer in others:
+            assert torch.equal(changed.basis, stored.basis)
+            assert torch.equal(changed.coefficients[layer], stored.coefficients[layer])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
+from bs_exp.pipeline import seen_by
 from bs_exp.protocols import Sharing
 from bs_exp.types import GroupStatistics, LoadedModel, LossUnit, Metric, Spectrum, Statistic, WeightGroup
 from tests.support.measures import GivenMeasures, architecture, problem, random_measures
@@ -42,8 +43,7 @@ EVERY = pytest.mark.parametrize("row", ROWS)
 @cache
 def seen(row: str, layers: int) -> LoadedModel:
     """A tiny model as the strategy sees it."""
-    view: LoadedModel = strategy(row).view(_dense(layers))
-    return view
+    return seen_by(strategy(row), _dense(layers))
 
 
 @cache
@@ -95,10 +95,10 @@ def test_a_model_without_its_matrices_is_refused_before_any_work(row: str) -> No
     """Before there are measures; and who asks nothing of a model takes every one."""
     sharing, strange = strategy(row), replace(_dense(5), architecture=architecture(5, q_a=(8, 8)))
     if option_of(row) == "none":
-        sharing.check(sharing.view(strange).architecture)
+        sharing.check(seen_by(sharing, strange).architecture)
         return
     with pytest.raises(ConfigError, match="q_a"):
-        sharing.check(sharing.view(strange).architecture)
+        sharing.check(seen_by(sharing, strange).architecture)
     sharing.check(seen(row, 5).architecture)
 
 

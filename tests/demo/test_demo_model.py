@@ -134,8 +134,8 @@ def test_the_pivoted_layout_loses_nothing(demo: LoadedModel, sharing: Sharing) -
     made = compress(demo, recipe, Workspace(Cache(None), Progress(quiet=True)))
     groups = [planned for planned in made.plan.groups if planned.rank is not None]
     pivoted = twin(demo.module)
-    arranged = [PivotedLayout().arrange(_factors(made.module, demo, planned.group)) for planned in groups]
-    replace_matrices(pivoted, demo.architecture, arranged, layout="pivoted")
+    factors = [_factors(made.module, demo, planned.group) for planned in groups]
+    replace_matrices(pivoted, demo.architecture, factors, PivotedLayout())
 
     ids = recipe.calibration.windows(demo.tokenizer).ids[:4]
     with torch.no_grad():
@@ -148,12 +148,7 @@ def test_the_pivoted_layout_loses_nothing(demo: LoadedModel, sharing: Sharing) -
 
 def _factors(module: PreTrainedModel, demo: LoadedModel, group: WeightGroup) -> SharedFactors:
     stored = factors_of(module, demo.architecture, group)
-    assert isinstance(stored, SharedFactors)
-    return replace(
-        stored,
-        basis=stored.basis.double(),
-        coefficients={layer: c.double() for layer, c in stored.coefficients.items()},
-    )
+    return stored.layout.restore(stored)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from bs_exp.corpora.python_docs import PythonDocs
 from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.evaluation.throughput import Throughput
+from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.protocols import Evaluator
@@ -38,7 +39,7 @@ def compressed() -> LoadedModel:
     coefficients = {layer: torch.randn(4, 32, generator=generator) for layer in (0, 1)}
     module = twin(dense.module)
     group = WeightGroup("q", (0, 1), 32, 32)
-    replace_matrices(module, dense.architecture, [SharedFactors(group, basis, coefficients)])
+    replace_matrices(module, dense.architecture, [SharedFactors(group, basis, coefficients)], PlainLayout())
     return replace(dense, module=module)
 
 

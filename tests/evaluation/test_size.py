@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bs_exp.evaluation.size import measure_size, stored_bytes
+from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.types import CompressedModel, LoadedModel, PlannedGroup, RankPlan, SharedFactors, WeightGroup
@@ -16,7 +17,7 @@ def _compress(dense: LoadedModel, groups: list[WeightGroup], rank: int) -> Compr
         for g in groups
     ]
     module = twin(dense.module)
-    replace_matrices(module, dense.architecture, factors)
+    replace_matrices(module, dense.architecture, factors, PlainLayout())
     planned = [PlannedGroup(g, rank, rank * (g.d_in + g.columns), 0.0, 0.0) for g in groups]
     return CompressedModel(module, RankPlan(tuple(planned), 0.5), {}, (0.5,))
 

@@ -422,7 +422,7 @@ def test_full_rank_changes_nothing(family: str) -> None:
             yield SharedFactors(WeightGroup(m.matrix, (m.layer,), m.d_in, m.d_out), u * s, {m.layer: vt})
 
     module = twin(model.module)
-    replace_matrices(module, model.architecture, factors())
+    replace_matrices(module, model.architecture, factors(), PlainLayout())
     ids = RandomTokens().windows().ids
     torch.testing.assert_close(
         logits_of(replace(model, module=module), ids), logits_of(model, ids), rtol=1e-4, atol=1e-4

@@ -9,93 +9,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bs_exp import PivotedLinear, save_model, to_dense
 from bs_exp.layout.pivoted import PivotedLayout
-from bs_exp.linalg.decomposition import plain_form
 from bs_exp.models import modeling_basis_sharing
 from bs_exp.models.modeling_basis_sharing import pack_bits, unpack_bits
 from bs_exp.models.tiny import FAMILIES
-from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
+from bs_exp.types import LoadedModel
 from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
 SOME = ["llama", "gpt2", "phi3", "opt"]
-
-
-def factors(d_in: int, d_out: int, size: int, rank: int, seed: int = 0) -> SharedFactors:
-    generator = torch.Generator().manual_seed(seed)
-    group = WeightGroup("q", tuple(range(size)), d_in, d_out)
-    basis = torch.randn(d_in, rank, generator=generator, dtype=torch.float64)
-    coefficients = {i: torch.randn(rank, d_out, generator=generator, dtype=torch.float64) for i in group.layers}
-    return SharedFactors(group, basis, coefficients)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    d_in=st.integers(2, 12), d_out=st.integers(1, 9), size=st.integers(1, 4), rank=st.integers(1, 12),
-    seed=st.integers(0, 99),
-)  # fmt: skip
-def test_the_product_is_the_same_and_the_identity_is_gone(
-    d_in: int, d_out: int, size: int, rank: int, seed: int
-) -> None:
-    rank = min(rank, d_in, size * d_out)
-    plain = factors(d_in, d_out, size, rank, seed)
-    pivoted = PivotedLayout().arrange(plain)
-    own = pivoted.pivots
-    assert int(own.sum()) == rank and len(own) == (d_out if size == 1 else d_in)
-    for layer in plain.group.layers:
-        product = torch.empty(d_in, d_out, dtype=torch.float64)
-        if size == 1:
-            product[:, own] = pivoted.basis
-            product[:, ~own] = pivoted.basis @ pivoted.coefficients[layer]
-        else:
-            product[own] = pivoted.coefficients[layer]
-            product[~own] = pivoted.basis @ pivoted.coefficients[layer]
-        torch.testing.assert_close(product, plain.basis @ plain.coefficients[layer], rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_no_pivot_is_far_from_the_best(size: int) -> None:
-    """Oracle: exchanging a pivot with another feature changes the volume by the entry that is stored for the two."""
-    pivoted = PivotedLayout().arrange(factors(60, 60, size, 30))
-    others = pivoted.coefficients[0] if size == 1 else pivoted.basis
-    assert float(others.abs().max()) < 3.0
-
-
-def test_which_pivots_does_not_depend_on_how_the_product_is_written() -> None:
-    plain = factors(20, 9, 2, 7)
-    change = torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    changed = replace(
-        plain,
-        basis=plain.basis @ change,
-        coefficients={layer: torch.linalg.solve(change, c) for layer, c in plain.coefficients.items()},
-    )
-    first, second = PivotedLayout().arrange(plain), PivotedLayout().arrange(changed)
-    assert torch.equal(first.pivots, second.pivots)
-    torch.testing.assert_close(first.basis, second.basis)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("independent", [0, 1, 3])
-def test_products_of_lower_rank(independent: int, size: int) -> None:
-    """Such as a matrix of zeros, with which blocks are added to a trained model."""
-    plain = factors(6, 5, size, 4)
-    whole = {layer: c * (torch.arange(4) < independent)[:, None] for layer, c in plain.coefficients.items()}
-    pivoted = PivotedLayout().arrange(replace(plain, coefficients=whole))
-    again = plain_form(pivoted)
-    for layer, coefficients in whole.items():
-        torch.testing.assert_close(again.basis @ again.coefficients[layer], plain.basis @ coefficients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

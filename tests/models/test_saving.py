@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from bs_exp import SharedLinear, save_model, to_dense
 from bs_exp.errors import ConfigError
+from bs_exp.layout.plain import PlainLayout
 from bs_exp.models import modeling_basis_sharing
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import FAMILIES, TinyRandom, byte_tokenizer
@@ -219,7 +220,7 @@ def test_lora_on_matrices_left_dense(dense: Dense, tmp_path: Path) -> None:
     loaded = dense("llama")
     model = twin(loaded.module)
     attention = (shared for shared in random_factors(loaded.architecture) if shared.group.matrix in ("q", "k", "v"))
-    replace_matrices(model, loaded.architecture, attention)
+    replace_matrices(model, loaded.architecture, attention, PlainLayout())
     save_model(model, loaded.tokenizer, tmp_path / "model")
     settings = LoraConfig(target_modules=["down_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), settings).eval()

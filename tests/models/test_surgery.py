@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bs_exp.errors import DecompositionError, ModelError
+from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.modeling_basis_sharing import SharedLinear
 from bs_exp.models.surgery import is_factorised, replace_matrices, to_dense, twin
@@ -18,6 +19,7 @@ from bs_exp.types import LoadedModel, SharedFactors
 from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
+PLAIN = PlainLayout()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +109,7 @@ def test_dtype_of_the_model_is_kept() -> None:
 
 def test_no_group_leaves_an_ordinary_model(dense: Dense) -> None:
     module = twin(dense("llama").module)
-    replace_matrices(module, dense("llama").architecture, iter(()))
+    replace_matrices(module, dense("llama").architecture, iter(()), PLAIN)
     assert not is_factorised(module)
     with pytest.raises(ModelError, match="nothing to make dense"):
         to_dense(module)
@@ -130,7 +132,7 @@ def test_factors_are_taken_one_group_at_a_time(dense: Dense) -> None:
             yield shared
             del shared
 
-    replace_matrices(twin(dense("llama").module), dense("llama").architecture, watched())
+    replace_matrices(twin(dense("llama").module), dense("llama").architecture, watched(), PLAIN)
     assert len(previous) == 14
 
 
@@ -139,33 +141,32 @@ def test_values_beyond_half_precision_are_an_error() -> None:
     shared = next(random_factors(loaded.architecture))
     large = replace(shared, coefficients={layer: 1e6 * c for layer, c in shared.coefficients.items()})
     with pytest.raises(DecompositionError, match=r"coefficients of layer 0 of group q\[0,1\].*float16.*bfloat16"):
-        replace_matrices(twin(loaded.module), loaded.architecture, [large])
+        replace_matrices(twin(loaded.module), loaded.architecture, [large], PLAIN)
     broken = replace(shared, basis=shared.basis * float("nan"))
     with pytest.raises(DecompositionError, match=r"basis of group q\[0,1\]: NaN"):
-        replace_matrices(twin(loaded.module), loaded.architecture, [broken])
+        replace_matrices(twin(loaded.module), loaded.architecture, [broken], PLAIN)
 
 
 def test_factors_that_do_not_fit_are_an_error(dense: Dense) -> None:
     loaded = dense("llama")
     shared = next(random_factors(loaded.architecture))
     with pytest.raises(DecompositionError, match=r"q\[0,1\] do not fit"):
-        replace_matrices(twin(loaded.module), loaded.architecture, [replace(shared, basis=shared.basis[:-1])])
+        replace_matrices(twin(loaded.module), loaded.architecture, [replace(shared, basis=shared.basis[:-1])], PLAIN)
     with pytest.raises(DecompositionError, match=r"q\[0,1\] do not fit"):
-        replace_matrices(
-            twin(loaded.module), loaded.architecture, [replace(shared, coefficients={0: shared.coefficients[0]})]
-        )
+        alone = replace(shared, coefficients={0: shared.coefficients[0]})
+        replace_matrices(twin(loaded.module), loaded.architecture, [alone], PLAIN)
 
 
 def test_a_compressed_model_is_not_compressed_again(dense: Dense) -> None:
     compressed = compressed_twin(dense("llama"))
     with pytest.raises(ModelError, match="fresh twin"):
-        replace_matrices(compressed, dense("llama").architecture, random_factors(dense("llama").architecture))
+        replace_matrices(compressed, dense("llama").architecture, random_factors(dense("llama").architecture), PLAIN)
 
 
 def test_weights_that_are_not_in_memory_are_an_error(dense: Dense) -> None:
     module = copy.deepcopy(dense("llama").module).to("meta")
     with pytest.raises(ModelError, match="not in memory"):
-        replace_matrices(module, dense("llama").architecture, random_factors(dense("llama").architecture))
+        replace_matrices(module, dense("llama").architecture, random_factors(dense("llama").architecture), PLAIN)
 
 
 def test_gradients_of_all_members_reach_the_basis(dense: Dense) -> None:

@@ -58,7 +58,7 @@ def compressed(dense: LoadedModel, heads_per_block: int | str, layout: Layout) -
         factors.append(SharedFactors(group, basis, rows))
         planned.append(PlannedGroup(group, 2, layout.parameters(group, 2), 0.0, 0.0))
     module = twin(seen.module)
-    replace_matrices(module, seen.architecture, map(layout.arrange, factors), layout=layout.name)
+    replace_matrices(module, seen.architecture, factors, layout)
     return module, RankPlan(tuple(planned), 0.5, layout.name), seen
 
 
@@ -152,7 +152,7 @@ def test_nothing_replaced_is_the_dense_model(tmp_path: Path) -> None:
     dense = tiny_random("qwen2")
     seen = sharing(1).view(dense)
     module = twin(seen.module)
-    replace_matrices(module, seen.architecture, [])
+    replace_matrices(module, seen.architecture, [], PlainLayout())
     save_model(module, dense.tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(logits_of(to_dense(loaded)), logits_of(dense.module))
@@ -165,7 +165,7 @@ def test_some_blocks_of_a_layer_may_stay_dense(tmp_path: Path) -> None:
     basis = torch.ones(group.d_in, 1, dtype=torch.float64)
     rows = {layer: 0.01 * torch.ones(1, group.d_out, dtype=torch.float64) for layer in group.layers}
     module = twin(seen.module)
-    replace_matrices(module, seen.architecture, [SharedFactors(group, basis, rows)])
+    replace_matrices(module, seen.architecture, [SharedFactors(group, basis, rows)], PlainLayout())
     save_model(module, dense.tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(logits_of(loaded), logits_of(module))

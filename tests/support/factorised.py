@@ -35,8 +35,7 @@ def random_factors(architecture: Architecture) -> Iterator[SharedFactors]:
 
 def compressed_twin(dense: LoadedModel, layout: Layout | None = None) -> PreTrainedModel:
     module, layout = twin(dense.module), layout or PlainLayout()
-    factors = (layout.arrange(shared) for shared in random_factors(dense.architecture))
-    replace_matrices(module, dense.architecture, factors, layout=layout.name)
+    replace_matrices(module, dense.architecture, random_factors(dense.architecture), layout)
     return module
 
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, ModelError
-from bs_exp.linalg.decomposition import pivoted_form, plain_form
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.saving import save_model
@@ -27,7 +26,7 @@ from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.sharing.none import NoSharing
 from bs_exp.sharing.residual import ResidualSharing
-from bs_exp.types import CompressedModel, LoadedModel, PivotedFactors, WeightGroup, WeightMatrix
+from bs_exp.types import CompressedModel, LoadedModel, WeightGroup, WeightMatrix
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.workspace import Workspace
@@ -203,7 +202,7 @@ def test_corrections_of_single_layers_stay(layout: Layout) -> None:
     fixed = (before.weight @ before.down).detach().T
     x, wanted = (inputs_of(module, [m.module])[m.module] for module in (plain, dense.module))
     group = WeightGroup("q", (0, 1), m.d_in, m.d_out, correction=2)
-    basis = plain_form(factors_of(plain, dense.architecture, group)).basis
+    basis = layout.restore(factors_of(plain, dense.architecture, group)).basis
     found = basis @ torch.linalg.lstsq(x @ basis, wanted @ product(dense.module, m) - x @ fixed).solution + fixed
     torch.testing.assert_close(product(to_dense(made), m), found, rtol=1e-6, atol=1e-7)
 
@@ -326,9 +325,9 @@ def test_pivoted_and_plain_factors_are_refitted_alike(update: Refit) -> None:
     plain = updated(dense, NoUpdate())
     plan = plain.plan
     groups = [g.group for g in plan.groups if g.rank is not None]
-    stored = [plain_form(factors_of(plain.module, dense.architecture, group)) for group in groups]
+    stored = [LAYOUTS[0].restore(factors_of(plain.module, dense.architecture, group)) for group in groups]
     pivoted = twin(dense.module)
-    replace_matrices(pivoted, dense.architecture, map(pivoted_form, stored), layout="pivoted")
+    replace_matrices(pivoted, dense.architecture, stored, LAYOUTS[1])
     calibration = Tokens()
     for module in (plain.module, pivoted):
         update.apply(module, dense, plan, calibration.data(), Workspace(Cache(None), QUIET))
@@ -368,12 +367,10 @@ def test_exchanged_factors_are_read_back() -> None:
         made = updated(dense, NoUpdate(), layout=layout)
         group = next(g.group for g in made.plan.groups if g.group.size == 2)
         stored = factors_of(made.module, dense.architecture, group)
-        assert isinstance(stored, PivotedFactors) == (layout.name == "pivoted")
-        doubled = replace(plain_form(stored), basis=2.0 * plain_form(stored).basis)
-        exchange_factors(
-            made.module, dense.architecture, pivoted_form(doubled) if layout.name == "pivoted" else doubled
-        )
-        found = plain_form(factors_of(made.module, dense.architecture, group))
+        assert stored.layout is layout and bool(stored.kept) == (layout.name == "pivoted")
+        doubled = replace(layout.restore(stored), basis=2.0 * layout.restore(stored).basis)
+        exchange_factors(made.module, dense.architecture, layout.arrange(doubled))
+        found = layout.restore(factors_of(made.module, dense.architecture, group))
         for layer in group.layers:
             expected = doubled.basis @ doubled.coefficients[layer]
             torch.testing.assert_close(found.basis @ found.coefficients[layer], expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,92 @@
+"""Factors without the identity that one of them can be made to hold, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bs_exp.types import SharedFactors, WeightGroup
+
+
+@dataclass(frozen=True, eq=False)
+class PivotedForm:
+    """The product of a group's factors in fp64, with k of its features as `pivots`.
+
+    Pivots among the outputs (a single matrix): the basis `[d_in, k]` consists of these columns of the product, and the
+    coefficients `[k, d_out - k]` make the others of it. Pivots among the inputs (a shared basis): the coefficients
+    `[k, d_out]` of a layer are these rows of its product, and the basis `[d_in - k, k]` makes the others of them.
+    """
+
+    basis: Float[Tensor, "inputs rank"]
+    coefficients: Mapping[int, Float[Tensor, "rank outputs"]]
+    pivots: Bool[Tensor, " features"]
+
+
+def pivots_are_inputs(group: WeightGroup) -> bool:
+    """Whether a group has its pivots among the inputs: where the basis is shared, since every layer computes with it.
+
+    `pivoted_kind` of the shipped file, which imports nothing of this package, decides the same for its layers.
+    """
+    return group.size > 1
+
+
+def pivoted_form(factors: SharedFactors) -> PivotedForm:
+    """Factors of the same product, in fp64, one of which holds a k x k identity that is left out.
+
+    A single matrix uses k independent columns J of C (outputs), `B C = (B C_J)(C_J^-1 C)`. A shared basis uses k
+    independent rows J of B (inputs), `B C = (B B_J^-1)(B_J C)`, since every layer computes with it. J is chosen by QR
+    with column pivoting, so that the stored numbers stay small and well conditioned.
+    """
+    group, basis = factors.group, factors.basis.double()
+    coefficients = {layer: c.double() for layer, c in factors.coefficients.items()}
+    if pivots_are_inputs(group):
+        whole = torch.cat([coefficients[layer] for layer in group.layers], dim=1)
+        # Rows with the norms and angles of the product's rows: inputs are chosen by their effect on the outputs.
+        rows = basis @ torch.linalg.qr(whole.mT, mode="r").R.mT
+        own, others = _interpolation(rows.mT)
+        return PivotedForm(others.mT, {layer: basis[own] @ c for layer, c in coefficients.items()}, own)
+    (layer,) = group.layers
+    own, others = _interpolation(coefficients[layer])
+    return PivotedForm(basis @ coefficients[layer][:, own], {layer: others}, own)
+
+
+def plain_form(group: WeightGroup, pivoted: PivotedForm) -> SharedFactors:
+    """Factors `[d_in, k]` and `[k, d_out]` of the same product in fp64, with the identity in one of them."""
+    basis, pivots = pivoted.basis.double(), pivoted.pivots.to(pivoted.basis.device)
+    coefficients = {layer: c.double() for layer, c in pivoted.coefficients.items()}
+    if pivots_are_inputs(group):
+        return SharedFactors(group, _with_identity(basis.mT, pivots).mT, coefficients)
+    return SharedFactors(group, basis, {layer: _with_identity(c, pivots) for layer, c in coefficients.items()})
+
+
+def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, "k others"]]:
+    """k columns J of a matrix, and the combinations `M_J^-1 M` of them that give its other columns.
+
+    By QR with column pivoting. The chosen columns keep their order, so that one bit per column records the choice.
+    """
+    rank, width = matrix.shape
+    triangle, order = scipy.linalg.qr(matrix.cpu().numpy(), mode="r", pivoting=True)
+    columns = torch.from_numpy(order[:rank].copy()).long().sort()
+    # A matrix of lower rank has rows of zeros in the triangle: these columns contribute nothing to the others.
+    true_rank = int(np.count_nonzero(np.diagonal(triangle)[:rank]))
+    found = np.zeros((rank, width - rank))
+    found[:true_rank] = scipy.linalg.solve_triangular(triangle[:true_rank, :true_rank], triangle[:true_rank, rank:])
+    others = torch.zeros(rank, width, dtype=torch.float64)
+    others[:, torch.from_numpy(order[rank:].copy()).long()] = torch.from_numpy(found)[columns.indices]
+    own = torch.zeros(width, dtype=torch.bool)
+    own[columns.values] = True
+    return own.to(matrix.device), others[:, ~own].to(matrix.device)
+
+
+def _with_identity(others: Float[Tensor, "k others"], own: Bool[Tensor, " n"]) -> Float[Tensor, "k n"]:
+    """The full matrix: the identity in the columns `own`, and `others` in the remaining columns."""
+    whole = others.new_zeros(others.shape[0], len(own))
+    whole[:, own] = torch.eye(others.shape[0], dtype=others.dtype, device=others.device)
+    whole[:, ~own] = others
+    return whole
