@@ -21,14 +21,13 @@ from bs_exp.factorization.factors import Decompositions
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import PlanObjective
+from bs_exp.training.objectives import kl_divergence, precise, rows_at_once
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
 from bs_exp.workspace import Workspace
 
 Item = TypeVar("Item")
 
 KIND = "score"
-# Logits per piece: fp32 intermediates of a few hundred MB, whatever the vocabulary.
-_LOGITS = 1 << 24
 _NEED_LOGITS = ("perplexity", "kl")
 
 
@@ -150,7 +149,7 @@ class Comparison:
             kept = self._kept[position] if self._reading.keeps else self._rows(self.dense.module, position)
             target = kept.to(rows.device)
         assert target is not None
-        size = max(1, _LOGITS // self._reading.width)
+        size = rows_at_once(self._reading.width)
         return sum(self._piece(own, other) for own, other in zip(rows.split(size), target.split(size), strict=True))
 
     def _piece(self, rows: Tensor, target: Tensor) -> float:
@@ -160,8 +159,7 @@ class Comparison:
         dense = _precise(self._reading.head(target))
         if self.objective.objective == "cosine":
             return float((1.0 - functional.cosine_similarity(outputs, dense, dim=-1)).sum())
-        divergence = functional.kl_div(outputs.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
-        return float(divergence)
+        return float(kl_divergence(outputs, dense))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -225,7 +223,7 @@ def _as_is(rows: Tensor) -> Tensor:
 
 
 def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(precise(values.dtype))
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

@@ -169,6 +169,9 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
         ("calibration.num_sequence=3", ["calibration.num_sequence does not exist", "num_sequences?", "batch_size"]),
         ("calibratoin.seed=3", ["calibratoin does not exist", "Did you mean calibration?"]),
         ("sharing.groupsize=3", ["sharing.groupsize does not exist", "Did you mean group_size?"]),
+        ("update=recover update.generated=9", ["update.generated does not exist", "Did you mean generated_windows?"]),
+        ("update=recover update.renewal=9", ["update.renewal does not exist", "precondition_frequency"]),
+        ("update=recover update.longest=9", ["update.longest does not exist", "max_precond_dim"]),
         ("model=dmo", ["model=dmo does not exist", "Did you mean demo?", "tiny_random"]),
         ("experiment=svdllm", ["experiment=svdllm does not exist", "Did you mean svd_llm?", "basis_sharing"]),
         ("seed=abc", ["seed: ", "'abc'", "Integer"]),
@@ -180,7 +183,7 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
 )
 def test_typo_gets_an_answer(composed: Compose, override: str, expected: list[str]) -> None:
     with pytest.raises(HydraException) as caught:
-        composed(override)
+        composed(*override.split())
     message = explain(caught.value)
     for part in expected:
         assert part in message
@@ -207,6 +210,9 @@ def test_typo_gets_an_answer(composed: Compose, override: str, expected: list[st
         ("whitening=two_sided whitening.temper=abc", ["whitening.temper", "'abc'", "between 0 and 1"]),
         ("whitening.ridge=.nan", ["whitening.ridge", "nan"]),
         ("update=recover update.learning_rate=abc", ["update.learning_rate", "'abc'", "above 0"]),
+        ("update=recover update.accumulation=5", ["update.accumulation", "batch_size, which is 2", "got 5"]),
+        ("update=recover update.piece_length=100000000000000000000", ["update.piece_length", "100000000000000000000"]),
+        ("update=recover update.piece_length=1e20", ["update.piece_length", "1e+20"]),
         ("update=recover update.warmup=abc", ["update.warmup", "'abc'", "below 1"]),
         ("experiment=best_recovered update.updates.recover.steps=-1", ["update.updates.recover.steps", "-1"]),
         ("update=refit update.below=abc", ["update.below", "'abc'", "at most 1"]),

@@ -1,9 +1,10 @@
-"""What a compressed model is trained on: the dense model's predictions, or the outputs of its blocks."""
+"""What a compressed model is trained on: the dense model's predictions, outputs of its blocks, or the text itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +16,16 @@ from transformers import PreTrainedModel
 from bs_exp.models.blocks import recorded
 from bs_exp.models.model_inputs import Feeder, hidden_states
 from bs_exp.models.modeling_basis_sharing import CorrectedLinear, FactorisedLinear
-from bs_exp.training.trainer import precise
 
-# Logits per piece of the divergence: its fp32 intermediates take a few hundred MB, whatever the vocabulary.
-_LOGITS = 1 << 24
+# Numbers per piece of a comparison: its fp32 intermediates take a few hundred MB, whatever the vocabulary.
+LOGITS_AT_ONCE = 1 << 24
+
+
+class Objective(Protocol):
+    """What a training minimises."""
+
+    def __call__(self, ids: Int[Tensor, "windows length"], *, training: bool) -> Float[Tensor, ""]:
+        """The loss in a step of training, or as it is measured: averaged within a window, summed over the windows."""
 
 
 def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -34,17 +41,29 @@ def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: factor for factor, name in names.items()}
 
 
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or fp32 if that is finer."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_at_once(width: int, limit: int = LOGITS_AT_ONCE) -> int:
+    """How many rows of `width` numbers make a piece of at most `limit` numbers; at least one."""
+    return max(1, limit // width)
+
+
 def kl_divergence(
-    logits: Float[Tensor, "windows length vocabulary"],
-    target: Float[Tensor, "windows length vocabulary"],
+    logits: Float[Tensor, "*tokens vocabulary"],
+    target: Float[Tensor, "*tokens vocabulary"],
     temperature: float = 1.0,
+    *,
+    logits_at_once: int = LOGITS_AT_ONCE,
 ) -> Float[Tensor, ""]:
     """`T^2 KL(softmax(target / T) || softmax(logits / T))` in nats, summed over the tokens, in fp32 or better.
 
-    Piece by piece, and once more in the backward pass, so that no fp32 copy of all logits is ever held. The factor
-    `T^2` keeps gradients of different temperatures comparable (1503.02531, section 2).
+    Computed in pieces, and again in the backward pass, so that no fp32 copy of all logits is ever held. The factor
+    `T^2` keeps gradients of different temperatures comparable (Hinton et al., 1503.02531, section 2).
     """
-    rows = max(1, _LOGITS // logits.shape[-1])
+    rows = rows_at_once(logits.shape[-1], logits_at_once)
     total = torch.zeros((), dtype=precise(logits.dtype), device=logits.device)
     for part in zip(logits.flatten(0, -2).split(rows), target.flatten(0, -2).split(rows), strict=True):
         total = total + checkpoint(_kl_piece, *part, temperature, use_reentrant=False, preserve_rng_state=False)
@@ -60,9 +79,9 @@ def _kl_piece(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LogitDivergence:
-    """KL divergence of a model's predictions from the dense model's, in nats per position.
+    """KL divergence of a model's predictions from the dense model's, in nats per position (distillation, 1503.02531).
 
-    Measured at temperature 1, without autocast.
+    `temperature` and `autocast` (bfloat16) are for training; the loss is measured at temperature 1, without autocast.
     """
 
     compressed: PreTrainedModel
@@ -83,10 +102,10 @@ class LogitDivergence:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockOutputs:
-    """Squared error of every block's output on the dense model's inputs of that block, in units of what the dense block
-    adds to them, averaged over the blocks.
+    """Squared error of every block's output, with the dense model's inputs of that block, averaged over the blocks.
 
-    All blocks are trained at once, each on its own, so that a basis which blocks share hears of all of them.
+    In units of the squared norm of what the dense block adds to its inputs. All blocks are trained in one step,
+    independently of each other; a basis that several blocks share has the sum of their gradients.
     """
 
     compressed: PreTrainedModel
@@ -106,3 +125,19 @@ class BlockOutputs:
             added = (call.output.to(total.dtype) - call.hidden.to(total.dtype)).square().flatten(1).sum(1)
             total = total + (error / added.clamp_min(torch.finfo(total.dtype).tiny)).sum() / len(calls)
         return total
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenLoss:
+    """The model's own loss on the text (cross entropy), in nats per predicted token."""
+
+    module: PreTrainedModel
+    feeder: Feeder
+    autocast: bool
+
+    def __call__(self, ids: Int[Tensor, "windows length"], *, training: bool) -> Tensor:
+        examples = self.feeder.examples(ids)
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.autocast and training):
+            logits = self.module(**examples.inputs).logits
+        # All windows have as many predictions, so the mean over tokens is the mean over windows.
+        return examples.loss(logits, reduction="mean") * len(ids)

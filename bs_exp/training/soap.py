@@ -1,4 +1,4 @@
-"""An optimiser for matrices: Adam in the eigenbasis of their gradients' covariances."""
+"""SOAP, an optimiser for matrices: Adam in the eigenbases of their gradients' covariances."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-# In units of the arithmetic's precision: gradients below this share of the largest are rounding errors of a rotation,
-# from directions that have seen none.
+# In units of the dtype's precision. Rotated gradients below this share of the largest one are rounding errors of the
+# rotation, in directions without any gradient: they must not become steps.
 _ROUNDING = 100.0
 
 
 class Soap(torch.optim.Optimizer):
-    """SOAP (Vyas et al., 2409.11321, algorithm 3), with decoupled weight decay.
+    """SOAP (Vyas et al., 2409.11321, algorithm 3), with decoupled weight decay, for parameters that are matrices.
 
-    For a matrix with gradients `G`, running means of `G G^T` and `G^T G` give an orthogonal basis for either side;
-    Adam's second moments are kept in these bases. The curvature of a factor is close to a Kronecker product of Grams
-    of its inputs and outputs (the two sides of `whitening=two_sided`), and the eigenvectors of the running means follow
-    it. The first gradient only makes the bases.
-    Sides longer than `longest` keep the basis they have; with both kept, this is Adam.
-    Memory per side of length d: two fp32 matrices of `d x d`. Every step multiplies by both bases; every `renewal`
-    steps, they take one power iteration and a QR decomposition each.
+    Running means of `G G^T` and `G^T G` over the gradients `G` give an orthogonal basis for either side of a matrix,
+    close to their eigenvectors; Adam's second moments are kept in these bases. The first gradient only makes the bases.
+    Every `precondition_frequency` steps, each basis takes one power iteration and a QR decomposition.
+    Sides longer than `max_precond_dim` are not rotated; if neither side is, this is Adam.
+
+    SOAP fits the factors of a compressed matrix, as the curvature of a factor is close to a Kronecker product of Grams
+    of its inputs and outputs (the two sides of `whitening=two_sided`). Memory per rotated side of length d: two fp32
+    matrices of `d x d`. Every step multiplies by both bases.
     """
 
     # Of each parameter; sides that are not rotated have empty tensors.
@@ -36,11 +37,17 @@ class Soap(torch.optim.Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float],
         weight_decay: float = 0.0,
-        renewal: int,
-        longest: int,
+        precondition_frequency: int,
+        max_precond_dim: int,
     ) -> None:
-        dials = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "renewal": renewal, "longest": longest}
-        super().__init__(params, dials)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
+        }
+        super().__init__(params, defaults)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -63,9 +70,9 @@ class Soap(torch.optim.Optimizer):
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state |= {name: parameter.new_empty(0) for name in self.STATE if name not in state}
-            if min(gradient.shape) <= group["longest"]:
+            if min(gradient.shape) <= group["max_precond_dim"]:
                 # In its own basis, a gradient is diagonal up to rounding errors, which would become steps.
-                self._renew(state, gradient, fast, due=False, longest=group["longest"])
+                self._precondition(state, gradient, fast, due=False, limit=group["max_precond_dim"])
                 return
         state["step"] += 1
         count = int(state["step"])
@@ -78,13 +85,14 @@ class Soap(torch.optim.Optimizer):
         update = mean / (spread + _ROUNDING * limits.eps * spread.amax() + limits.tiny)
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
         parameter.add_(_rotate(update, state, back=True), alpha=-group["lr"])
-        self._renew(state, gradient, fast, due=count % group["renewal"] == 0, longest=group["longest"])
+        due = count % group["precondition_frequency"] == 0
+        self._precondition(state, gradient, fast, due=due, limit=group["max_precond_dim"])
 
     @staticmethod
-    def _renew(state: dict[str, Tensor], gradient: Tensor, decay: float, *, due: bool, longest: int) -> None:
-        """Takes a gradient into the covariance of each side, and renews the bases where they are due."""
+    def _precondition(state: dict[str, Tensor], gradient: Tensor, decay: float, *, due: bool, limit: int) -> None:
+        """Adds a gradient to the running covariance of each side up to `limit` long; updates the bases if `due`."""
         for side, dim in (("left", 0), ("right", 1)):
-            if gradient.shape[dim] > longest:
+            if gradient.shape[dim] > limit:
                 continue
             covariance = gradient @ gradient.mT if dim == 0 else gradient.mT @ gradient
             if not state[side].numel():
@@ -93,19 +101,25 @@ class Soap(torch.optim.Optimizer):
                 continue
             state[side].lerp_(covariance, 1.0 - decay)
             if due:
-                state[f"{side}_basis"], order = renewed(state[side], state[f"{side}_basis"])
-                # The second moments follow their directions.
+                state[f"{side}_basis"], order = power_iteration(state[side], state[f"{side}_basis"])
+                # The second moments are reordered with their directions.
                 state["exp_avg_sq"] = state["exp_avg_sq"].index_select(dim, order)
 
 
-def renewed(covariance: Float[Tensor, "d d"], basis: Float[Tensor, "d d"]) -> tuple[Tensor, Tensor]:
-    """One step of orthogonal iteration towards the eigenvectors, the largest first; and the order it starts from."""
+def power_iteration(
+    covariance: Float[Tensor, "d d"], basis: Float[Tensor, "d d"]
+) -> tuple[Float[Tensor, "d d"], Int[Tensor, " d"]]:
+    """A basis one power iteration closer to the covariance's eigenvectors, and the order of the old columns in it.
+
+    Columns are ordered by their estimated eigenvalues, the largest first; QR makes them orthonormal (2409.11321,
+    algorithm 4).
+    """
     order = ((covariance @ basis) * basis).sum(0).argsort(descending=True)
     return torch.linalg.qr(covariance @ basis[:, order]).Q.contiguous(), order
 
 
 def _rotate(matrix: Tensor, state: dict[str, Tensor], *, back: bool = False) -> Tensor:
-    """A matrix in the bases of its two sides, or back from them."""
+    """A matrix in the bases of its two sides, or (`back`) a matrix given in these bases in the original ones."""
     left, right = state["left_basis"], state["right_basis"]
     if left.numel():
         matrix = (left if back else left.mT) @ matrix

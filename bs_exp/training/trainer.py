@@ -1,55 +1,29 @@
-"""Training of some parameters of a model: one step, one measurement, and what it takes to go on later."""
+"""Training of some parameters of a model: steps, held-out measurements, checkpoints, and the best parameters."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from bs_exp.cache import Entry
 from bs_exp.errors import CalibrationError
-from bs_exp.training.soap import Soap
-
-# The usual 0.999 averages squared gradients over more steps than a short training has.
-_BETAS = (0.9, 0.99)
-OPTIMIZERS = ("adamw", "soap")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerDials:
-    """Which optimiser: AdamW, or SOAP with bases renewed every `renewal` steps for sides up to `longest`."""
-
-    kind: str = "adamw"
-    renewal: int = 1
-    longest: int = 0
-
-    def make(self, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-        if self.kind == "soap":
-            return Soap(groups, betas=_BETAS, weight_decay=weight_decay, renewal=self.renewal, longest=self.longest)
-        return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=weight_decay)
-
-    @property
-    def state(self) -> tuple[str, ...]:
-        """What the optimiser keeps of each parameter."""
-        return Soap.STATE if self.kind == "soap" else ("step", "exp_avg", "exp_avg_sq")
-
-
-class Objective(Protocol):
-    """What a training minimises."""
-
-    def __call__(self, ids: Int[Tensor, "windows length"], *, training: bool) -> Float[Tensor, ""]:
-        """The loss in a step of training, or as it is measured: mean by window, summed over the windows."""
+from bs_exp.training.objectives import Objective, precise
+from bs_exp.training.optimizers import ADAMW, OptimizerSettings, make_optimizer, state_names
+from bs_exp.training.settings import TrainerSettings, draw_batches, rate_factor
+from bs_exp.workspace import Workspace
 
 
 @contextmanager
 def trainable(trained: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients for some parameters alone; every flag is as before afterwards, and no gradient is left."""
+    """Gradients for `trained` alone among `parameters`; afterwards every flag is as before, and no gradient is left."""
     chosen = set(trained)
     flags = {parameter: parameter.requires_grad for parameter in parameters}
     try:
@@ -65,82 +39,113 @@ def trainable(trained: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter
 
 
 @dataclass(eq=False, kw_only=True)
-class Training:
-    """A training under way: parameters, their masters, and the optimiser. The parameters must be `trainable`.
+class Trainer:
+    """Trains parameters, which must be `trainable`, on windows; keeps those that do best on held-out windows.
 
-    Parameters below fp32 have fp32 masters, which the optimiser changes and the parameters follow; others are their
-    own. `scales` multiply the learning rate by parameter. `half` says that gradients pass through fp16, so that they
-    must be scaled. Random numbers are drawn from `seed` and the number of the step.
+    Without held-out windows the last parameters are kept. `name` stands in error messages. `step_scales` multiply the
+    learning rate, by parameter. Parameters below fp32 have fp32 copies ("masters") that the optimiser changes and that
+    are rounded into the parameters after each step; other parameters are their own masters. `scale_loss` is for
+    gradients that pass through fp16: the loss is scaled up, so that they do not underflow. Random numbers are drawn
+    from `settings.seed` and the number of the step, so an interrupted training continues to the same bits.
+
+    `done` counts the steps so far. `history` has the step and the held-out loss of every measurement, in the unit of
+    the objective; the first one is before any step.
     """
 
     name: str
+    settings: TrainerSettings
+    optimizer: OptimizerSettings = ADAMW
     parameters: Mapping[str, nn.Parameter]
-    scales: Mapping[str, float]
+    step_scales: Mapping[str, float]
     objective: Objective
+    windows: Int[Tensor, "windows length"]
+    held_out: Int[Tensor, "held_out length"]
     device: torch.device
-    half: bool
-    learning_rate: float
-    weight_decay: float
-    clip_norm: float | None
-    windows_per_pass: int
-    seed: int
-    optimizer: OptimizerDials = OptimizerDials()
+    scale_loss: bool
     masters: Mapping[str, nn.Parameter] = field(init=False)
     done: int = field(init=False, default=0)
+    history: list[tuple[int, float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
-        groups = [{"params": [master], "scale": self.scales[name]} for name, master in self.masters.items()]
-        self._optimizer = self.optimizer.make(groups, self.weight_decay)
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
+        groups = [{"params": [master], "scale": self.step_scales[name]} for name, master in self.masters.items()]
+        self._optimizer = make_optimizer(self.optimizer, groups, weight_decay=self.settings.weight_decay)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.scale_loss)
+        self._best: Mapping[str, Tensor] = {}
+        self._loss, self._earlier_seconds = math.nan, 0.0
+        self._start = time.perf_counter()
 
-    def step(self, ids: Int[Tensor, "windows length"], rate: float) -> float:
-        """One step at a share of the learning rate; returns the loss, averaged over the windows.
+    @property
+    def best_step(self) -> int:
+        """Steps after which the held-out loss was lowest (the first of equals); the last step if none is held out."""
+        return min(self.history, key=lambda entry: entry[1])[0] if self.history else self.done
+
+    @property
+    def best_loss(self) -> float:
+        return min(value for _, value in self.history)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the last `patience` measurements brought no gain."""
+        patience, steps = self.settings.patience, [step for step, _ in self.history]
+        stale = patience is not None and bool(steps) and len(steps) - 1 - steps.index(self.best_step) >= patience
+        return self.done == self.settings.steps or stale
+
+    @property
+    def seen(self) -> Int[Tensor, " seen"]:
+        """Positions in `windows` of those that the steps so far have trained on, each once, ascending."""
+        positions: Tensor = draw_batches(len(self.windows), self.settings)[: self.done].unique()
+        return positions
+
+    def train(self, workspace: Workspace, *, label: str, kind: str, key: str | None) -> None:
+        """Takes all steps, unless it stops early; the parameters are the best ones afterwards.
+
+        With a `key`, checkpoints and the result are stored in the cache: an interrupted training continues from its
+        last checkpoint, to the same bits, and a finished one is not repeated. `label` is what the user sees.
+        """
+        stored = None if key is None else workspace.cache.find(kind, key)
+        if stored is None:
+            self._evaluate()
+        else:
+            self.resume(stored)
+            workspace.progress.note(f"{label}: {self.done} of {self.settings.steps} steps came from the cache")
+        if not self.finished:
+            self._take_steps(workspace, label=label, kind=kind, key=key)
+            if key is not None:
+                workspace.cache.store(kind, key, self.state())
+        self._restore_best()
+
+    def step(self, ids: Int[Tensor, "batch length"], rate: float) -> float:
+        """One step at a share of the learning rate; returns the loss before it, averaged over the windows.
 
         Raises CalibrationError if loss or gradients are not finite; an fp16 step whose gradients overflow is taken
-        again with them scaled down, until they fit.
+        again with the loss scaled down, until they fit.
         """
         scale = self._scaler.get_scale()
-        total = self._attempt(ids, rate)
+        loss = self._attempt(ids, rate)
         while self._scaler.get_scale() < scale:  # it overflowed, and nothing was changed
             scale = self._scaler.get_scale()
-            total = self._attempt(ids, rate)
-        self._publish()
+            loss = self._attempt(ids, rate)
+        self._round_into_parameters()
         self.done += 1
-        return total
-
-    def _attempt(self, ids: Int[Tensor, "windows length"], rate: float) -> float:
-        total = 0.0
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed((self.seed * 1_000_003 + self.done) % 2**63)
-            for part in ids.split(self.windows_per_pass):
-                loss = self.objective(part.to(self.device), training=True) / len(ids)
-                self._scaler.scale(loss).backward()
-                self._collect_gradients()
-                total += loss.item()
-        self._check(total, f"loss of step {self.done + 1}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["scale"] * rate
-        self._scaler.unscale_(self._optimizer)
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.clip_norm or math.inf)
-        if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
-            self._check(norm.item(), f"norm of the gradient in step {self.done + 1}")
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad()
-        return total
+        return loss
 
     @torch.no_grad()
     def measure(self, ids: Int[Tensor, "windows length"]) -> float:
         """The loss of the parameters as they are stored, averaged over the windows."""
-        parts = ids.split(self.windows_per_pass)
+        parts = ids.split(-(-self.settings.batch_size // self.settings.accumulation))
         value = sum(self.objective(part.to(self.device), training=False).item() for part in parts) / len(ids)
-        self._check(value, f"held-out loss after {self.done} steps")
+        self._check_finite(value, f"held-out loss after {self.done} steps")
         return value
 
     def state(self) -> dict[str, Tensor]:
-        """What `resume` needs, by name."""
-        state = {"done": torch.tensor(self.done)}
+        """What `resume` needs, by name; of a finished training, only its result."""
+        state = {f"best/{name}": value for name, value in self._best.items()}
+        state["history"] = torch.tensor(self.history, dtype=torch.float64).view(-1, 2)
+        state["seconds"] = torch.tensor(self._seconds, dtype=torch.float64)
+        state["done"] = torch.tensor(self.done)
+        if self.finished:
+            return state
         if self._scaler.is_enabled():
             scaler = self._scaler.state_dict()
             state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
@@ -155,7 +160,13 @@ class Training:
     @torch.no_grad()
     def resume(self, entry: Entry) -> None:
         """Continues from a stored `state`."""
+        self._earlier_seconds = float(entry.tensor("seconds"))
+        self.history = [(int(step), value) for step, value in entry.tensor("history").tolist()]
         self.done = int(entry.tensor("done"))
+        if self.history or self.finished:
+            self._best = {name: entry.tensor(f"best/{name}") for name in self.parameters}
+        if self.finished:
+            return
         if self._scaler.is_enabled():
             scale, growth = entry.tensor("scaler").tolist()
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
@@ -163,15 +174,75 @@ class Training:
             master.copy_(entry.tensor(f"master/{name}"))
             if int(entry.tensor(f"stepped/{name}")) == 0:
                 continue
-            kept = {key: entry.tensor(f"{key}/{name}") for key in self.optimizer.state}
+            kept = {key: entry.tensor(f"{key}/{name}") for key in state_names(self.optimizer)}
             # Step counts stay where the optimisers keep them: on the CPU.
             self._optimizer.state[master] = {
                 key: value if key == "step" else value.to(master.device) for key, value in kept.items()
             }
-        self._publish()
+        self._round_into_parameters()
+
+    def report(self) -> dict[str, Any]:
+        """What was done, and what it cost. `training_windows` counts the different windows that steps have seen."""
+        return {
+            "steps": self.done,
+            "best_step": self.best_step,
+            "seconds": round(self._seconds, 3),
+            "trained_parameters": sum(p.numel() for p in self.parameters.values()),
+            "training_windows": len(self.seen),
+            "held_out_windows": len(self.held_out),
+        }
+
+    @property
+    def _seconds(self) -> float:
+        """Time spent, before interruptions too."""
+        return self._earlier_seconds + time.perf_counter() - self._start
+
+    def _take_steps(self, workspace: Workspace, *, label: str, kind: str, key: str | None) -> None:
+        """The steps that are left, with measurements and checkpoints where they are due."""
+        saved = time.perf_counter()
+        batches = draw_batches(len(self.windows), self.settings)[self.done :]
+        for batch in workspace.progress.track(
+            batches, label=lambda: f"{label}, loss {self._loss:.4f}", total=len(batches)
+        ):
+            self._loss = self.step(self.windows[batch], rate_factor(self.done, self.settings))
+            if self.done % self.settings.evaluate_every == 0 or self.done == self.settings.steps:
+                self._evaluate()
+            if self.finished:
+                break
+            if key is not None and self._is_due(saved):
+                workspace.cache.store(kind, key, self.state())
+                saved = time.perf_counter()
+        if not self.history:
+            self._best = self._copies()
+
+    def _is_due(self, saved: float) -> bool:
+        minutes = self.settings.checkpoint_minutes
+        return minutes is not None and (time.perf_counter() - saved) / 60.0 >= minutes
+
+    def _attempt(self, ids: Int[Tensor, "batch length"], rate: float) -> float:
+        loss = 0.0
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed((self.settings.seed * 1_000_003 + self.done) % 2**63)
+            for part in ids.tensor_split(self.settings.accumulation):
+                share = self.objective(part.to(self.device), training=True) / len(ids)
+                self._scaler.scale(share).backward()
+                self._collect_gradients()
+                loss += share.item()
+        self._check_finite(loss, f"loss of step {self.done + 1}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * group["scale"] * rate
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.settings.clip_norm or math.inf)
+        if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
+            self._check_finite(norm.item(), f"norm of the gradient in step {self.done + 1}")
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        return loss
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
+        """Adds the gradients of half-precision parameters to those of their masters."""
         for name, parameter in self.parameters.items():
             if (master := self.masters[name]) is not parameter and parameter.grad is not None:
                 gradient = parameter.grad.to(master.dtype)
@@ -179,23 +250,36 @@ class Training:
                 parameter.grad = None
 
     @torch.no_grad()
-    def _publish(self) -> None:
+    def _round_into_parameters(self) -> None:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def _check(self, value: float, what: str) -> None:
+    def _evaluate(self) -> None:
+        """Measures the held-out windows, if there are any; the best parameters are copied."""
+        if not len(self.held_out):
+            return
+        value = self.measure(self.held_out)
+        if not self.history or value < self.best_loss:
+            self._best = self._copies()
+        self.history.append((self.done, value))
+
+    def _copies(self) -> dict[str, Tensor]:
+        # To the CPU: they are read once, at the end.
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def _restore_best(self) -> None:
+        for name, value in self._best.items():
+            self.parameters[name].copy_(value)
+
+    def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             raise CalibrationError(
-                f"{self.name}: the {what} is {value}. Lower update.learning_rate (now {self.learning_rate:g}), raise "
-                "update.warmup, or load the model in another dtype (model.dtype=float32 or bfloat16); update=none "
-                "leaves the factors as they are."
+                f"{self.name}: the {what} is {value}. Lower update.learning_rate (now "
+                f"{self.settings.learning_rate:g}), raise update.warmup, or load the model in another dtype "
+                "(model.dtype=float32 or bfloat16); update=none leaves the factors as they are."
             )
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or fp32 if that is finer."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -20,9 +20,9 @@ from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
 from bs_exp.protocols import Calibration
-from bs_exp.training.course import Course, Run
-from bs_exp.training.objectives import LogitDivergence, find_factors
-from bs_exp.training.trainer import Objective, Training, trainable
+from bs_exp.training.objectives import LogitDivergence, Objective, TokenLoss, find_factors
+from bs_exp.training.settings import TrainerSettings, split_windows
+from bs_exp.training.trainer import Trainer, trainable
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows
 from bs_exp.validation import check_at_least, check_choice, check_positive, check_share
 from bs_exp.workspace import Workspace
@@ -33,16 +33,19 @@ LOSSES = ("cross_entropy", "distillation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Trains a low-rank change of each factor by AdamW, on the text (cross_entropy) or on the dense model's predictions
-    of it (distillation), and nothing else. A shared basis has one adapter, so it stays shared.
+class LoRA(TrainerSettings):
+    """Trains a low-rank change of each factor by AdamW, and nothing else.
 
-    A change is scaled by `alpha / rank`. A factor with a side below `rank` has an adapter of that side's rank, which is
-    enough for any change of it, with an alpha of its own so that the scale is the same. Where windows are held out, the
-    adapters that do best on them are taken, and none if all of them do harm. `merge` adds the changes to the factors;
-    else they stay beside them, more parameters than the budget has. Hu et al. (2106.09685), as Basis Sharing
-    (2410.03765, section 4.1) and SVD-LLM (2403.07378, section 3.3) recover: rank 8, learning rate 1e-4. Basis Sharing's
-    code trains the coefficients of q and v alone, SVD-LLM's both factors of all.
+    A shared basis has one adapter, so it stays shared. `loss` is cross_entropy on the text, or distillation from the
+    dense model's predictions of it. A change is scaled by `alpha / rank`. A factor with a side below `rank` has an
+    adapter of that side's rank, which is enough for any change of it, with an alpha of its own so that the scale is the
+    same. Where windows are held out, the adapters with the lowest held-out loss are taken, and none if all of them
+    raise it. `merge` adds the changes to the factors; otherwise they stay beside them, as more parameters than the
+    budget has. `data` is the text to train on (None: the calibration windows).
+
+    Hu et al. (2106.09685), used as in Basis Sharing (2410.03765, section 4.1) and SVD-LLM (2403.07378, section 3.3):
+    rank 8, learning rate 1e-4. Basis Sharing's code trains the coefficients of q and v alone, SVD-LLM's both factors of
+    all matrices.
     """
 
     factors: str
@@ -54,26 +57,12 @@ class LoRA:
     temperature: float
     merge: bool
     data: Calibration | None
-    steps: int
-    batch_size: int
-    accumulation: int
-    learning_rate: float
-    schedule: str
-    warmup: float
-    weight_decay: float
-    clip_norm: float | None
-    autocast: str
-    holdout: float
-    evaluate_every: int
-    patience: int | None
-    checkpoint_minutes: float | None
-    seed: int
 
     def __post_init__(self) -> None:
         if isinstance(self.matrices, str):
             raise ConfigError(f"matrices must be a list such as [q, v], or null for all, got {self.matrices!r}.")
         object.__setattr__(self, "matrices", None if self.matrices is None else tuple(self.matrices))
-        Course.of(self)
+        TrainerSettings.__post_init__(self)
         check_choice("factors", self.factors, tuple(FACTORS))
         check_choice("loss", self.loss, LOSSES)
         check_at_least(1, rank=self.rank)
@@ -86,7 +75,7 @@ class LoRA:
         return self.data is None and self.steps > 0
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
-        """Matrix types that the model has, text that fits, and a model that predicts something."""
+        """Raises an error for matrix types that the model lacks, text that does not fit, or a model without logits."""
         unknown = sorted(set(self.matrices or ()) - set(dense.architecture.matrix_types))
         if unknown or self.matrices == ():
             raise ConfigError(
@@ -95,7 +84,7 @@ class LoRA:
             )
         if self.steps:
             windows = self._windows(dense, data)
-            Course.of(self).split(windows.ids)
+            split_windows(windows.ids, self)
             feeder(dense, windows.feeding).examples(windows.ids[:1])
 
     def apply(
@@ -108,16 +97,16 @@ class LoRA:
     ) -> Mapping[str, Any]:
         """Trains, then changes the factors in place or puts the adapters on the model; reports cost and losses.
 
-        With a cache folder, an interrupted training goes on from its last checkpoint, to the same bits, and a finished
-        one is not repeated.
+        With a cache folder, an interrupted training continues from its last checkpoint, to the same bits, and a
+        finished one is not repeated.
         """
         factors = self._factors(compressed, dense)
         if not factors or not self.steps:
             workspace.progress.note("lora: no steps asked for" if factors else "lora: there are no factors to adapt")
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
         windows = self._windows(dense, data)
-        training, held_out = Course.of(self).split(windows.ids)
-        key = "" if workspace.cache.folder is None else self._key(compressed, dense, windows)
+        training, held_out = split_windows(windows.ids, self)
+        key = None if workspace.cache.folder is None else self._key(compressed, dense, windows)
         with trainable((), chain(compressed.parameters(), dense.module.parameters())):
             adapted = adapted_twin(
                 compressed, factors, rank=self.rank, alpha=self.alpha, dropout=self.dropout, seed=self.seed
@@ -130,35 +119,34 @@ class LoRA:
                     f"lora: {clipped} of {len(adapted.adapters)} factors have a side below update.rank={self.rank}, "
                     "and adapters of its rank"
                 )
-            run = Run(Course.of(self), self._training(adapted, dense, windows), held_out)
-            run.follow(training, label=KIND, kind=KIND, key=key, workspace=workspace)
+            trainer = self._trainer(adapted, dense, windows, training, held_out)
+            trainer.train(workspace, label=KIND, kind=KIND, key=key)
             report = {
                 "strategy": KIND,
                 "merged": self.merge,
-                "tokens": run.step * self.batch_size * training.shape[1],
-                "training_windows": len(training),
+                "tokens": trainer.done * self.batch_size * training.shape[1],
                 "windows": dict(windows.provenance),
                 "adapters": len(adapted.adapters),
                 "clipped_adapters": clipped,
             }
-            report |= run.report()
-            if run.history:
+            report |= trainer.report()
+            if trainer.history:
                 report |= {
-                    "held_out_loss_before": run.history[0][1],
-                    "held_out_loss_after": run.best_loss,
-                    "held_out_loss": [[step, value] for step, value in run.history],
+                    "held_out_loss_before": trainer.history[0][1],
+                    "held_out_loss_after": trainer.best_loss,
+                    "held_out_loss": [[step, value] for step, value in trainer.history],
                 }
             # Adapters of step 0 change nothing.
-            if self.merge and run.best_step:
-                report |= self._merge(adapted, run, held_out)
-            elif run.best_step:
+            if self.merge and trainer.best_step:
+                report |= self._merge(adapted, trainer, held_out)
+            elif trainer.best_step:
                 for parameter in adapted.parameters.values():
                     parameter.requires_grad_(False)
                 attach(compressed, adapted, rank=self.rank, alpha=self.alpha)
         workspace.progress.note(_summary(report))
         return report
 
-    def _merge(self, adapted: AdaptedTwin, run: Run, held_out: Tensor) -> dict[str, Any]:
+    def _merge(self, adapted: AdaptedTwin, trainer: Trainer, held_out: Tensor) -> dict[str, Any]:
         """Adds the changes to the factors, unless rounding to their dtype takes away all that was gained."""
         before = {name: a.factor.detach().to("cpu", copy=True) for name, a in adapted.adapters.items()}
         for adapter in adapted.adapters.values():
@@ -166,14 +154,14 @@ class LoRA:
         with torch.no_grad():
             for adapter in adapted.adapters.values():
                 adapter.up.zero_()  # it is in the factor now
-        if not run.history:
+        if not trainer.history:
             return {}
-        merged = run.training.measure(held_out)
-        if undone := merged >= run.history[0][1]:
+        merged = trainer.measure(held_out)
+        if undone := merged >= trainer.history[0][1]:
             with torch.no_grad():
                 for name, adapter in adapted.adapters.items():
                     adapter.factor.copy_(before[name])
-        return {"held_out_loss_after": run.history[0][1] if undone else merged}
+        return {"held_out_loss_after": trainer.history[0][1] if undone else merged}
 
     def _factors(self, compressed: PreTrainedModel, dense: LoadedModel) -> list[str]:
         """Names of the factors to adapt: of the kinds and matrix types asked for, a shared basis once.
@@ -213,19 +201,19 @@ class LoRA:
             settings={name: value for name, value in asdict(self).items() if name not in left_out},
         )
 
-    def _training(self, adapted: AdaptedTwin, dense: LoadedModel, windows: TokenWindows) -> Training:
-        return Training(
+    def _trainer(
+        self, adapted: AdaptedTwin, dense: LoadedModel, windows: TokenWindows, training: Tensor, held_out: Tensor
+    ) -> Trainer:
+        return Trainer(
             name="LoRA",
+            settings=self,
             parameters=adapted.parameters,
-            scales=dict.fromkeys(adapted.parameters, 1.0),
+            step_scales=dict.fromkeys(adapted.parameters, 1.0),
             objective=_WithDropout(adapted, self._objective(adapted, dense, feeder(dense, windows.feeding))),
+            windows=training,
+            held_out=held_out,
             device=dense.device,
-            half=dense.module.dtype is torch.float16,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            windows_per_pass=Course.of(self).windows_per_pass,
-            seed=self.seed,
+            scale_loss=dense.module.dtype is torch.float16,
         )
 
     def _objective(self, adapted: AdaptedTwin, dense: LoadedModel, feed: Feeder) -> Objective:
@@ -241,25 +229,9 @@ class LoRA:
         )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TokenLoss:
-    """The model's own loss on the text (cross entropy), in nats per predicted token."""
-
-    module: PreTrainedModel
-    feeder: Feeder
-    autocast: bool
-
-    def __call__(self, ids: Int[Tensor, "windows length"], *, training: bool) -> Tensor:
-        examples = self.feeder.examples(ids)
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.autocast and training):
-            logits = self.module(**examples.inputs).logits
-        # All windows have as many predictions, so the mean over tokens is the mean over windows.
-        return examples.loss(logits, reduction="mean") * len(ids)
-
-
 @dataclass(frozen=True, eq=False)
 class _WithDropout:
-    """An objective that sees the adapters' dropout in training only."""
+    """An objective with the adapters' dropout in training, and without it where the loss is measured."""
 
     adapted: AdaptedTwin
     objective: Objective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -18,63 +18,49 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
-from bs_exp.training.course import Course, Run
-from bs_exp.training.generation import Generation
-from bs_exp.training.objectives import BlockOutputs, LogitDivergence, find_factors
-from bs_exp.training.resampling import cut_anew
-from bs_exp.training.trainer import OPTIMIZERS, Objective, OptimizerDials, Training, trainable
+from bs_exp.training.generation import GenerationSettings, check_generation, generate_windows
+from bs_exp.training.objectives import BlockOutputs, LogitDivergence, Objective, find_factors
+from bs_exp.training.optimizers import OptimizerSettings
+from bs_exp.training.resampling import MAX_PIECE_LENGTH, resample
+from bs_exp.training.settings import TrainerSettings, split_windows
+from bs_exp.training.trainer import Trainer, trainable
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows
-from bs_exp.validation import check_at_least, check_choice, check_positive
+from bs_exp.validation import check_at_least, check_positive
 from bs_exp.workspace import Workspace
 
 KIND = "recovery"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
     """Trains bases and coefficients, and nothing else, on the KL divergence from the dense model's logits.
 
-    Trained on calibration windows and, beside them, on `generated` ones that the dense model writes itself; where the
-    steps see more than these, as many as are missing are cut anew from pieces of them. A part of the calibration
-    windows is held out; the factors that do best on it are kept, which may be the ones that were there before. A
-    factor's step size is `learning_rate` times its root mean square at the start. Half-precision factors are trained in
-    fp32 copies. Distillation: Hinton et al. (1503.02531), section 2.
+    A part of the calibration windows is held out. Trained on the others, on `generated_windows` that the dense model
+    samples, and, where the steps see more windows than these, on windows resampled from pieces of them (`piece_length`
+    tokens; None repeats the same windows). The factors with the lowest held-out KL are kept, which may be those from
+    before training. A factor's step size is `learning_rate` times its root mean square at the start. Half-precision
+    factors are trained in fp32 copies. `blockwise_steps` come first: each block learns to give the dense block's
+    outputs. Distillation: Hinton et al. (1503.02531), section 2.
     """
 
     blockwise_steps: int
-    steps: int
-    generated: int
-    prompt_length: int
-    generation_batch: int
     piece_length: int | None
-    batch_size: int
-    accumulation: int
-    optimizer: str
-    renewal: int
-    longest: int
-    learning_rate: float
-    schedule: str
-    warmup: float
-    weight_decay: float
-    clip_norm: float | None
     temperature: float
-    autocast: str
-    holdout: float
-    evaluate_every: int
-    patience: int | None
-    checkpoint_minutes: float | None
-    seed: int
 
     def __post_init__(self) -> None:
-        Course.of(self)
-        self._generation()
+        TrainerSettings.__post_init__(self)
+        OptimizerSettings.__post_init__(self)
+        GenerationSettings.__post_init__(self)
         check_at_least(0, blockwise_steps=self.blockwise_steps)
+        check_at_least(1, piece_length=self.piece_length)
         check_positive(temperature=self.temperature)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_at_least(1, renewal=self.renewal, piece_length=self.piece_length)
-        check_at_least(0, longest=self.longest)
+        if self.piece_length is not None and self.piece_length > MAX_PIECE_LENGTH:
+            raise ConfigError(
+                f"piece_length must be at most {MAX_PIECE_LENGTH} tokens, got {self.piece_length}; null resamples "
+                "nothing."
+            )
         if self.holdout == 0.0:
-            raise ConfigError("holdout must be above 0: without held-out windows nobody knows when training does harm.")
+            raise ConfigError("holdout must be above 0: only held-out windows show whether training does harm.")
 
     @property
     def reads_windows(self) -> bool:
@@ -82,12 +68,12 @@ class Recovery:
         return bool(self.steps or self.blockwise_steps)
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
-        """Windows enough to hold some out, and a model that predicts something."""
+        """Raises an error if there are too few windows to hold some out, or if the model predicts nothing."""
         if self.reads_windows:
             windows = data.windows
-            training, _ = Course.of(self).split(windows.ids)
+            training, _ = split_windows(windows.ids, self)
             feeder(dense, windows.feeding).examples(windows.ids[:1])
-            self._generation().check(dense, training)
+            check_generation(self, dense, training)
 
     def apply(
         self,
@@ -99,8 +85,8 @@ class Recovery:
     ) -> Mapping[str, Any]:
         """Trains in place; reports the cost, and the held-out KL in nats per token at temperature 1.
 
-        With a cache folder, an interrupted training goes on from its last checkpoint, to the same bits, and a finished
-        one is not repeated.
+        With a cache folder, an interrupted training continues from its last checkpoint, to the same bits, and a
+        finished one is not repeated.
         """
         factors = find_factors(compressed)
         if not factors or not self.reads_windows:
@@ -109,71 +95,61 @@ class Recovery:
             )
             return {"strategy": KIND, "steps": 0, "tokens": 0, "seconds": 0.0}
         windows = data.windows
-        text, held_out = Course.of(self).split(windows.ids)
+        text, held_out = split_windows(windows.ids, self)
         start = time.perf_counter()
-        whole = torch.cat([text, self._generation().windows(dense, text, workspace)])
+        whole = torch.cat([text, generate_windows(self, dense, text, workspace)])
         generation_seconds = time.perf_counter() - start
-        feed = feeder(dense, windows.feeding)
+        feed, autocast = feeder(dense, windows.feeding), self.autocast == "bfloat16"
         predictions = LogitDivergence(
-            compressed=compressed,
-            dense=dense.module,
-            feeder=feed,
-            temperature=self.temperature,
-            autocast=self.autocast == "bfloat16",
+            compressed=compressed, dense=dense.module, feeder=feed, temperature=self.temperature, autocast=autocast
         )
 
-        def trained(objective: Objective, steps: int, label: str) -> tuple[Run, dict[str, Any]]:
-            course = Course.of(self, steps=steps)
-            training = torch.cat([whole, self._cut(whole, steps)])
-            run = Run(course, self._training(dense, factors, course, objective), held_out)
-            key = "" if workspace.cache.folder is None else self._key(compressed, dense, windows, label)
-            run.follow(training, label=label, kind=KIND, key=key, workspace=workspace)
-            return run, run.report() | {"training_windows": len(training), "cut_windows": len(training) - len(whole)}
+        def trained(objective: Objective, steps: int, label: str) -> tuple[Trainer, dict[str, Any]]:
+            trainer = self._trainer(dense, factors, objective, self._with_resampled(whole, steps), held_out, steps)
+            key = None if workspace.cache.folder is None else self._key(compressed, dense, windows, label)
+            trainer.train(workspace, label=label, kind=KIND, key=key)
+            return trainer, trainer.report() | {"resampled_windows": int((trainer.seen >= len(whole)).sum())}
 
         report: dict[str, Any] = {"strategy": KIND}
         with trainable(factors.values(), chain(compressed.parameters(), dense.module.parameters())):
             before: float | None = None
             original: Mapping[str, Tensor] = {}
             if self.blockwise_steps:
-                before = self._training(dense, factors, Course.of(self), predictions).measure(held_out)
+                before = self._trainer(dense, factors, predictions, whole, held_out, self.steps).measure(held_out)
                 original = {name: f.detach().to("cpu", copy=True) for name, f in factors.items()}
                 blocks = BlockOutputs(
                     compressed=compressed,
                     dense=dense.module,
                     feeder=feed,
                     paths=block_paths(dense.module),
-                    autocast=self.autocast == "bfloat16",
+                    autocast=autocast,
                 )
                 first, report["blockwise"] = trained(blocks, self.blockwise_steps, "recovering blocks")
                 report["blockwise"] |= {
                     "held_out_error_before": first.history[0][1],
                     "held_out_error_after": first.best_loss,
                 }
-            run, done = trained(predictions, self.steps, "recovery")
-            before = run.history[0][1] if before is None else before
-            harmful = run.best_loss > before
-            if harmful:
+            trainer, done = trained(predictions, self.steps, "recovery")
+            before = trainer.history[0][1] if before is None else before
+            if trainer.best_loss > before:
                 _restore(factors, original)
         report |= done | {
-            "tokens": (run.step + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * whole.shape[1],
+            "tokens": (trainer.done + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * whole.shape[1],
             "generated_windows": len(whole) - len(text),
             "generation_seconds": round(generation_seconds, 3),
             "held_out_kl_before": before,
-            "held_out_kl_after": min(run.best_loss, before),
-            "held_out_kl": [[step, value] for step, value in run.history],
+            "held_out_kl_after": min(trainer.best_loss, before),
+            "held_out_kl": [[step, value] for step, value in trainer.history],
         }
         workspace.progress.note(_summary(report))
         return report
 
-    def _generation(self) -> Generation:
-        return Generation(**{f.name: getattr(self, f.name) for f in fields(Generation)})
-
-    def _cut(self, whole: Int[Tensor, "windows length"], steps: int) -> Int[Tensor, "cut length"]:
-        """As many windows as the steps see beyond one epoch."""
+    def _with_resampled(self, whole: Int[Tensor, "windows length"], steps: int) -> Int[Tensor, "all_windows length"]:
+        """The windows, and behind them as many resampled ones as the steps see beyond one epoch."""
         more = steps * self.batch_size - len(whole)
         if self.piece_length is None or more <= 0:
-            return whole[:0]
-        return cut_anew(whole, more, piece_length=self.piece_length, seed=self.seed)
+            return whole
+        return torch.cat([whole, resample(whole, more, piece_length=self.piece_length, seed=self.seed)])
 
     def _key(self, compressed: PreTrainedModel, dense: LoadedModel, windows: TokenWindows, stage: str) -> str:
         settings = {name: value for name, value in asdict(self).items() if name != "checkpoint_minutes"}
@@ -187,22 +163,26 @@ class Recovery:
             stage=stage,
         )
 
-    def _training(
-        self, dense: LoadedModel, factors: Mapping[str, nn.Parameter], course: Course, objective: Objective
-    ) -> Training:
-        return Training(
+    def _trainer(
+        self,
+        dense: LoadedModel,
+        factors: Mapping[str, nn.Parameter],
+        objective: Objective,
+        windows: Int[Tensor, "windows length"],
+        held_out: Int[Tensor, "held_out length"],
+        steps: int,
+    ) -> Trainer:
+        return Trainer(
             name="Recovery",
+            settings=replace(self, steps=steps),
+            optimizer=self,
             parameters=factors,
-            scales={name: float(f.detach().double().square().mean().sqrt()) for name, f in factors.items()},
+            step_scales={name: float(f.detach().double().square().mean().sqrt()) for name, f in factors.items()},
             objective=objective,
+            windows=windows,
+            held_out=held_out,
             device=dense.device,
-            half=any(factor.dtype is torch.float16 for factor in factors.values()),
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            windows_per_pass=course.windows_per_pass,
-            seed=self.seed,
-            optimizer=OptimizerDials(kind=self.optimizer, renewal=self.renewal, longest=self.longest),
+            scale_loss=any(factor.dtype is torch.float16 for factor in factors.values()),
         )
 
 

@@ -1,4 +1,4 @@
-"""Windows cut anew: the old tokens in pieces of a known length, the same for the same seed."""
+"""Resampled windows: the old tokens in pieces of a known length, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
-from bs_exp.training.course import Course
-from bs_exp.training.resampling import cut_anew
-from bs_exp.update import recover
-from tests.support.updates import RECOVERY, Tokens, same, updated, values
+from bs_exp.training.generation import generate_windows
+from bs_exp.training.resampling import MAX_PIECE_LENGTH, resample
+from bs_exp.training.settings import split_windows
+from bs_exp.workspace import Workspace
+from tests.support.updates import QUIET, RECOVERY, Tokens, same, updated, values
 
 # Every token tells its place: token i of window w is 1000 w + i.
 PLACES = 1000 * torch.arange(7)[:, None] + torch.arange(50)
 
 
-def cut(windows: Tensor = PLACES, count: int = 400, piece_length: int = 5, seed: int = 3) -> Tensor:
-    return cut_anew(windows, count, piece_length=piece_length, seed=seed)
+def resampled(windows: Tensor = PLACES, count: int = 400, piece_length: int = 5, seed: int = 3) -> Tensor:
+    return resample(windows, count, piece_length=piece_length, seed=seed)
 
 
 def joints(windows: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def joints(windows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("piece_length", [1, 5, 20, 1000])
 def test_pieces_have_their_length(piece_length: int) -> None:
-    made = cut(piece_length=piece_length)
+    made = resampled(piece_length=piece_length)
     assert made.shape == (400, 50)
     assert set(made.unique().tolist()) <= set(PLACES.flatten().tolist())
     for window in joints(made)[:, 1:]:  # the first token stands alone
@@ -44,29 +46,29 @@ def test_pieces_have_their_length(piece_length: int) -> None:
 
 
 def test_pieces_come_from_everywhere_and_are_all_different() -> None:
-    starts, counts = torch.unique(cut()[:, 1:][joints(cut())], return_counts=True)
+    starts, counts = torch.unique(resampled()[:, 1:][joints(resampled())], return_counts=True)
     assert len(starts) == PLACES.numel()
     # Poisson: about 4300 joints at 350 places.
     assert counts.max() < 32
-    assert len(cut().unique(dim=0)) == 400
-    assert len(cut(count=6000, piece_length=1)[:, 7].unique()) == PLACES.numel()
+    assert len(resampled().unique(dim=0)) == 400
+    assert len(resampled(count=6000, piece_length=1)[:, 7].unique()) == PLACES.numel()
 
 
 def test_windows_begin_with_the_token_that_windows_begin_with() -> None:
     """So that a special token at the beginning of every window stays there."""
-    assert set(cut()[:, 0].tolist()) == set(PLACES[:, 0].tolist())
+    assert set(resampled()[:, 0].tolist()) == set(PLACES[:, 0].tolist())
 
 
 def test_the_seed_decides() -> None:
-    assert torch.equal(cut(), cut())
-    assert not torch.equal(cut(), cut(seed=4))
+    assert torch.equal(resampled(), resampled())
+    assert not torch.equal(resampled(), resampled(seed=4))
 
 
-def test_recovery_cuts_what_its_steps_see_beyond_one_epoch() -> None:
+def test_recovery_resamples_what_its_steps_see_beyond_one_epoch() -> None:
     dense = tiny_random()
     again, anew = (updated(dense, replace(RECOVERY, steps=24, piece_length=length)) for length in (None, 6))
     whole = again.update["training_windows"]
-    assert (again.update["cut_windows"], anew.update["cut_windows"]) == (0, 24 * 4 - whole)
+    assert (again.update["resampled_windows"], anew.update["resampled_windows"]) == (0, 24 * 4 - whole)
     assert anew.update["training_windows"] == 24 * 4
     assert anew.update["held_out_kl_after"] < 0.95 * anew.update["held_out_kl_before"]
     assert not same(values(anew.module), values(again.module))
@@ -74,41 +76,49 @@ def test_recovery_cuts_what_its_steps_see_beyond_one_epoch() -> None:
 
 @pytest.mark.parametrize("blockwise_steps", [20, 3], ids="{} blockwise steps".format)
 def test_every_stage_sees_whole_windows_first_of_all(blockwise_steps: int) -> None:
-    """Many steps in one stage do not crowd whole windows out of the other."""
+    """Many steps in one stage do not crowd whole windows out of the other; what no step saw is not counted."""
     report = updated(tiny_random(), replace(RECOVERY, blockwise_steps=blockwise_steps)).update
     whole = 13
     for stage, steps in ((report, 8), (report["blockwise"], blockwise_steps)):
-        seen = max(whole, steps * RECOVERY.batch_size)
-        assert (stage["training_windows"], stage["cut_windows"]) == (seen, seen - whole)
+        seen = steps * RECOVERY.batch_size
+        assert (stage["training_windows"], stage["resampled_windows"]) == (seen, max(0, seen - whole))
 
 
-def test_pieces_are_of_training_and_written_windows_never_of_held_out_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Tensor, int, dict[str, int]]] = []
+def test_pieces_are_of_training_and_generated_windows_never_of_held_out_ones() -> None:
+    """Every window that the dense model is asked about in training, and beside these only calibration windows."""
+    dense, settings, ids = tiny_random(), replace(RECOVERY, generated_windows=5, seed=2), Tokens().windows(None).ids
+    training, held_out = split_windows(ids, settings)
+    generated = generate_windows(settings, dense, training, Workspace(Cache(None), QUIET))
+    whole = torch.cat([training, generated])
+    assert (len(training), len(held_out)) == (13, 3)
+    made = resample(whole, 8 * 4 - 13 - 5, piece_length=6, seed=2)
 
-    def spy(windows: Tensor, count: int, **settings: int) -> Tensor:
-        calls.append((windows, count, settings))
-        return cut_anew(windows, count, **settings)
+    seen: set[tuple[int, ...]] = set()
 
-    monkeypatch.setattr(recover, "cut_anew", spy)
-    settings = replace(RECOVERY, generated=5, seed=2)
-    updated(tiny_random(), settings)
-    training, held_out = Course.of(settings).split(Tokens().windows(None).ids)
-    ((windows, count, given),) = calls
-    assert count == 8 * 4 - 13 - 5 and given == {"piece_length": 6, "seed": 2}
-    assert len(windows) == 13 + 5 and torch.equal(windows[:13], training)
-    assert len(held_out) == 3
-    assert not (windows[:, None] == held_out).all(-1).any()
+    def watch(module: Any, arguments: Any, inputs: dict[str, Any]) -> None:
+        if (tokens := inputs.get("input_ids")) is not None and tokens.shape[1] == ids.shape[1]:
+            seen.update(map(tuple, tokens.tolist()))
+
+    dense.module.register_forward_pre_hook(watch, with_kwargs=True)
+    updated(dense, settings)
+    new, calibration = (set(map(tuple, windows.tolist())) for windows in (torch.cat([generated, made]), ids))
+    assert len(new) == 8 * 4 - 13 and seen - calibration == new
 
 
 def test_one_epoch_needs_none() -> None:
     dense = tiny_random()
     steps = 13 // RECOVERY.batch_size
     again, anew = (updated(dense, replace(RECOVERY, steps=steps, piece_length=length)) for length in (None, 6))
-    assert anew.update["cut_windows"] == 0
+    assert anew.update["resampled_windows"] == 0
     assert same(values(anew.module), values(again.module))
 
 
-@pytest.mark.parametrize("wrong", [0, -3], ids=repr)
+@pytest.mark.parametrize("wrong", [0, -3, MAX_PIECE_LENGTH + 1, 10**20], ids=repr)
 def test_a_length_out_of_range_names_itself(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=f"^piece_length must .*{wrong}"):
         replace(RECOVERY, piece_length=wrong)
+
+
+def test_the_longest_piece_is_a_whole_window() -> None:
+    made = resampled(piece_length=MAX_PIECE_LENGTH)
+    assert not joints(made)[:, 1:].any()

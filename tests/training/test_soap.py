@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bs_exp.training.soap import Soap, renewed
+from bs_exp.training.soap import Soap, power_iteration
 
 BETAS = (0.9, 0.99)
 
 
-def descend(start: Tensor, optimizer: str, *, longest: int = 64, left: Tensor | None = None, steps: int = 25) -> Tensor:
+def descend(
+    start: Tensor, optimizer: str, *, max_precond_dim: int = 64, left: Tensor | None = None, steps: int = 25
+) -> Tensor:
     """Minimises `||S (left^T P) R||^2` from `left @ start`: a badly conditioned quadratic, from noisy gradients."""
     generator = torch.Generator().manual_seed(1)
     size = len(start)
@@ -26,7 +28,7 @@ def descend(start: Tensor, optimizer: str, *, longest: int = 64, left: Tensor | 
     made: torch.optim.Optimizer = (
         torch.optim.Adam([parameter], lr=0.02, betas=BETAS, eps=0.0)
         if optimizer == "adam"
-        else Soap([parameter], lr=0.02, betas=BETAS, renewal=3, longest=longest)
+        else Soap([parameter], lr=0.02, betas=BETAS, precondition_frequency=3, max_precond_dim=max_precond_dim)
     )
     for _ in range(steps):
         made.zero_grad()
@@ -42,7 +44,7 @@ def start() -> Tensor:
 
 
 def test_without_rotations_it_is_adam(start: Tensor) -> None:
-    torch.testing.assert_close(descend(start, "soap", longest=4), descend(start, "adam"), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(descend(start, "soap", max_precond_dim=4), descend(start, "adam"), rtol=1e-6, atol=1e-6)
 
 
 def test_turning_the_problem_turns_the_path(start: Tensor) -> None:
@@ -60,7 +62,7 @@ def test_directions_without_gradients_stay(start: Tensor) -> None:
     """Gradients of rank 1 in fp32: rounding errors of the other directions must not become steps."""
     parameter = torch.nn.Parameter(start.float())
     left, right = torch.randn(5, 1), torch.randn(1, 5)
-    made = Soap([parameter], lr=0.1, betas=BETAS, renewal=2, longest=64)
+    made = Soap([parameter], lr=0.1, betas=BETAS, precondition_frequency=2, max_precond_dim=64)
     for _ in range(6):
         made.zero_grad()
         (left * parameter * right).sum().backward()
@@ -70,13 +72,13 @@ def test_directions_without_gradients_stay(start: Tensor) -> None:
     assert moved[1] < 0.05 * moved[0]
 
 
-def test_renewal_converges_to_eigenvectors() -> None:
+def test_power_iteration_converges_to_eigenvectors() -> None:
     generator = torch.Generator().manual_seed(3)
     square = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     covariance = square @ square.T
     basis = torch.eye(5, dtype=torch.float64)
     for _ in range(500):
-        basis, order = renewed(covariance, basis)
+        basis, order = power_iteration(covariance, basis)
     assert order.tolist() == list(range(5))
     rotated = basis.T @ covariance @ basis
     torch.testing.assert_close(rotated.diagonal(), torch.linalg.eigvalsh(covariance).flip(0))

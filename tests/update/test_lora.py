@@ -23,8 +23,8 @@ from bs_exp.pipeline import compress, prepare
 from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
-from bs_exp.training.course import Course
 from bs_exp.training.objectives import find_factors
+from bs_exp.training.settings import split_windows
 from bs_exp.types import Task
 from bs_exp.update.lora import KIND, LoRA
 from bs_exp.update.none import NoUpdate
@@ -84,7 +84,7 @@ def test_the_change_of_a_factor_is_of_the_adapters_rank() -> None:
 def test_the_reported_loss_is_that_of_the_result() -> None:
     """Oracles: the model's own loss on the held-out windows, and the KL by torch's own categorical distributions."""
     dense = tiny_random()
-    _, held_out = Course.of(LORA).split(Tokens().windows(None).ids)
+    _, held_out = split_windows(Tokens().windows(None).ids, LORA)
     text = updated(dense, replace(LORA, loss="cross_entropy"))
     with torch.no_grad():
         assert text.update["held_out_loss_after"] == pytest.approx(
@@ -201,6 +201,7 @@ def test_training_that_does_harm_is_left_out(merge: bool) -> None:
     harmful = replace(LORA, learning_rate=0.5, warmup=0.0, clip_norm=None, patience=2, merge=merge)
     made = compress(dense, recipe(harmful), Workspace(Cache(None), progress))
     assert same(values(made.module), values(updated(dense, NoUpdate()).module))
+    assert made.update["training_windows"] == 13  # all that there are, within 4 steps of 4
     assert made.update["steps"] == 4 and any("stay as they were" in note for note in progress.notes)
 
 
@@ -262,7 +263,9 @@ def test_an_adapted_twin_holds_every_parameter_of_the_model(family: str, layout:
 def test_a_rank_above_a_factors_smaller_side_is_that_side_at_the_same_scale(layout: Layout) -> None:
     dense, progress = tiny_random(), Progress(quiet=True)
     made = compress(
-        dense, recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.01), layout=layout), Cache(None), progress
+        dense,
+        recipe(replace(LORA, rank=12, alpha=30.0, learning_rate=0.01), layout=layout),
+        Workspace(Cache(None), progress),
     )
     plain = updated(dense, NoUpdate(), layout=layout).module
     adapted = adapted_twin(plain, find_factors(plain), rank=12, alpha=30.0, dropout=0.0, seed=0)
