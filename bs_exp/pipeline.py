@@ -15,6 +15,7 @@ from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.factorization.factors import decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
+from bs_exp.identity import identity
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable
@@ -268,7 +269,7 @@ def _search_identity(dense: LoadedModel, recipe: Recipe, data: CalibrationData, 
         "model": dense.fingerprint,
         "windows": data.windows.provenance["sha256"],
         "batch_size": data.batch_size,
-        **{name: repr(getattr(recipe, name)) for name in strategies},
+        **{name: identity(getattr(recipe, name)) for name in strategies},
         "retain_ratio": recipe.retain_ratio,
         "kept": kept,
     }

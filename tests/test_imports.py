@@ -27,7 +27,7 @@ KNOW_HYDRA = {"bs_exp.search.space", "bs_exp.__main__"}
 # From the ground up: a room may import rooms of earlier floors only (and its own files).
 FLOORS = (
     {"errors", "files", "types"},
-    {"cache", "linalg", "progress", "validation"},
+    {"cache", "identity", "linalg", "progress", "source_code", "validation"},
     {"records", "workspace"},
     {"protocols"},
     {"models", "rank_budget", "search", "demo"},

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bs_exp.cache import content_key
 from bs_exp.errors import CalibrationError, ConfigError
+from bs_exp.identity import identity
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
 from bs_exp.rank_budget import check_affordable, make_plan, share_out
 from bs_exp.search.storage import answering, open_storage
@@ -195,7 +196,7 @@ class BayesianSearch:
             "unit": self.unit,
             "min_ratio": self.min_ratio,
             "max_ratio": self.max_ratio,
-            "warm_starts": {name: repr(start) for name, start in self.warm_starts.items()},
+            "warm_starts": {name: identity(start) for name, start in self.warm_starts.items()},
         }
 
     def _report(self, study: optuna.Study, best: FrozenTrial) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistics_key
 from bs_exp.errors import DecompositionError
+from bs_exp.identity import identity
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
 from bs_exp.protocols import Importance, Whitening
@@ -96,8 +97,8 @@ class GroupMeasures:
             model=self.dense.fingerprint,
             device=self.dense.device.type,
             statistics=self._statistics_key,
-            whitening=repr(self.whitening),
-            importance=repr(self.importance) if self._statistics_key else None,
+            whitening=identity(self.whitening),
+            importance=identity(self.importance) if self._statistics_key else None,
             group=asdict(group),
         )
 

@@ -143,7 +143,8 @@ class Experiment:
             if dense is None:
                 dense = self.model.load()
                 self.dense.keep(self.model, dense, recorder.record.run_id)
-        recorder.update(provenance={"model": {**dense.provenance, "loaded_by": self.dense.loaded_by}})
+        model = {**dense.provenance, "loaded_by": self.dense.loaded_by}
+        recorder.update(provenance={**recorder.record.provenance, "model": model})
         if unused := dense.provenance.get("unused_weights"):
             shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
