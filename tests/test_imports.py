@@ -30,6 +30,7 @@ FLOORS = (
     {"cache", "identity", "linalg", "progress", "source_code", "validation"},
     {"records", "workspace"},
     {"protocols"},
+    {"contracts"},
     {"models", "rank_budget", "search", "demo"},
     {"corpora", *(set(STRATEGIES) - {"update"})},
     {"calibration", "evaluation", "training"},
@@ -37,6 +38,7 @@ FLOORS = (
     {"plan_score", "reporting"},
     {"analysis", "pipeline"},
     {"benchmarks", "runs"},
+    {"testing"},
     {"cli"},
     {"__main__"},
 )
