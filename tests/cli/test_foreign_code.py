@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bs_exp.models.tiny import tiny_random
 from bs_exp.records import inputs
 from bs_exp.records.record import RunRecord, read_record
 
@@ -102,16 +104,29 @@ def test_an_edited_strategy_gets_no_old_results(sweep: Sweep, plugin: Path, tiny
     assert mended.cache["misses"]["decomposition"] == broken.cache["misses"]["decomposition"] > 0
 
 
-def test_a_point_whose_text_changed_is_run_again(sweep: Sweep, plugin: Path, tiny: Tiny, texts: Path) -> None:
-    text = plugin / "a.txt"
+def test_a_point_whose_text_or_model_changed_is_run_again(sweep: Sweep, plugin: Path, tiny: Tiny, texts: Path) -> None:
+    """Under the same path, so that the configuration and its hash are the same."""
+    text, model, dense = plugin / "a.txt", plugin / "model", tiny_random()
     text.write_text((texts / "A.txt").read_text(encoding="utf-8"), encoding="utf-8")
-    settings = [*tiny, f"calibration.files=[{text}]", "experiment=svd_llm", "retain_ratio=0.5"]
-    sweep(*settings)
+    dense.module.save_pretrained(model)
+    dense.tokenizer.save_pretrained(model)
+    settings = [*tiny, "model=local", f"model.path={model}", f"calibration.files=[{text}]", "experiment=svd_llm"]
     assert "run again" not in sweep(*settings)
-    (before,) = _records(plugin)
+    (first,) = _records(plugin)
+
     text.write_text((texts / "B.txt").read_text(encoding="utf-8"), encoding="utf-8")
     assert f"{text} changed since point" in sweep(*settings)
-    (after,) = _records(plugin)
-    assert before.config_hash == after.config_hash and before.objective != after.objective
-    assert before.provenance["calibration"]["sha256"] != after.provenance["calibration"]["sha256"]
+    (second,) = _records(plugin)
+
+    with torch.no_grad():
+        next(dense.module.parameters()).mul_(1.5)
+    dense.module.save_pretrained(model)
+    assert f"{model} changed since point" in sweep(*settings)
+    (third,) = _records(plugin)
+
     assert "run again" not in sweep(*settings)
+    assert _records(plugin) == [third]
+    assert first.config_hash == second.config_hash == third.config_hash
+    assert len({record.objective for record in (first, second, third)}) == 3
+    assert first.provenance["calibration"]["sha256"] != second.provenance["calibration"]["sha256"]
+    assert second.provenance["model"]["fingerprint"] != third.provenance["model"]["fingerprint"]
