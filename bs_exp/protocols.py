@@ -138,7 +138,7 @@ class Analysis(Protocol):
         """ConfigError if the settings do not fit the model; called before any work."""
 
     def save(self, problem: SharingProblem, folder: Path) -> tuple[Path, ...]:
-        """Writes into `folder`, and nowhere else, and returns the paths of the files. `problem.measures` is not None."""
+        """Writes into `folder`, and nowhere else, and returns the paths of the files. The problem has measures."""
 
 
 class Importance(Protocol):
