@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import build, describe, in_sweep, result_settings
+from bs_exp.cli.config import build, describe, in_sweep
 from bs_exp.cli.explain import explain
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.progress import Progress
@@ -106,7 +106,7 @@ def _run(cfg: DictConfig) -> Objective:
 def _kept(record: RunRecord, folder: Path, *, with_model: bool) -> RunRecord | None:
     """The record of the same point that was finished before, if its code and inputs were today's; says if not."""
     kept = finished_record(folder, record.config_hash, with_model=with_model, inputs=record.provenance.get(FILES, {}))
-    if kept is None and (earlier := earlier_code(record, folder.parent, result_settings(record.config))):
+    if kept is None and (earlier := earlier_code(record, folder.parent)):
         point, changed = earlier
         print(
             f"code of {', '.join(changed)} changed since point {point} was run: it is run again, as {folder.name}.",

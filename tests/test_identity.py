@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bs_exp.identity import code_of, identity, own_code
+from bs_exp.selection.measured import MeasuredSelection
 from bs_exp.update.chain import UpdateChain
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening
@@ -28,6 +29,10 @@ class GramWhitening:
     ridge: float = 1e-6
     hidden: float = field(default=1.0, repr=False)
     parts: object = None
+    needs = frozenset()
+
+    def metric(self, statistics):
+        return None
 """
 PLAIN = """
 class Plain:
@@ -96,8 +101,15 @@ def test_what_a_module_imports_counts_too(written: Write) -> None:
 
 
 def test_foreign_code_within_ours_counts(written: Write) -> None:
-    one = identity(UpdateChain(updates={"a": written(mine=CLASS).GramWhitening()}))
-    two = identity(UpdateChain(updates={"a": written(mine=CLASS + "#").GramWhitening()}))
+    def made(text: str) -> Any:
+        candidates = {"mine": {"whitening": written(mine=text).GramWhitening()}}
+        return identity(
+            MeasuredSelection(
+                candidates=candidates, objective="kl", holdout=0.5, rounds="all", recalibrate=True, seed=0
+            )
+        )
+
+    one, two = made(CLASS), made(CLASS + "#")
     assert one != two and not isinstance(one, str)
 
 

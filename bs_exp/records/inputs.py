@@ -12,6 +12,7 @@ from typing import Any
 
 from bs_exp.errors import RecordError
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
+from bs_exp.records.settings import WITHOUT_EFFECT
 
 # Under these keys of a run's provenance.
 CODE = "code"
@@ -37,17 +38,18 @@ def file_stamps(settings: Any) -> dict[str, str]:
 
 def changed_inputs(record: RunRecord, stamps: Mapping[str, str]) -> list[str]:
     """Paths whose content is no longer the one that the record was made from; unknown ones have not changed."""
-    before = record.provenance.get(FILES, {})
+    before = _noted(record, FILES)
     return [name for name, stamp in stamps.items() if before.get(name, stamp) != stamp]
 
 
-def earlier_code(record: RunRecord, sweep: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+def earlier_code(record: RunRecord, sweep: Path) -> tuple[str, list[str]] | None:
     """A completed point of the sweep with the same settings and other code: its folder, and the classes that differ.
 
-    `record` is the point at hand, `settings` are those of its settings that can change a result. Records that cannot be
-    read are left out. None if there is no such point, or no code of others.
+    `record` is the point at hand. Records that cannot be read are left out. None if there is no such point, or no code
+    of others.
     """
-    code = record.provenance.get(CODE, {})
+    code = _noted(record, CODE)
+    settings = {key: value for key, value in record.config.items() if key not in WITHOUT_EFFECT}
     if not code:
         return None
     for folder in sorted(path.parent for path in sweep.glob(f"*/{FILE_NAME}")):
@@ -55,12 +57,18 @@ def earlier_code(record: RunRecord, sweep: Path, settings: Mapping[str, Any]) ->
             other = read_record(folder)
         except RecordError:
             continue
-        known = other.provenance.get(CODE, {})
+        known = _noted(other, CODE)
         same = all(other.config.get(key) == value for key, value in settings.items())
         changed = [target for target in code if known.get(target, code[target]) != code[target]]
         if same and changed and other.status is Status.COMPLETED:
             return folder.name, changed
     return None
+
+
+def _noted(record: RunRecord, key: str) -> Mapping[str, Any]:
+    """A part of a record's provenance; empty if it is not there, or nothing that this program wrote."""
+    found = record.provenance.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _named(node: Any) -> Iterator[str]:

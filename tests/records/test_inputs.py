@@ -73,7 +73,8 @@ def test_large_files_are_told_without_reading_them_whole(tmp_path: Path, monkeyp
 def test_only_what_is_known_to_differ_has_changed() -> None:
     before = replace(record(), provenance={"files": {"a": "1", "b": "2"}})
     assert changed_inputs(before, {"a": "1", "b": "3", "c": "4"}) == ["b"]
-    assert changed_inputs(replace(before, provenance={}), {"a": "1"}) == []
+    for unknown in ({}, {"files": ["a"]}, {"files": None}):
+        assert changed_inputs(replace(before, provenance=unknown), {"a": "1"}) == []
 
 
 def _point(folder: Path, code: str | None, **changes: Any) -> RunRecord:
@@ -86,13 +87,13 @@ def _point(folder: Path, code: str | None, **changes: Any) -> RunRecord:
 def test_a_point_of_other_code_is_found_by_its_settings(tmp_path: Path) -> None:
     now = _point(tmp_path / "now", "new")
     settings = now.config
-    assert earlier_code(now, tmp_path, settings) is None
+    assert earlier_code(now, tmp_path) is None
     _point(tmp_path / "failed", "old", status=Status.FAILED)
     _point(tmp_path / "other", "old", config={**settings, "retain_ratio": 0.1})
     _point(tmp_path / "without", None)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / FILE_NAME).write_text("{", encoding="utf-8")
-    assert earlier_code(now, tmp_path, settings) is None
+    assert earlier_code(now, tmp_path) is None
     _point(tmp_path / "then", "old")
-    assert earlier_code(now, tmp_path, settings) == ("then", ["mine.Mine"])
-    assert earlier_code(_point(tmp_path / "ours", None), tmp_path, settings) is None
+    assert earlier_code(now, tmp_path) == ("then", ["mine.Mine"])
+    assert earlier_code(_point(tmp_path / "ours", None), tmp_path) is None
