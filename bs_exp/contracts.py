@@ -68,7 +68,7 @@ def check_members(family: str, strategy: object) -> None:
             f"{family}: {class_name(strategy)} has no {missing[0]}, which bs_exp.protocols.{protocol.__name__} asks "
             f"for, with {', '.join(_members(protocol))}. Add it to the class."
         )
-    needs = getattr(strategy, "needs", frozenset()) if "needs" in _members(protocol) else frozenset()
+    needs: object = getattr(strategy, "needs", frozenset()) if "needs" in _members(protocol) else frozenset()
     if not isinstance(needs, frozenset) or not all(isinstance(need, Statistic) for need in needs):
         raise ConfigError(
             f"{family}: {class_name(strategy)}.needs must be a frozenset of bs_exp.types.Statistic "

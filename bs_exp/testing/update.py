@@ -53,7 +53,7 @@ class UpdateContract:
     def test_factors_change_and_nothing_else(self, update: Update, layout: Layout, made: CompressedModel) -> None:
         """Which columns are pivots is a part of the factors; what is no factor is the dense model's own Parameter."""
         module, original = made.module, dense().module
-        before, after = values(plain(layout).module), values(module)
+        before, after = values(plain(layout.name).module), values(module)
         assert before.keys() == after.keys() and same(values(original), values(tiny_random().module))
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         layers = {name for name, layer in module.named_modules() if isinstance(layer, FactorisedLinear)}
@@ -68,14 +68,14 @@ class UpdateContract:
     def test_who_shares_still_shares_and_nothing_more_is_stored(self, layout: Layout, made: CompressedModel) -> None:
         """Which layers hold one basis, of which kind they are, and how many numbers that takes."""
         found = _held(made)
-        assert found == _held(plain(layout)) and len({name for _, _, name in found}) < len(found)
+        assert found == _held(plain(layout.name)) and len({name for _, _, name in found}) < len(found)
         members = Counter(first for _, _, first in found)
         kinds = {
             first: pivoted_kind(count) if layout.name == "pivoted" else SharedLinear for first, count in members.items()
         }
         assert all(kind is kinds[first] for _, kind, first in found)
-        assert made.plan == plain(layout).plan
-        sizes = [measure_size(dense(), model, model.plan) for model in (made, plain(layout))]
+        assert made.plan == plain(layout.name).plan
+        sizes = [measure_size(dense(), model, model.plan) for model in (made, plain(layout.name))]
         assert sizes[0] == sizes[1]
 
     def test_same_bits_twice_and_a_report_of_plain_data(
@@ -112,9 +112,10 @@ def statistics() -> Cache:
 
 
 @cache
-def plain(layout: Layout) -> CompressedModel:
-    """The model without an update."""
-    return updated(dense(), NoUpdate(), statistics(), layout=layout)
+def plain(layout: str) -> CompressedModel:
+    """The model without an update, in the layout of this name."""
+    (known,) = (found for found in LAYOUTS if found.name == layout)
+    return updated(dense(), NoUpdate(), statistics(), layout=known)
 
 
 def _held(model: CompressedModel) -> list[tuple[str, type, str]]:
