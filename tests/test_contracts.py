@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-
 from bs_exp.allocation.budget import make_plan
+
 from bs_exp.cache import Cache
 from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError, ContractError
