@@ -262,7 +262,7 @@ class Allocation(Protocol):
 
         It holds the groups of the spectra in their order, each with a rank from 1 to `full_rank` or None (dense), what
         that takes in the layout, and the problem's ratio as `requested_ratio` (all checked).
-        `bs_exp.allocation.budget.make_plan` makes it from ranks. At a ratio of 1 everything is dense; ConfigError for a
+        `bs_exp.rank_budget.make_plan` makes it from ranks. At a ratio of 1 everything is dense; ConfigError for a
         ratio out of (0, 1].
         """
 

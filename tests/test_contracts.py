@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from bs_exp.allocation.budget import make_plan
 
 from bs_exp.cache import Cache
 from bs_exp.contracts import check_members
@@ -16,6 +15,7 @@ from bs_exp.errors import ConfigError, ContractError
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
+from bs_exp.rank_budget import make_plan
 from bs_exp.schedule.single import SingleRound
 from bs_exp.selection.measured import MeasuredSelection
 from bs_exp.sharing.none import NoSharing
