@@ -24,6 +24,7 @@ from bs_exp.cli.config import build, describe, in_sweep
 from bs_exp.cli.explain import explain
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.progress import Progress
+from bs_exp.records.inputs import FILES, earlier_code
 from bs_exp.records.stages import Stage
 from bs_exp.records.sweep import finished_record, kept_objective, occupied, print_progress
 from bs_exp.runs.terminal import print_report
@@ -91,7 +92,7 @@ def _run(cfg: DictConfig) -> Objective:
         print_report(record, folder)
         return objective
     with occupied(folder):
-        kept = None if cfg.force else finished_record(folder, record.config_hash, with_model=cfg.save_model)
+        kept = None if cfg.force else _kept(record, folder, with_model=cfg.save_model)
         try:
             if kept is not None:
                 return kept_objective(kept)
@@ -100,6 +101,18 @@ def _run(cfg: DictConfig) -> Objective:
             return _work(cfg, record, folder, progress, OF_SWEEP)[0]
         finally:
             print_progress(folder)
+
+
+def _kept(record: RunRecord, folder: Path, *, with_model: bool) -> RunRecord | None:
+    """The record of the same point that was finished before, if its code and inputs were today's; says if not."""
+    kept = finished_record(folder, record.config_hash, with_model=with_model, inputs=record.provenance.get(FILES, {}))
+    if kept is None and (earlier := earlier_code(record, folder.parent)):
+        point, changed = earlier
+        print(
+            f"code of {', '.join(changed)} changed since point {point} was run: it is run again, as {folder.name}.",
+            file=sys.stderr,
+        )
+    return kept
 
 
 def _work(

@@ -27,6 +27,10 @@ class DecompositionError(BsExpError):
     """The weights or the Gram of a group cannot be factorised."""
 
 
+class ContractError(BsExpError):
+    """A strategy that does not keep what its protocol asks for: a slip in the code of a plug-in, not in a setting."""
+
+
 class SaveError(BsExpError, OSError):
     """The compressed model cannot be written."""
 

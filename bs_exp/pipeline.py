@@ -11,10 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.calibration.statistics import check_gatherable
+from bs_exp.contracts import (
+    check_groups,
+    check_members,
+    check_plan,
+    check_ratio,
+    check_windows,
+    only_factors_change,
+)
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.factorization.factors import decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
+from bs_exp.identity import identity
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable
@@ -50,6 +59,8 @@ from bs_exp.types import (
 )
 from bs_exp.workspace import Workspace
 
+STRATEGIES = ("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -66,6 +77,8 @@ class Recipe:
     retain_ratio: float
 
     def __post_init__(self) -> None:
+        for family in STRATEGIES:
+            check_members(family, getattr(self, family))
         check_retain_ratio(self.retain_ratio)
         if self.importance.needs and Statistic.GRAM not in self.whitening.needs:
             raise ConfigError(
@@ -141,7 +154,7 @@ def prepare(
     with progress.stage(Stage.GROUP):
         dense = seen_by(recipe.sharing, dense)
         recipe.sharing.check(dense.architecture)
-        groups = None if recipe.sharing.measured else recipe.sharing.groups(_sharing_problem(dense, recipe))
+        groups = None if recipe.sharing.measured else _groups(dense, recipe)
         recipe.allocation.check(groups or singles(dense.architecture), recipe.retain_ratio, recipe.layout)
     data = _NO_CALIBRATION
     if recipe.reads_windows or reads_windows:
@@ -164,6 +177,7 @@ def seen_by(sharing: Sharing, dense: LoadedModel) -> LoadedModel:
 def _windows(dense: LoadedModel, calibration: Calibration, cut: CutWindows) -> TokenWindows:
     try:
         windows = cut(calibration, dense.tokenizer)
+        check_windows(windows, calibration)
         check_fits(windows, dense)
     except BsExpError as error:
         error.add_note("This is about the calibration text and its windows (calibration=...).")
@@ -197,7 +211,7 @@ def compress(
     if groups is None:
         measures.gather()
         with progress.stage(Stage.GROUP):
-            groups = recipe.sharing.groups(_sharing_problem(dense, recipe, measures))
+            groups = _groups(dense, recipe, measures)
             recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
     rounds = [1.0]
     while True:
@@ -223,7 +237,7 @@ def compress(
         progress.note(f"round {len(rounds) - 1}: {told}")
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
         measures = _measures(dense, current, data, recipe, recipe.metric_needs, workspace)
-    with progress.stage(Stage.UPDATE):
+    with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
         report = recipe.update.apply(module, dense, plan, data, workspace)
     return CompressedModel(
         module=module, plan=plan, calibration=data.windows.provenance, rounds=tuple(rounds[1:]), update=report
@@ -234,6 +248,12 @@ def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace
     """What a measured sharing strategy is given, for an analysis; statistics come from the cache."""
     dense, needs = prepared.dense, recipe.metric_needs | recipe.sharing.needs
     return _sharing_problem(dense, recipe, _measures(dense, dense, prepared.data, recipe, needs, workspace))
+
+
+def _groups(dense: LoadedModel, recipe: Recipe, measures: GroupMeasures | None = None) -> tuple[WeightGroup, ...]:
+    groups = recipe.sharing.groups(_sharing_problem(dense, recipe, measures))
+    check_groups(groups, dense.architecture, recipe.sharing)
+    return groups
 
 
 def _sharing_problem(dense: LoadedModel, recipe: Recipe, measures: GroupMeasures | None = None) -> SharingProblem:
@@ -273,7 +293,7 @@ def _search_identity(dense: LoadedModel, recipe: Recipe, data: CalibrationData, 
         "model": dense.fingerprint,
         "windows": data.windows.provenance["sha256"],
         "batch_size": data.batch_size,
-        **{name: repr(getattr(recipe, name)) for name in strategies},
+        **{name: identity(getattr(recipe, name)) for name in strategies},
         "retain_ratio": recipe.retain_ratio,
         "kept": kept,
     }
@@ -298,4 +318,8 @@ def next_plan(
         problem = AllocationProblem(spectra, ratio, recipe.layout, profile)
         return make_plan(problem, share_out(problem, [1.0] * len(spectra))).predicted_loss
 
-    return plan_at(recipe.schedule.next_ratio(current, recipe.retain_ratio, loss_at))
+    ratio = recipe.schedule.next_ratio(current, recipe.retain_ratio, loss_at)
+    check_ratio(ratio, current, recipe.retain_ratio, recipe.schedule)
+    plan = plan_at(ratio)
+    check_plan(plan, spectra, ratio, recipe.layout, recipe.allocation)
+    return plan

@@ -1,4 +1,16 @@
-"""One small interface per family of strategies: the constructor takes settings, the methods take data."""
+"""One small interface per family of strategies: the constructor takes settings, the methods take data.
+
+What every implementation keeps:
+- Its constructor takes all settings and refuses those that make no sense with a ConfigError; afterwards they do not
+  change. A frozen dataclass is the easy way. Keys of the cache hold the fields (or attributes), and the source.
+- Methods depend on settings and arguments alone: the same arguments give the same bits. What is random has a seed.
+- Arguments are read, never changed, but for the factors that an update is given.
+- Tensors of mathematics are fp64, on the device of those that were given.
+- What cannot work with a model is refused by `check`, in seconds, before the long work.
+
+`bs_exp.contracts` checks at run time what is cheap to check (marked "checked" below), and names the class that breaks
+it; the suites of `bs_exp.testing` check the rest.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +50,21 @@ class ModelSource(Protocol):
     """A source of the dense model."""
 
     def load(self) -> LoadedModel:
-        """The model in evaluation mode, with its tokenizer and discovered matrices."""
+        """The model in evaluation mode, with its tokenizer and discovered matrices; ModelError if it cannot be loaded.
+
+        `fingerprint` is a hash of the weights (`bs_exp.models.fingerprint`): everything that is cached hangs on it.
+        """
 
 
 class Corpus(Protocol):
     """A source of text."""
 
     def read(self) -> tuple[str, Mapping[str, object]]:
-        """The whole text, and its provenance (files, data set, revision, fingerprint)."""
+        """The whole text, and its provenance (files, data set, revision, fingerprint) as plain data.
+
+        The same text every time, with its own line ends; DataError if it is missing or empty.
+        `bs_exp.corpora.provenance.describe` makes the provenance.
+        """
 
 
 class Measures(Protocol):
@@ -85,7 +104,8 @@ class Sharing(Protocol):
 
     A strategy that is `measured` reads weights and statistics, so its groups are known only after calibration.
     `needs` are statistics beyond those that the metric is made from. A strategy that is `in_nats` adds losses of
-    different matrix types, so it needs a whitening whose losses are in nats.
+    different matrix types, so it needs a whitening whose losses are in nats, and
+    refuses measures in another unit with a ConfigError.
     """
 
     measured: ClassVar[bool]
@@ -98,7 +118,11 @@ class Sharing(Protocol):
         """ConfigError if the settings do not fit the model; called before any work."""
 
     def groups(self, problem: SharingProblem) -> tuple[WeightGroup, ...]:
-        """All groups: every targeted matrix is in exactly one of them."""
+        """Every targeted matrix in exactly one group (checked): a matrix that shares with none is a group of one layer.
+
+        Layers of a group rise, all of one matrix type and of its shape (checked). The problem has `measures` if the
+        strategy is `measured`, and then only the statistics that are in `needs` may be asked for.
+        """
 
 
 @runtime_checkable
@@ -116,7 +140,7 @@ class Analysis(Protocol):
         """ConfigError if the settings do not fit the model; called before any work."""
 
     def save(self, problem: SharingProblem, folder: Path) -> tuple[Path, ...]:
-        """Writes into `folder` and returns the paths of the files. `problem.measures` is not None."""
+        """Writes into `folder`, and nowhere else, and returns the paths of the files. The problem has measures."""
 
 
 class Importance(Protocol):
@@ -130,7 +154,11 @@ class Importance(Protocol):
     def needs(self) -> frozenset[Statistic]: ...
 
     def reweight(self, statistics: GroupStatistics) -> GroupStatistics:
-        """The statistics with important channels amplified in the Gram; `statistics` itself is not changed."""
+        """The statistics with important channels amplified in the Gram; the given ones are not changed (checked).
+
+        The Gram stays symmetric and positive semi-definite, `[d_in, d_in]` in fp64; scaled inputs scale it. The very
+        object that was given means: nothing re-weighted. ValueError without a statistic that is in `needs`.
+        """
 
 
 class Whitening(Protocol):
@@ -142,7 +170,13 @@ class Whitening(Protocol):
     needs: ClassVar[frozenset[Statistic]]
 
     def metric(self, statistics: GroupStatistics) -> Metric:
-        """The metric of a group from its statistics, whose Gram the importance strategy has already re-weighted."""
+        """The metric of a group from its statistics, whose Gram the importance strategy has already re-weighted.
+
+        `whitener` is `[d_in, d_in]`, `right` `[d_out, d_out]` by layer: finite and invertible (checked), any root of
+        what they stand for (`Metric`). `ridge` is what was added to the diagonal, in units of the Gram, so that
+        predicted losses can leave it out. The statistics are not changed (checked). ValueError without one that is in
+        `needs`.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,10 +212,13 @@ class Layout(Protocol):
     name: ClassVar[str]
 
     def parameters(self, group: WeightGroup, rank: int) -> int:
-        """The number of stored parameters of a group at a rank; it grows with the rank."""
+        """Stored parameters of a group at a rank from 1 to `full_rank`, corrections among them.
+
+        A whole number that grows strictly with the rank, and that of the tensors which `arrange` gives.
+        """
 
     def arrange(self, factors: SharedFactors) -> StoredFactors:
-        """The factors as they are stored: another form of the same product."""
+        """The factors as they are stored: another form of the same products, up to rounding, of the same rank."""
 
     def restore(self, stored: StoredFactors) -> SharedFactors:
         """Factors `[d_in, rank]` and `[rank, d_out]` of the same product, and the corrections, in fp64."""
@@ -258,7 +295,13 @@ class Allocation(Protocol):
         """ConfigError if no plan is possible for these groups and this budget; called before any work."""
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
-        """A plan within the budget: at most `retain_ratio` of the groups' parameters."""
+        """A plan within the budget (checked): `parameters <= retain_ratio * dense_parameters`.
+
+        It holds the groups of the spectra in their order, each with a rank from 1 to `full_rank` or None (dense), what
+        that takes in the layout, and the problem's ratio as `requested_ratio` (all checked).
+        `bs_exp.rank_budget.make_plan` makes it from ranks. At a ratio of 1 everything is dense; ConfigError for a
+        ratio out of (0, 1].
+        """
 
 
 @runtime_checkable
@@ -279,14 +322,18 @@ class Calibration(Protocol):
     def batch_size(self) -> int: ...
 
     def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        """Windows of equal length, the same for the same settings and text."""
+        """Windows of equal length, the same for the same settings and text.
+
+        Ids are whole numbers `[windows, length]`; `provenance["sha256"]` is a hash of the ids, under which statistics
+        are cached (both checked). `bs_exp.corpora.windows` has what makes them of a corpus.
+        """
 
 
 class Schedule(Protocol):
     """The rounds of compression in which the model is brought down to the budget."""
 
     def next_ratio(self, current: float, target: float, loss_at: Callable[[float], float]) -> float:
-        """The retained share to compress to next: below `current`, and `target` in the last round.
+        """The retained share to compress to next: below `current`, and `target` in the last round (checked).
 
         `loss_at` predicts the loss at a retained share from the statistics of the model compressed so far.
         """
@@ -315,7 +362,11 @@ class Selection(Protocol):
         """Candidate's name -> the parts of the recipe that it replaces, with their strategies; empty: no selection."""
 
     def contest(self, windows: TokenWindows) -> Contest:
-        """How the candidates are compared on these calibration windows."""
+        """How the candidates are compared on the calibration windows.
+
+        Both parts together are the windows, none is in both, and each has a hash of its own. ValueError if there are no
+        candidates.
+        """
 
 
 class Update(Protocol):
@@ -340,7 +391,9 @@ class Update(Protocol):
     ) -> Mapping[str, Any]:
         """Changes the factors of the compressed model in place, and returns a report as plain data, empty for none.
 
-        `plan` says which groups are factorised, and at which retained share.
+        `plan` says which groups are factorised, and at which retained share. Only values of factors change: shapes and
+        names stay, and so do all other parameters, which are the dense model's own (both checked). Who shares still
+        shares. `requires_grad` and `grad` of all parameters are afterwards as before.
         """
 
 
@@ -353,7 +406,8 @@ class Evaluator(Protocol):
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """Metrics by name, such as `ppl/wikitext2`, `acc/piqa`, `throughput/decode_tok_s`.
 
-        Values that are text describe how the numbers were measured (device, dtype, hash of the text).
+        Values that are text describe how the numbers were measured (device, dtype, hash of the text). The model is
+        as before afterwards. No two evaluators of a run report the same name.
         """
 
 

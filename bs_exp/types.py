@@ -297,6 +297,10 @@ class Metric:
     `whitener` S is upper triangular with `S^T S = M + ridge * I`, where M is the Gram, possibly re-weighted, or another
     matrix that the whitening uses instead; `right` holds, by layer, a lower triangular R with
     `R R^T = output Gram + damping * I` (`damping` is the largest of the layers').
+
+    Any other root does as well: what is not triangular is replaced by the triangular matrix of its QR decomposition,
+    which has the same `S^T S` (or `R R^T`). Triangular ones keep their bits.
+    Raises ValueError for a root that has fewer rows than channels (`right`: columns), and so no inverse.
     """
 
     whitener: Float[Tensor, "d_in d_in"] | None
@@ -304,6 +308,31 @@ class Metric:
     right: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
     damping: float = 0.0
     unit: LossUnit = LossUnit.METRIC_NORM
+
+    def __post_init__(self) -> None:
+        if self.whitener is not None:
+            object.__setattr__(self, "whitener", _upper(self.whitener, "whitener"))
+        if self.right is not None:
+            lower = {layer: _upper(root.mT, f"right[{layer}]^T").mT for layer, root in self.right.items()}
+            object.__setattr__(self, "right", lower)
+
+
+def _upper(root: Tensor, name: str) -> Float[Tensor, "d d"]:
+    """The upper triangular S in fp64 with the same `S^T S`; the root itself if it is one."""
+    root = root.double()
+    if root.ndim != 2 or root.shape[0] < root.shape[1]:
+        raise ValueError(
+            f"Metric.{name} must be a matrix with at least as many rows as channels, got shape {tuple(root.shape)}: "
+            "without an inverse there is no way back from the whitened weights."
+        )
+    if root.shape[0] == root.shape[1] and not bool(root.tril(-1).any()):
+        return root
+    import torch  # who makes a metric has it; who reads records should not wait for it
+
+    triangle = torch.linalg.qr(root, mode="r").R
+    signs = triangle.diagonal().sign()
+    signed: Tensor = torch.where(signs == 0.0, 1.0, signs)[:, None] * triangle
+    return signed
 
 
 @dataclass(frozen=True, eq=False)

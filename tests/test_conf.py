@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,6 +162,17 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
     assert digest("retain_ratio=0.7") != plain
     assert digest("seed=1") != plain
     assert digest("experiment=svd") != plain
+
+
+@pytest.mark.parametrize("preset", ["svd_llm", "basis_sharing", "best"])
+def test_hash_of_our_own_options_is_that_of_their_settings_alone(composed: Compose, preset: str) -> None:
+    """Finished points of before stay finished: only code of others adds to it."""
+    config = OmegaConf.to_container(composed(f"experiment={preset}"), resolve=True)
+    assert isinstance(config, dict)
+    settings = {
+        k: v for k, v in config.items() if k not in ("name", "cache", "debug", "force", "save_model", "tracking")
+    }
+    assert config_hash(config) == hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -27,16 +27,16 @@ KNOW_HYDRA = {"bs_exp.search.space", "bs_exp.__main__"}
 # From the ground up: a room may import rooms of earlier floors only (and its own files).
 FLOORS = (
     {"errors", "files", "types"},
-    {"cache", "linalg", "progress", "validation"},
+    {"cache", "identity", "linalg", "progress", "source_code", "validation"},
     {"records", "workspace"},
-    {"protocols"},
+    {"contracts", "protocols"},
     {"models", "rank_budget", "search", "demo"},
     {"corpora", *(set(STRATEGIES) - {"update"})},
     {"calibration", "evaluation", "training"},
     {"factorization", "update"},
     {"plan_score", "reporting"},
     {"analysis", "pipeline"},
-    {"benchmarks", "runs"},
+    {"benchmarks", "runs", "testing"},
     {"cli"},
     {"__main__"},
 )

@@ -16,7 +16,9 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from bs_exp.cache import content_key
+from bs_exp.contracts import check_members
 from bs_exp.errors import CalibrationError, ConfigError
+from bs_exp.identity import identity
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
 from bs_exp.rank_budget import check_affordable, make_plan, share_out
 from bs_exp.search.storage import answering, open_storage
@@ -76,6 +78,8 @@ class BayesianSearch:
         check_choice("unit", self.unit, _UNITS)
         check_choice("pruning", self.pruning, _PRUNING)
         PlanObjective(objective=self.objective, num_windows=self.num_windows)
+        for start in self.warm_starts.values():
+            check_members("allocation", start)
         if not 0.0 < self.min_ratio < self.max_ratio <= 1.0:
             raise ConfigError(
                 f"min_ratio and max_ratio must satisfy 0 < min_ratio < max_ratio <= 1, got {self.min_ratio} and "
@@ -195,7 +199,7 @@ class BayesianSearch:
             "unit": self.unit,
             "min_ratio": self.min_ratio,
             "max_ratio": self.max_ratio,
-            "warm_starts": {name: repr(start) for name, start in self.warm_starts.items()},
+            "warm_starts": {name: identity(start) for name, start in self.warm_starts.items()},
         }
 
     def _report(self, study: optuna.Study, best: FrozenTrial) -> dict[str, Any]:

@@ -26,14 +26,18 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.explain import INTERNAL_KEYS, list_options
 from bs_exp.errors import ConfigError
+from bs_exp.records.inputs import CODE, FILES, file_stamps
 from bs_exp.records.record import RunRecord
 from bs_exp.records.settings import WITHOUT_EFFECT
 from bs_exp.records.sweep import point_folder, shown_settings
+from bs_exp.source_code import targets_code
 
 if TYPE_CHECKING:
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
+# The name under which the source of foreign code enters the hash; no setting of the root is called so.
+_CODE = "(code)"
 # A folder's name that says what was set is better than a hash, as long as it is short and plain.
 _PLAIN_NAME = re.compile(r"[\w.,=+-]{1,80}")
 
@@ -103,7 +107,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         update=_make(cfg, "update"),
         retain_ratio=cfg.retain_ratio,
     )
-    return Experiment(
+    experiment = Experiment(
         model=_make(cfg, "model"),
         recipe=recipe,
         evaluators={name: _make(cfg, f"evaluation.evaluators.{name}") for name in _parts(cfg.evaluation)},
@@ -116,6 +120,9 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         selection=_make(cfg, "selection"),
         dense=dense or DenseStore(),
     )
+    # Now that it is loaded: from here on its source counts as it is, whatever is edited while this process lives.
+    targets_code(_settings(cfg))
+    return experiment
 
 
 def _objective(value: Any) -> str | tuple[str, ...] | None:
@@ -209,8 +216,16 @@ def describe(cfg: DictConfig) -> tuple[RunRecord, Path]:
         }
         if in_sweep()
         else None,
+        provenance=_provenance(config),
     )
     return record, folder
+
+
+def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known before the run of what its result depends on besides settings: code of others, files it reads."""
+    settings = result_settings(config)
+    found = {CODE: targets_code(settings), FILES: file_stamps(settings) if in_sweep() else {}}
+    return {key: value for key, value in found.items() if value}
 
 
 def in_sweep() -> bool:
@@ -251,8 +266,10 @@ def sweep_name(cfg: DictConfig) -> str:
 
 
 def config_hash(config: Mapping[Any, Any]) -> str:
-    """SHA-256 of all settings that can change a result."""
+    """SHA-256 of all settings that can change a result, and of the source of code of others that they name."""
     settings = result_settings(config)
+    if code := targets_code(settings):
+        settings[_CODE] = code
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

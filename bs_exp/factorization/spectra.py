@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistics_key
+from bs_exp.contracts import check_metric, untouched_statistics
 from bs_exp.errors import DecompositionError
+from bs_exp.identity import identity
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
 from bs_exp.protocols import Importance, Whitening
@@ -67,8 +69,10 @@ class GroupMeasures:
     def metric(self, group: WeightGroup) -> Metric:
         """The metric that whitening and importance make of a group's statistics."""
         given = self.statistics(group)
-        weighted = self.importance.reweight(given)
-        metric = self.whitening.metric(weighted)
+        with untouched_statistics(given, self.importance, self.whitening):
+            weighted = self.importance.reweight(given)
+            metric = self.whitening.metric(weighted)
+        check_metric(metric, group, self.whitening)
         if metric.unit is LossUnit.OUTPUT_NORM and not _same_gram(given, weighted):
             # The norm on re-weighted inputs is no longer one of the outputs.
             return replace(metric, unit=LossUnit.METRIC_NORM)
@@ -96,8 +100,8 @@ class GroupMeasures:
             model=self.dense.fingerprint,
             device=self.dense.device.type,
             statistics=self._statistics_key,
-            whitening=repr(self.whitening),
-            importance=repr(self.importance) if self._statistics_key else None,
+            whitening=identity(self.whitening),
+            importance=identity(self.importance) if self._statistics_key else None,
             group=asdict(group),
         )
 

@@ -84,7 +84,7 @@ class RunRecord:
     timings: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     cache: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # hits, misses, damaged; by kind
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # model, calibration
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # model, calibration, code, files
     versions: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] | None = None  # commit, dirty
     hardware: Mapping[str, Any] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
 from bs_exp.files import write_file
+from bs_exp.records.inputs import changed_inputs
 from bs_exp.records.metrics import default_objective
 from bs_exp.records.parsing import (
     Check,
@@ -113,10 +114,13 @@ _CHECKS: dict[str, Check] = {
 }
 
 
-def finished_record(folder: Path, config_hash: str, *, with_model: bool) -> RunRecord | None:
+def finished_record(
+    folder: Path, config_hash: str, *, with_model: bool, inputs: Mapping[str, str] | None = None
+) -> RunRecord | None:
     """The record of a point that need not be run again: completed as configured, with the model saved if asked for.
 
-    A record that cannot be read is named on stderr, and its point is run again.
+    `inputs` are stamps of the files that it would read now (`file_stamps`). A record that cannot be read, or was made
+    from other content, is named on stderr, and its point is run again.
     """
     if not (folder / FILE_NAME).exists():
         return None
@@ -128,6 +132,9 @@ def finished_record(folder: Path, config_hash: str, *, with_model: bool) -> RunR
     if record.status is not Status.COMPLETED or record.config_hash != config_hash:
         return None
     if with_model and (record.model_folder is None or not (folder / record.model_folder).is_dir()):
+        return None
+    if changed := changed_inputs(record, inputs or {}):
+        print(f"{', '.join(changed)} changed since point {folder.name} was run: it is run again.", file=sys.stderr)
         return None
     return record
 

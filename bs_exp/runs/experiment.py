@@ -13,6 +13,7 @@ import transformers
 from datasets.utils import logging as datasets_logging
 
 from bs_exp.cache import Cache
+from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.size import measure_size
@@ -56,6 +57,11 @@ class Experiment:
     dense: DenseStore = field(default_factory=DenseStore)
 
     def __post_init__(self) -> None:
+        for family in ("model", "selection", "analysis"):
+            check_members(family, getattr(self, family))
+        check_members("tracking", self.tracker)
+        for evaluator in self.evaluators.values():
+            check_members("evaluator", evaluator)
         # NumPy's legacy generator takes 32 bits.
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be between 0 and {2**32 - 1}, got {self.seed}.")
@@ -143,7 +149,8 @@ class Experiment:
             if dense is None:
                 dense = self.model.load()
                 self.dense.keep(self.model, dense, recorder.record.run_id)
-        recorder.update(provenance={"model": {**dense.provenance, "loaded_by": self.dense.loaded_by}})
+        model = {**dense.provenance, "loaded_by": self.dense.loaded_by}
+        recorder.update(provenance={**recorder.record.provenance, "model": model})
         if unused := dense.provenance.get("unused_weights"):
             shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")

@@ -28,6 +28,7 @@ def new_record(
     folder: Path,
     choices: Mapping[str, str] | None = None,
     sweep: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """The record with which a run begins."""
     # Same settings in the same folder: the same run, started again.
@@ -43,6 +44,7 @@ def new_record(
         process=os.getpid(),
         choices=choices or {},
         sweep=sweep,
+        provenance=provenance or {},
         versions=environment.versions(),
         source=environment.source(),
         hardware=environment.hardware(),

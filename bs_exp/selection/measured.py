@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
@@ -58,6 +59,8 @@ class MeasuredSelection:
                     f"candidates.{name}.{plain[0]} must be a strategy, as in +{plain[0]}@selection.candidates.{name}"
                     f".{plain[0]}=OPTION, got {parts[plain[0]]!r}."
                 )
+            for part, value in parts.items():
+                check_members(part, value)
         if not isinstance(self.recalibrate, bool):
             raise ConfigError(f"recalibrate must be true or false, got {self.recalibrate!r}.")
         check_choice("rounds", self.rounds, _ROUNDS)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import Update
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan
@@ -26,6 +27,7 @@ class UpdateChain:
         for name, update in self.updates.items():
             if is_plain(update):
                 raise ConfigError(f"updates.{name} must be an update with its _target_, or null, got {update!r}.")
+            check_members("update", update)
         if not self.updates:
             raise ConfigError("updates is empty: name some, or use update=none.")
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from bs_exp.cache import content_key
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.identity import own_code
 from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
@@ -199,6 +200,7 @@ class LoRA(TrainerSettings):
             windows=windows.provenance["sha256"],
             feeding=asdict(windows.feeding),
             settings={name: value for name, value in asdict(self).items() if name not in left_out},
+            **own_code(self),
         )
 
     def _trainer(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
+from bs_exp.identity import own_code
 from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
@@ -161,6 +162,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             feeding=asdict(windows.feeding),
             settings=settings,
             stage=stage,
+            **own_code(self),
         )
 
     def _trainer(

@@ -15,8 +15,8 @@ from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.errors import BsExpError, CalibrationError, ConfigError, SearchError
 from bs_exp.protocols import AllocationProblem, MeasuredAllocation
+from bs_exp.testing.scores import FormulaScore, kept
 from bs_exp.types import RankPlan, Statistic
-from tests.support.scores import FormulaScore, kept
 from tests.support.searches import files_no_larger_than
 from tests.support.spectra import group, problem
 

@@ -14,8 +14,8 @@ from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import AllocationProblem, MeasuredAllocation
 from bs_exp.rank_budget import largest_rank, parameter_budget
+from bs_exp.testing.scores import FormulaScore, kept
 from bs_exp.types import RankPlan, WeightGroup
-from tests.support.scores import FormulaScore, kept
 from tests.support.spectra import group, problem
 
 GROUPS = [group(matrix, layer, d_in=64, d_out=64) for matrix in ("q", "o") for layer in range(2)]

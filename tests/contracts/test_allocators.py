@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,13 @@ from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
 from bs_exp.errors import ConfigError
-from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import Allocation, AllocationProblem, Layout
 from bs_exp.rank_budget import largest_rank, parameter_budget
-from bs_exp.types import LayerProfile, LossUnit, Spectrum, WeightGroup
+from bs_exp.testing import AllocationContract, SpendingContract
+from bs_exp.testing.allocation import LAYOUTS, problem
+from bs_exp.types import LossUnit, Spectrum, WeightGroup
 from tests.support.options import strategies
-from tests.support.scores import FormulaScore
 
 
 def heuristic(sign: str, max_ratio: float | None = None) -> DipSvdHeuristic:
@@ -92,108 +93,30 @@ ALLOCATORS: list[Allocation] = [
     manual(max_ratio=0.8),
     *SPENDING,
 ]
-LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
-
-
-def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
-    generator = torch.Generator().manual_seed(seed)
-    # Above 1, as norms over many tokens are.
-    values = 1.0 + 99.0 * torch.rand(group.full_rank, generator=generator, dtype=torch.float64) ** 2
-    values = values.sort(descending=True).values
-    return Spectrum(group=group, singular_values=values, energies=values.square(), ridge=0.0)
-
-
-def problem(groups: Sequence[WeightGroup], ratio: float, layout: Layout = LAYOUTS[0]) -> AllocationProblem:
-    spectra = tuple(spectrum(g, seed) for seed, g in enumerate(groups))
-    profile = random_profile(1 + max(layer for g in groups for layer in g.layers))
-    return AllocationProblem(spectra, ratio, layout, profile, FormulaScore(lambda plan: plan.predicted_loss))
-
-
-def random_profile(layers: int) -> LayerProfile:
-    generator = torch.Generator().manual_seed(layers)
-    values = torch.rand(layers, 32, generator=generator, dtype=torch.float64) ** 4
-    return LayerProfile(
-        sensitivity=0.1 + torch.rand(layers, generator=generator, dtype=torch.float64),
-        output_singular_values=dict(enumerate(values.sort(descending=True).values)),
-    )
 
 
 def uniform_rank(group: WeightGroup, ratio: float) -> int:
     return largest_rank(group, parameter_budget(group.parameters, ratio), PlainLayout())
 
 
-GROUPS = st.lists(
-    st.builds(
-        lambda size, d_in, d_out, first: WeightGroup("q", tuple(range(first, first + size)), d_in, d_out),
-        st.integers(1, 4), st.integers(8, 64), st.integers(8, 64), st.integers(0, 9),
-    ),
-    min_size=1, max_size=8, unique_by=lambda g: g.layers[0],
-)  # fmt: skip
+class TestAllocators(AllocationContract):
+    refusal = r"retain_ratio 0\.11 .*(component|min_ratio).*Raise retain_ratio"
+
+    @pytest.fixture(scope="class", params=ALLOCATORS, ids=repr)
+    @classmethod
+    def allocation(cls, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
+class TestAllocatorsThatSpend(SpendingContract):
+    @pytest.fixture(scope="class", params=SPENDING, ids=repr)
+    @classmethod
+    def allocation(cls, request: pytest.FixtureRequest) -> Any:
+        return request.param
 
 
 def test_every_option_is_among_them() -> None:
     assert strategies("allocation") == {type(strategy) for strategy in ALLOCATORS}
-
-
-@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-@settings(max_examples=40, deadline=None)
-@given(groups=GROUPS, ratio=st.floats(0.35, 1.0))
-def test_within_budget_and_bounds(
-    allocator: Allocation, layout: Layout, groups: list[WeightGroup], ratio: float
-) -> None:
-    case = problem(groups, ratio, layout)
-    plan = allocator.allocate(case)
-    assert [p.group for p in plan.groups] == groups
-    assert plan.parameters <= ratio * plan.dense_parameters + 1e-6
-    for planned, given_spectrum in zip(plan.groups, case.spectra, strict=True):
-        if planned.rank is None:
-            assert (planned.parameters, planned.predicted_loss) == (planned.group.parameters, 0.0)
-        else:
-            assert 1 <= planned.rank <= planned.group.full_rank
-            assert planned.parameters == layout.parameters(planned.group, planned.rank) < planned.group.parameters
-            tail = float(given_spectrum.energies[planned.rank :].sum())
-            assert planned.predicted_loss**2 == pytest.approx(tail, rel=1e-12)
-    assert plan.retain_ratio == plan.parameters / plan.dense_parameters
-    assert allocator.allocate(case) == plan
-
-
-@pytest.mark.parametrize("allocator", SPENDING, ids=repr)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-@settings(max_examples=40, deadline=None)
-@given(groups=GROUPS, ratio=st.floats(0.35, 1.0))
-def test_what_is_left_is_less_than_one_component(
-    allocator: Allocation, layout: Layout, groups: list[WeightGroup], ratio: float
-) -> None:
-    plan = allocator.allocate(problem(groups, ratio, layout))
-    left = parameter_budget(plan.dense_parameters, ratio) - plan.parameters
-    for planned in plan.groups:
-        if planned.rank is not None:  # the next component, or, past break-even, the dense matrices
-            dearer = layout.parameters(planned.group, planned.rank + 1)
-            assert 0 <= left < min(dearer, planned.group.parameters) - planned.parameters
-
-
-@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
-def test_a_budget_that_no_plan_meets_is_refused_before_there_are_spectra(allocator: Allocation) -> None:
-    groups = (WeightGroup("q", (0,), 16, 16), WeightGroup("q", (1,), 16, 16))
-    allocator.check(groups, 0.5, PlainLayout())
-    with pytest.raises(ConfigError, match=r"retain_ratio 0\.11 .*(component|min_ratio).*Raise retain_ratio"):
-        allocator.check(groups, 0.11, PlainLayout())
-    with pytest.raises(ConfigError, match=r"retain_ratio 0\.11 "):
-        allocator.allocate(problem(groups, 0.11))
-
-
-@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
-def test_everything_kept_is_dense(allocator: Allocation) -> None:
-    plan = allocator.allocate(problem([WeightGroup("q", (0, 1), 16, 16)], 1.0))
-    assert plan.groups[0].rank is None and plan.retain_ratio == 1.0
-
-
-@pytest.mark.parametrize("allocator", ALLOCATORS, ids=repr)
-@pytest.mark.parametrize("ratio", [0.0, -0.2, 1.0001, float("nan")])
-def test_ratio_out_of_range(allocator: Allocation, ratio: float) -> None:
-    with pytest.raises(ConfigError, match=r"above 0 and at most 1.*got"):
-        allocator.allocate(problem([WeightGroup("q", (0,), 16, 16)], ratio))
 
 
 @pytest.mark.parametrize(

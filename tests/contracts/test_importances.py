@@ -18,11 +18,11 @@ from bs_exp.importance.none import NoImportance
 from bs_exp.importance.soft_channel import SoftChannelImportance
 from bs_exp.importance.weighting import top_count
 from bs_exp.protocols import Importance
-from bs_exp.types import GroupStatistics, InputMoments, Statistic, WeightGradient, WeightGroup
+from bs_exp.testing import ImportanceContract
+from bs_exp.testing.importance import CHANNELS, gram_of, inputs, statistics
 from bs_exp.whitening.gram import GramWhitening
 from tests.support.options import strategies
 
-CHANNELS, TOKENS = 24, 200
 FORMS = ("one_sided", "two_sided")
 MEASURES = ("spectrum", "kurtosis", "sensitivity")
 
@@ -49,31 +49,6 @@ MAKERS: list[Make] = [channel, soft, *(lambda by=by, **settings: adaptive(by=by,
 STRATEGIES: list[Importance] = [NoImportance(), *(make(form=form) for make in MAKERS for form in FORMS)]
 
 
-def inputs(seed: int = 0, channels: int = CHANNELS) -> Tensor:
-    """Correlated activations with channels of unequal size and heavy tails."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(TOKENS, channels, generator=generator, dtype=torch.float64)
-    mixing = torch.eye(channels, dtype=torch.float64) + 0.1 * torch.randn(
-        channels, channels, generator=generator, dtype=torch.float64
-    )
-    return draws**3 @ mixing * torch.rand(channels, generator=generator, dtype=torch.float64).exp()
-
-
-def statistics(x: Tensor, *, sensitivity: float = 1.0) -> GroupStatistics:
-    return GroupStatistics(
-        group=WeightGroup("q", (0,), x.shape[1], 16),
-        tokens=len(x),
-        gram=x.T @ x,
-        moments=InputMoments(absolute=x.abs().mean(0), peak=x.abs().amax(0), fourth=x.pow(4).mean(0)),
-        weight_gradient=WeightGradient(rows=torch.ones(x.shape[1]).double(), sensitivity=sensitivity),
-    )
-
-
-def gram_of(found: GroupStatistics) -> Tensor:
-    assert found.gram is not None
-    return found.gram
-
-
 def root(matrix: Tensor) -> Tensor:
     """Square root of a positive semi-definite matrix, by Denman and Beavers' iteration: no decomposition."""
     root, inverse = matrix, torch.eye(len(matrix)).double()
@@ -95,46 +70,15 @@ def hard_weights(x: Tensor, count: int, factor: float) -> Tensor:
     return torch.tensor([factor if j in chosen else 1.0 for j in range(len(alphas))]).double()
 
 
+class TestImportances(ImportanceContract):
+    @pytest.fixture(scope="class", params=STRATEGIES, ids=repr)
+    @classmethod
+    def importance(cls, request: pytest.FixtureRequest) -> Any:
+        return request.param
+
+
 def test_every_option_is_among_them() -> None:
     assert strategies("importance") == {type(strategy) for strategy in STRATEGIES}
-
-
-@pytest.mark.parametrize("importance", STRATEGIES, ids=repr)
-def test_the_result_is_a_gram_that_can_whiten(importance: Importance) -> None:
-    given = statistics(inputs())
-    found = importance.reweight(given)
-    gram = gram_of(found)
-    assert gram.shape == (CHANNELS, CHANNELS) and gram.dtype == torch.float64
-    torch.testing.assert_close(gram, gram.T)
-    assert float(torch.linalg.eigvalsh(gram)[0]) > 0.0
-    metric = GramWhitening(ridge=0.0).metric(found)
-    assert metric.whitener is not None
-    torch.testing.assert_close(metric.whitener.T @ metric.whitener, gram, rtol=1e-9, atol=1e-9 * float(gram.norm()))
-
-
-@pytest.mark.parametrize("importance", STRATEGIES, ids=repr)
-def test_same_in_same_out_and_the_input_is_untouched(importance: Importance) -> None:
-    given = statistics(inputs())
-    before = gram_of(given).clone()
-    first, second = gram_of(importance.reweight(given)), gram_of(importance.reweight(given))
-    assert torch.equal(first, second)
-    assert torch.equal(gram_of(given), before)
-
-
-@pytest.mark.parametrize("importance", STRATEGIES, ids=repr)
-def test_what_is_needed_is_said(importance: Importance) -> None:
-    given = statistics(inputs())
-    available: dict[str, Any] = {
-        Statistic.GRAM: {"gram": None},
-        Statistic.INPUT_MOMENTS: {"moments": None},
-        Statistic.WEIGHT_GRADIENT: {"weight_gradient": None},
-    }
-    for statistic, without in available.items():
-        if statistic in importance.needs:
-            with pytest.raises(ValueError, match="needs"):
-                importance.reweight(dataclasses.replace(given, **without))
-        else:
-            importance.reweight(dataclasses.replace(given, **without))
 
 
 @pytest.mark.parametrize("make", MAKERS)

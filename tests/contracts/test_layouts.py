@@ -2,154 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from itertools import pairwise
+from typing import Any
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from bs_exp.models.architecture import weight_of
-from bs_exp.models.modeling_basis_sharing import LAYOUTS
-from bs_exp.models.surgery import replace_matrices, to_dense, twin
-from bs_exp.models.tiny import tiny_random
-from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
+from bs_exp.testing import LayoutContract
 from tests.support.options import option_of, options, strategy
 
 ROWS = ["layout=plain", "layout=pivoted"]
-EVERY = pytest.mark.parametrize("row", ROWS)
-FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
-CORRECTIONS = pytest.mark.parametrize("correction", [0, 2])
 
 
-def random_factors(architecture: Architecture, correction: int = 0) -> Iterator[SharedFactors]:
-    """Factors of another rank for every group: pairs of layers, and the layer left over, which needs no correction."""
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return 0.2 * torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    for index, matrix in enumerate(architecture.matrix_types):
-        for members in (architecture.of_type(matrix)[:2], architecture.of_type(matrix)[2:]):
-            layers, own = tuple(m.layer for m in members), correction if len(members) > 1 else 0
-            group = WeightGroup(matrix, layers, members[0].d_in, members[0].d_out, own)
-            rank = 3 + 2 * index
-            yield SharedFactors(
-                group,
-                normal(group.d_in, rank),
-                {layer: normal(rank, group.d_out) for layer in layers},
-                {layer: (normal(group.d_in, own), normal(own, group.d_out)) for layer in layers if own},
-            )
-
-
-def stored(dense: LoadedModel, row: str, correction: int) -> PreTrainedModel:
-    """The model with random factors in place of every matrix."""
-    module = twin(dense.module)
-    replace_matrices(module, dense.architecture, random_factors(dense.architecture, correction), strategy(row))
-    return module
+class TestLayouts(LayoutContract):
+    @pytest.fixture(scope="class", params=ROWS)
+    @classmethod
+    def layout(cls, request: pytest.FixtureRequest) -> Any:
+        return strategy(request.param)
 
 
 def test_every_option_has_a_row_and_bears_its_name() -> None:
     assert {option_of(row) for row in ROWS} == options("layout")
     assert all(strategy(row).name == option_of(row) for row in ROWS)
-
-
-@EVERY
-@settings(max_examples=60, deadline=None)
-@given(d_in=st.integers(2, 40), d_out=st.integers(2, 40), size=st.integers(1, 5), correction=st.integers(0, 3))
-def test_costs_grow_with_the_rank(row: str, d_in: int, d_out: int, size: int, correction: int) -> None:
-    group, layout = WeightGroup("q", tuple(range(size)), d_in, d_out, correction), strategy(row)
-    costs = [layout.parameters(group, rank) for rank in range(1, group.full_rank + 1)]
-    assert all(isinstance(cost, int) for cost in costs)
-    assert all(less < more for less, more in pairwise(costs))
-    assert costs[0] > group.correction_parameters
-
-
-@EVERY
-@FAMILIES
-@CORRECTIONS
-def test_products_are_those_of_the_factors(row: str, family: str, correction: int) -> None:
-    """Oracle: the definition, `basis @ coefficients`, and each layer's own correction."""
-    dense = tiny_random(family)
-    dense.module.double()
-    restored = to_dense(stored(dense, row, correction))
-    for shared in random_factors(dense.architecture, correction):
-        for layer in shared.group.layers:
-            expected = shared.basis @ shared.coefficients[layer]
-            if shared.corrections:
-                down, up = shared.corrections[layer]
-                expected += down @ up
-            found = weight_of(restored, dense.architecture.by_position[shared.group.matrix, layer])
-            torch.testing.assert_close(found.detach(), expected, rtol=1e-8, atol=1e-8)
-
-
-@EVERY
-@FAMILIES
-@CORRECTIONS
-def test_costs_are_the_numbers_that_are_stored(row: str, family: str, correction: int) -> None:
-    """In bytes at 16 bits, saved buffers and all; bits that fill no whole number are rounded up, by layer."""
-    dense = tiny_random(family)
-    module, layout = stored(dense, row, correction).bfloat16(), strategy(row)
-    for shared in random_factors(dense.architecture, correction):
-        group = shared.group
-        layers = [module.get_submodule(dense.architecture.by_position[group.matrix, i].module) for i in group.layers]
-        tensors = {
-            tensor.data_ptr(): tensor.nbytes
-            for layer in layers
-            for name, tensor in layer.state_dict().items()
-            if not name.endswith("bias") and tensor.numel()
-        }
-        cost = 2 * layout.parameters(group, shared.rank)
-        assert cost - group.size <= sum(tensors.values()) <= cost, group.name
-
-
-@EVERY
-def test_same_in_same_out_and_the_factors_are_untouched(row: str) -> None:
-    shared, again = (next(random_factors(tiny_random().architecture, correction=2)) for _ in range(2))
-    first, second = strategy(row).arrange(shared), strategy(row).arrange(shared)
-    assert first.group == second.group == shared.group and first.rank == shared.rank
-    assert torch.equal(first.basis, second.basis) and torch.equal(shared.basis, again.basis)
-    for layer in shared.group.layers:
-        assert torch.equal(first.coefficients[layer], second.coefficients[layer])
-        assert torch.equal(shared.coefficients[layer], again.coefficients[layer])
-
-
-@EVERY
-@CORRECTIONS
-def test_restored_factors_have_the_same_product(row: str, correction: int) -> None:
-    """In fp64, from factors of any dtype; and they have the shapes that the class of the layers states."""
-    layout = strategy(row)
-    for shared in random_factors(tiny_random().architecture, correction):
-        stored, group = layout.arrange(shared), shared.group
-        shapes = LAYOUTS[layout.name](group.size).shapes(group.d_in, group.d_out, shared.rank)
-        assert stored.layout is layout and stored.rank == shared.rank
-        assert stored.basis.shape == shapes.basis[::-1]
-        assert {tuple(rows.shape) for rows in stored.coefficients.values()} == {shapes.weight[::-1]}
-        kept = {name: (tuple(value.shape), value.dtype) for name, value in stored.kept.items()}
-        assert kept == shapes.kept
-        again = layout.restore(replace(stored, basis=stored.basis.float()))
-        assert again.basis.dtype is torch.float64
-        assert again.basis.shape == shared.basis.shape and again.corrections.keys() == shared.corrections.keys()
-        for layer, rows in shared.coefficients.items():
-            found = again.basis @ again.coefficients[layer]
-            torch.testing.assert_close(found, shared.basis @ rows, rtol=1e-5, atol=1e-5)
-
-
-@EVERY
-def test_new_coefficients_of_one_layer_leave_the_others_their_bits(row: str) -> None:
-    layout = strategy(row)
-    for shared in random_factors(tiny_random().architecture, correction=2):
-        stored = layout.arrange(shared)
-        present = layout.restore(stored)
-        first, *others = shared.group.layers
-        new = 2.0 * present.coefficients[first] + 1.0
-        changed = layout.with_coefficients(stored, {first: new})
-        found = layout.restore(changed)
-        torch.testing.assert_close(found.basis @ found.coefficients[first], present.basis @ new, rtol=1e-8, atol=1e-8)
-        for layer in others:
-            assert torch.equal(changed.basis, stored.basis)
-            assert torch.equal(changed.coefficients[layer], stored.coefficients[layer])

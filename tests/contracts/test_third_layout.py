@@ -25,13 +25,14 @@ from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import StoredFactors
 from bs_exp.sharing.residual import ResidualSharing
+from bs_exp.testing.models import QUIET, recipe
 from bs_exp.training.objectives import find_factors
 from bs_exp.types import CompressedModel, LoadedModel, SharedFactors, WeightGroup
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.workspace import Workspace
 from tests.support.factorised import logits_of, random_factors
-from tests.support.updates import QUIET, RECOVERY, recipe
+from tests.support.updates import RECOVERY
 
 REFIT = Refit(
     mode="one_shot",

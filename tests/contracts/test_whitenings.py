@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.linalg.decomposition import decompose, truncate
 from bs_exp.protocols import Whitening
-from bs_exp.types import GroupStatistics, InputMoments, LossUnit, Metric, Statistic, WeightGradient, WeightGroup
+from bs_exp.testing import WhiteningContract
+from bs_exp.testing.whitening import GROUPS, inputs, normal, statistics, whitener_of
+from bs_exp.types import WeightGradient, WeightGroup
 from bs_exp.whitening.block_diagonal import BlockDiagonalWhitening
 from bs_exp.whitening.diagonal import DiagonalWhitening
 from bs_exp.whitening.fisher_rows import FisherRowsWhitening
@@ -21,7 +22,6 @@ from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
 from tests.support.options import strategies
 
-TOKENS = 300
 STRATEGIES: list[Whitening] = [
     IdentityWhitening(),
     GramWhitening(ridge=1e-6),
@@ -32,118 +32,17 @@ STRATEGIES: list[Whitening] = [
     BlockDiagonalWhitening(blocks=100, ridge=1e-6),
     TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0),
 ]
-GROUPS = [WeightGroup("q", (0,), 20, 12), WeightGroup("q", (0, 1), 20, 16), WeightGroup("down", (3,), 12, 30)]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def inputs(group: WeightGroup) -> Tensor:
-    """The inputs of the group's layers, stacked: correlated, with channels of unequal size."""
-    mixing = torch.eye(group.d_in, dtype=torch.float64) + 0.3 * normal(group.d_in, group.d_in, seed=1)
-    return normal(TOKENS * group.size, group.d_in) @ mixing * torch.linspace(0.2, 3.0, group.d_in).double()
-
-
-def statistics(group: WeightGroup) -> GroupStatistics:
-    x = inputs(group)
-    gradients = {layer: normal(TOKENS, group.d_out, seed=10 + layer) / 10 for layer in group.layers}
-    return GroupStatistics(
-        group=group,
-        tokens=TOKENS,
-        gram=x.T @ x,
-        output_grams={layer: g.T @ g for layer, g in gradients.items()},
-        moments=InputMoments(absolute=x.abs().mean(0), peak=x.abs().amax(0), fourth=x.pow(4).mean(0)),
-        weight_gradient=WeightGradient(rows=normal(group.d_in, seed=3).square(), sensitivity=1.0),
-    )
-
-
-def whitener_of(metric: Metric) -> Tensor:
-    assert metric.whitener is not None
-    return metric.whitener
-
-
-def error(metric: Metric, group: WeightGroup, difference: Tensor) -> float:
-    """The norm of an error in a metric, in the metric's unit, squared unless that is nats."""
-    left = difference if metric.whitener is None else metric.whitener @ difference
-    blocks = dict(zip(group.layers, left.split(group.d_out, dim=1), strict=True))
-    if metric.right is not None:
-        blocks = {layer: block @ metric.right[layer] for layer, block in blocks.items()}
-    total = sum(float(block.square().sum()) for block in blocks.values())
-    if metric.unit is LossUnit.NATS:
-        return total / 2
-    return total - metric.ridge * float(difference.square().sum())  # the ridge is no error
+class TestWhitenings(WhiteningContract):
+    @pytest.fixture(scope="class", params=STRATEGIES, ids=repr)
+    @classmethod
+    def whitening(cls, request: pytest.FixtureRequest) -> Any:
+        return request.param
 
 
 def test_every_option_is_among_them() -> None:
     assert strategies("whitening") == {type(strategy) for strategy in STRATEGIES}
-
-
-@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
-@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
-def test_the_metric_is_upper_triangular_and_invertible(whitening: Whitening, group: WeightGroup) -> None:
-    metric = whitening.metric(statistics(group))
-    if metric.whitener is not None:
-        assert metric.whitener.shape == (group.d_in, group.d_in) and metric.whitener.dtype == torch.float64
-        assert torch.equal(metric.whitener, metric.whitener.triu())
-        assert bool((metric.whitener.diagonal() > 0).all())
-    assert metric.ridge >= 0.0
-
-
-@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
-@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
-def test_truncation_is_the_optimum_in_the_metric_and_predicts_its_error(
-    whitening: Whitening, group: WeightGroup
-) -> None:
-    """Oracle: the definition of the metric's norm; Eckart and Young's bound from a full SVD of the whitened weight."""
-    weight = normal(group.d_in, group.columns, seed=7)
-    metric = whitening.metric(statistics(group))
-    decomposition = decompose(group, weight, metric)
-    for rank in (1, group.full_rank // 2, group.full_rank):
-        factors = truncate(decomposition, rank)
-        product = torch.cat([factors.basis @ factors.coefficients[layer] for layer in group.layers], dim=1)
-        measured = error(metric, group, weight - product)
-        predicted = float(decomposition.spectrum.energies[rank:].sum())
-        assert predicted == pytest.approx(measured, rel=1e-6, abs=1e-9 * float(decomposition.spectrum.energies.sum()))
-    assert torch.allclose(product, weight, atol=1e-8)  # full rank
-    if metric.right is None:
-        whitened = weight if metric.whitener is None else metric.whitener @ weight
-        torch.testing.assert_close(decomposition.spectrum.singular_values, torch.linalg.svdvals(whitened))
-
-
-@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
-def test_same_in_same_out_and_the_input_is_untouched(whitening: Whitening) -> None:
-    given, before = statistics(GROUPS[1]), statistics(GROUPS[1])
-    first, second = whitening.metric(given), whitening.metric(given)
-    assert (first.ridge, first.damping, first.unit) == (second.ridge, second.damping, second.unit)
-    if first.whitener is not None:
-        assert torch.equal(first.whitener, whitener_of(second))
-    for one, other in zip(_tensors(given), _tensors(before), strict=True):
-        assert torch.equal(one, other)
-
-
-def _tensors(given: GroupStatistics) -> list[Tensor]:
-    assert given.gram is not None and given.output_grams and given.moments and given.weight_gradient
-    moments = given.moments
-    outputs = given.output_grams.values()
-    return [given.gram, *outputs, moments.absolute, moments.peak, moments.fourth, given.weight_gradient.rows]
-
-
-@pytest.mark.parametrize("whitening", STRATEGIES, ids=repr)
-def test_what_is_needed_is_said(whitening: Whitening) -> None:
-    given = statistics(GROUPS[0])
-    available: dict[Statistic, dict[str, Any]] = {
-        Statistic.GRAM: {"gram": None},
-        Statistic.OUTPUT_GRAM: {"output_grams": None},
-        Statistic.INPUT_MOMENTS: {"moments": None},
-        Statistic.WEIGHT_GRADIENT: {"weight_gradient": None},
-    }
-    for statistic, without in available.items():
-        if statistic in whitening.needs:
-            with pytest.raises(ValueError, match="needs"):
-                whitening.metric(dataclasses.replace(given, **without))
-        else:
-            whitening.metric(dataclasses.replace(given, **without))
 
 
 @pytest.mark.parametrize("size", ["mean", "max"])

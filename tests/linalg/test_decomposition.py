@@ -214,3 +214,64 @@ def test_eigenvalues_alone_give_the_spectrum_of_the_decomposition(
     torch.testing.assert_close(alone.singular_values, full.singular_values, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(alone.energies, full.energies, rtol=1e-9, atol=1e-9)
     assert alone.unit is full.unit
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "size"), SHAPES)
+@pytest.mark.parametrize("kind", ["symmetric", "turned", "tall", "lower"])
+def test_any_root_of_a_gram_gives_the_factors_of_the_triangular_one(
+    d_in: int, d_out: int, size: int, kind: str
+) -> None:
+    """Oracle: Cholesky's triangle. Solved as if it were triangular, another root would give other weights."""
+    group, weight, inputs = problem(d_in, d_out, size)
+    gram = inputs.T @ inputs
+    values, vectors = torch.linalg.eigh(gram)
+    whitener, _ = cholesky_whitener(gram)
+    roots = {
+        "symmetric": vectors * values.sqrt() @ vectors.T,
+        "turned": vectors @ whitener,
+        "tall": inputs,
+        "lower": torch.linalg.cholesky(gram.flip(0).flip(1)).flip(0).flip(1).T,
+    }
+    found = Metric(whitener=roots[kind], unit=LossUnit.OUTPUT_NORM)
+    assert found.whitener is not None
+    torch.testing.assert_close(found.whitener, whitener, rtol=1e-9, atol=1e-11 * float(whitener.norm()))
+    rank = group.full_rank // 2
+    expected = product(group, weight, Metric(whitener=whitener, unit=LossUnit.OUTPUT_NORM), rank)
+    torch.testing.assert_close(product(group, weight, found, rank), expected, rtol=1e-8, atol=1e-8)
+    restored = product(group, weight, found, group.full_rank)
+    torch.testing.assert_close(restored, weight, rtol=0, atol=1e-9)
+
+
+def test_any_right_root_does_as_well() -> None:
+    group, weight, inputs = problem(12, 9, 3)
+    lower = output_factors(9, group.layers)
+    turn = torch.linalg.qr(torch.randn(9, 9, generator=torch.Generator().manual_seed(5)).double()).Q
+    plain = gram_metric(inputs.T @ inputs)
+    known = replace(plain, right=lower)
+    found = replace(plain, right={layer: root @ turn for layer, root in lower.items()})
+    assert found.right is not None
+    for layer, root in found.right.items():
+        assert torch.equal(root, root.tril())
+        torch.testing.assert_close(root @ root.T, lower[layer] @ lower[layer].T)
+    torch.testing.assert_close(product(group, weight, found, 5), product(group, weight, known, 5))
+
+
+def test_triangular_roots_keep_their_bits() -> None:
+    upper = torch.randn(9, 9, generator=torch.Generator().manual_seed(0)).double().triu()
+    metric = Metric(whitener=upper, right={0: upper.T})
+    assert metric.whitener is upper
+    assert metric.right is not None and torch.equal(metric.right[0], upper.T)
+
+
+@pytest.mark.parametrize("root", [torch.ones(3, 4), torch.ones(4)])
+def test_a_root_without_an_inverse_is_refused(root: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Metric\.whitener must be a matrix with at least as many rows"):
+        Metric(whitener=root)
+
+
+def test_a_root_of_lower_rank_keeps_its_gram() -> None:
+    root = torch.zeros(4, 4, dtype=torch.float64)
+    root[3, 0] = -2.0
+    found = Metric(whitener=root).whitener
+    assert found is not None and torch.equal(found, found.triu())
+    torch.testing.assert_close(found.T @ found, root.T @ root)

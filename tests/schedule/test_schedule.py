@@ -20,13 +20,13 @@ from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.single import SingleRound
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.none import NoSharing
+from bs_exp.testing.schedule import rounds
 from bs_exp.types import LossUnit
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.whitening.two_sided import TwoSidedWhitening
 from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE
-from tests.support.schedules import rounds
 
 REFIT = Refit(mode="sequential", inputs="compressed", target="mixed", beta=None, gram="layer", ridge=1e-6, below=None)
 

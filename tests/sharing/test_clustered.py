@@ -18,7 +18,7 @@ from bs_exp.linalg.clustering import Bounds, agglomerate
 from bs_exp.linalg.subspaces import left_subspace, subspace_distances
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.clustered import ClusteredSharing
-from tests.support.measures import GivenMeasures, architecture, problem, random_measures
+from bs_exp.testing.measures import GivenMeasures, architecture, problem, random_measures
 
 
 def clustered(**settings: Any) -> ClusteredSharing:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bs_exp.errors import ConfigError
 from bs_exp.sharing.criterion import CriterionSharing
+from bs_exp.testing.measures import GivenMeasures, architecture, problem, random_measures
 from bs_exp.types import LossUnit, Statistic
-from tests.support.measures import GivenMeasures, architecture, problem, random_measures
 
 
 def criterion(**settings: Any) -> CriterionSharing:

@@ -25,8 +25,8 @@ from bs_exp.models.tiny import tiny_random
 from bs_exp.protocols import Layout
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.heads import HeadSharing
+from bs_exp.testing.measures import problem
 from bs_exp.types import LoadedModel, PlannedGroup, RankPlan, SharedFactors
-from tests.support.measures import problem
 
 TYPES = ("q", "k", "v", "o", "up")
 # Grouped queries with biases, one head of keys and values per query, and grouped queries without biases.

@@ -17,8 +17,8 @@ from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.rank_budget import spectrum_choices
 from bs_exp.sharing.optimal import OptimalSharing, best_cut
+from bs_exp.testing.measures import architecture, problem, random_measures
 from bs_exp.types import LossUnit, WeightGroup
-from tests.support.measures import architecture, problem, random_measures
 
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 

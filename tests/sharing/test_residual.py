@@ -32,6 +32,7 @@ from bs_exp.protocols import Layout
 from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.residual import ResidualSharing
+from bs_exp.testing.measures import architecture, problem
 from bs_exp.training.objectives import find_factors
 from bs_exp.types import LoadedModel, LossUnit, SharedFactors, TokenWindows, WeightGroup
 from bs_exp.update.none import NoUpdate
@@ -39,7 +40,6 @@ from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
 from bs_exp.workspace import Workspace
-from tests.support.measures import architecture, problem
 
 LAYOUTS: list[Layout] = [PlainLayout(), PivotedLayout()]
 

@@ -10,8 +10,8 @@ from bs_exp.errors import ConfigError
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.explicit import ExplicitSharing
 from bs_exp.sharing.none import NoSharing
+from bs_exp.testing.measures import architecture, problem
 from bs_exp.types import Architecture
-from tests.support.measures import architecture, problem
 
 
 def test_remainder_is_a_smaller_group_and_unlisted_types_stay_alone() -> None:

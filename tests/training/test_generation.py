@@ -13,10 +13,11 @@ from torch import Tensor
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
+from bs_exp.testing.models import QUIET, Tokens, same, updated, values
 from bs_exp.training.generation import KIND, GenerationSettings, generate_windows
 from bs_exp.types import LoadedModel
 from bs_exp.workspace import Workspace
-from tests.support.updates import QUIET, RECOVERY, Interrupting, Tokens, same, updated, values
+from tests.support.updates import RECOVERY, Interrupting
 
 TEXT = Tokens().windows(None).ids
 GENERATION = GenerationSettings(generated_windows=12, prompt_length=4, generation_batch=5, seed=3)

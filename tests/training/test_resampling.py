@@ -12,11 +12,12 @@ from torch import Tensor
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
 from bs_exp.models.tiny import tiny_random
+from bs_exp.testing.models import QUIET, Tokens, same, updated, values
 from bs_exp.training.generation import generate_windows
 from bs_exp.training.resampling import MAX_PIECE_LENGTH, resample
 from bs_exp.training.settings import split_windows
 from bs_exp.workspace import Workspace
-from tests.support.updates import QUIET, RECOVERY, Tokens, same, updated, values
+from tests.support.updates import RECOVERY
 
 # Every token tells its place: token i of window w is 1000 w + i.
 PLACES = 1000 * torch.arange(7)[:, None] + torch.arange(50)

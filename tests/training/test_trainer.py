@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bs_exp.cache import Cache, MemoryEntry
+from bs_exp.testing.models import QUIET
 from bs_exp.training.trainer import Trainer
 from bs_exp.workspace import Workspace
-from tests.support.updates import QUIET, RECOVERY
+from tests.support.updates import RECOVERY
 
 IDS = torch.arange(12)[:, None]
 

@@ -19,13 +19,14 @@ from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
+from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 from bs_exp.training.objectives import find_factors
 from bs_exp.training.settings import split_windows
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.recover import KIND
 from bs_exp.workspace import Workspace
-from tests.support.updates import LAYOUTS, QUIET, RECOVERY, Interrupting, Tokens, recipe, same, updated, values
+from tests.support.updates import RECOVERY, Interrupting
 
 
 def recovered(

@@ -26,11 +26,11 @@ from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.sharing.none import NoSharing
 from bs_exp.sharing.residual import ResidualSharing
+from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 from bs_exp.types import CompressedModel, LoadedModel, WeightGroup, WeightMatrix
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.workspace import Workspace
-from tests.support.updates import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 
 OFFICIAL = Refit(
     mode="one_shot",

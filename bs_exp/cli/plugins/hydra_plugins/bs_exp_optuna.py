@@ -6,6 +6,8 @@ Matplotlib are imported when a search begins.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from bs_exp.errors import ConfigError, RecordError
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import read_record
 from bs_exp.records.sweep import objectives
+from bs_exp.source_code import targets_code
 
 if TYPE_CHECKING:
     from bs_exp.search.search import TrialOutcome
@@ -237,7 +240,15 @@ def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str])
         for key, value in _leaves(settings)
         if not any(key == name or key.startswith(f"{name}.") for name in varied)
     }
+    # Trials of other code do not compare with this one's. What a parameter chooses is told by the trial's own folder.
+    named = [{"_target_": value} for key, value in fixed.items() if key.rpartition(".")[2] == "_target_"]
+    fixed |= {f"code of {target}": _digest(code) for target, code in targets_code(named).items()}
     return Identity(tuple(directions), objectives, space.describe(), fixed)
+
+
+def _digest(code: Mapping[str, str]) -> str:
+    """One hash of a strategy's modules."""
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
