@@ -89,11 +89,15 @@ class WeightMatrix:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The compressible matrices of a model, found in its modules; `untouched` are block weights that stay dense."""
+    """The compressible matrices of a model, found in its modules; `untouched` are block weights that stay dense.
+
+    `blocks` are the paths of the blocks in the model, and in every compressed twin of it, by layer.
+    """
 
     family: str
     matrices: tuple[WeightMatrix, ...]
     untouched: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     @cached_property
     def by_position(self) -> Mapping[tuple[str, int], WeightMatrix]:

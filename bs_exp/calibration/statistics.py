@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bs_exp.cache import Entry, content_key
-from bs_exp.calibration import gradients, grams
+from bs_exp.calibration.accumulator import Place, subjects
+from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.models.model_inputs import check_has_logits, feeder
 from bs_exp.types import (
     Architecture,
@@ -26,7 +27,9 @@ from bs_exp.types import (
 )
 from bs_exp.workspace import Workspace
 
-WITH_LOSS = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT, Statistic.SENSITIVITY})
+WITH_LOSS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
+# Statistics of input sites and of matrices, in contrast to those of whole blocks.
+OF_MATRICES = frozenset(s for s, kind in ACCUMULATORS.items() if kind.place in (Place.INPUT, Place.OUTPUT_GRADIENT))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,23 +104,18 @@ def calibrate(
 ) -> CalibrationStats:
     """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
     key, cache = statistics_key(model, data), workspace.cache
-    matrices = model.architecture.matrices
-    entries: dict[Statistic, Mapping[str, Entry]] = {}
-    for gather, offered, names in (
-        (grams.gather_inputs, grams.ACCUMULATORS.keys(), {m.input_site for m in matrices}),
-        (gradients.gather_gradients, gradients.ACCUMULATORS.keys(), {m.module for m in matrices}),
-    ):
-        keys = {name: content_key(statistics=key, name=name) for name in sorted(names)}
-        missing = set()
-        for statistic in sorted(needs & offered):
-            found = {name: cache.find(statistic, name_key) for name, name_key in keys.items()}
-            entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
-            if len(entries[statistic]) < len(keys):
-                missing.add(statistic)
-        if missing:
-            gathered = gather(model, data, missing, progress=workspace.progress)
-            for statistic, by_name in gathered.items():
-                entries[statistic] = {name: cache.store(statistic, keys[name], t) for name, t in by_name.items()}
+    keys: dict[Statistic, Mapping[str, str]] = {}
+    entries: dict[Statistic, dict[str, Entry]] = {}
+    missing: set[Statistic] = set()
+    for statistic in sorted(needs & OF_MATRICES):
+        names = sorted(s.name for s in subjects(model.architecture, ACCUMULATORS[statistic].place))
+        keys[statistic] = {name: content_key(statistics=key, name=name) for name in names}
+        found = {name: cache.find(statistic, name_key) for name, name_key in keys[statistic].items()}
+        entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
+        if len(entries[statistic]) < len(names):
+            missing.add(statistic)
+    for statistic, name, tensors in gather(model, data, missing, progress=workspace.progress):
+        entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
     count, length = data.windows.ids.shape
     predictions = count * feeder(model, data.windows.feeding).predictions(length)
     return CalibrationStats(

@@ -130,6 +130,7 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
         family=family,
         matrices=tuple(sorted(matrices, key=lambda m: (m.layer, order[m.matrix]))),
         untouched=tuple(_untouched(model, {m.module for m in matrices})),
+        blocks=tuple(path for _, path, _ in _blocks(model)),
     )
 
 
@@ -156,11 +157,6 @@ def trunks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     decoder = model.get_decoder()
     # Some encoders call the last layer of their head a decoder.
     return (_without_head(decoder if _holds_blocks(decoder) else model),)
-
-
-def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The blocks of a dense model, by layer."""
-    return tuple(block for _, _, block in _blocks(model))
 
 
 def _without_head(model: PreTrainedModel) -> nn.Module:

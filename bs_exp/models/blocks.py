@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bs_exp.errors import ModelError
-from bs_exp.models.architecture import blocks_of
-from bs_exp.models.model_inputs import Feeder, hidden_states
+from bs_exp.models.hooks import Hooks
+from bs_exp.models.model_inputs import Inputs, hidden_states
 from bs_exp.types import LoadedModel
 
 _HIDDEN = "hidden_states"
@@ -23,11 +24,15 @@ _TOLERANCE = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of a block in a forward pass of its model, and what it returned."""
+    """The arguments of a block in a forward pass of its model, and the hidden states that it returned.
+
+    `members` is the length of the tuple that it returned them in (first), 0 if it returned a tensor.
+    """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     output: Tensor
+    members: int = 0
 
     @property
     def hidden(self) -> Tensor:
@@ -38,141 +43,125 @@ class Call:
     def on(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """What a block makes of other hidden states, everything else being as in this call."""
         if self.arguments:
-            return _hidden(block(hidden, *self.arguments[1:], **self.keywords))
-        return _hidden(block(**{**self.keywords, _HIDDEN: hidden}))
+            return states_of(block(hidden, *self.arguments[1:], **self.keywords))
+        return states_of(block(**{**self.keywords, _HIDDEN: hidden}))
+
+    def returning(self, hidden: Tensor) -> Any:
+        """Other hidden states, in the form in which the block returned its own."""
+        return (hidden, *[None] * (self.members - 1)) if self.members else hidden
+
+    def without_states(self) -> Call:
+        """The call without the hidden states: what the block is given besides."""
+        empty = torch.empty(0)
+        if self.arguments:
+            return replace(self, arguments=(empty, *self.arguments[1:]), output=empty)
+        return replace(self, keywords={**self.keywords, _HIDDEN: empty}, output=empty)
 
 
-def block_paths(dense: PreTrainedModel) -> tuple[str, ...]:
-    """Where the blocks of a dense model, and of every compressed twin of it, are found, by layer."""
-    paths = {id(module): name for name, module in dense.named_modules()}
-    return tuple(paths[id(block)] for block in blocks_of(dense))
-
-
-@contextmanager
-def recorded(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Call]]:
-    """The calls of the blocks at these paths, filled in as the model runs."""
-    calls: dict[str, Call] = {}
-
-    def hook(path: str) -> Callable[..., None]:
-        def record(block: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
-            calls[path] = Call(arguments, keywords, _hidden(output))
-
-        return record
-
-    handles = [module.get_submodule(p).register_forward_hook(hook(p), with_kwargs=True) for p in paths]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class BlockStream:
-    """The hidden states of all batches in front of a block, carried on by one block after the other.
-
-    They lie in the CPU's memory, in the model's dtype. Everything else that a block is given (masks, positions) is
-    that of one pass through the model. ModelError if the blocks of the model cannot be run this way.
-    """
-
-    def __init__(
-        self,
-        model: LoadedModel,
-        feeder: Feeder,
-        paths: Sequence[str],
-        batches: Sequence[Tensor],
-        *,
-        check: bool = True,
-    ) -> None:
-        self.batches = batches
-        self._model = model
-        self._feeder = feeder
-        self._paths = paths
-        self._calls: dict[int, list[Call]] = {}
-        for batch in batches:
-            if len(batch) not in self._calls:
-                self._calls[len(batch)] = [_without_states(call) for call in self._pass(batch)]
-        if check:
-            self._check()
-        self._states = [self._embedded(batch) for batch in batches]
-
-    def run(self, layer: int, batch: int) -> Tensor:
-        """What the block makes of the states of a batch in front of it."""
-        block = self._model.module.get_submodule(self._paths[layer])
-        states = self._states[batch].to(self._model.device)
-        with torch.no_grad():
-            return self._calls[len(states)][layer].on(block, states)
-
-    def advance(self, batch: int, states: Tensor) -> None:
-        """Puts a batch in front of the next block."""
-        self._states[batch] = states.cpu()
-
-    def _pass(self, batch: Tensor) -> list[Call]:
-        """The blocks' calls in a pass of a batch through the model."""
-        module: PreTrainedModel = self._model.module
-        with torch.no_grad(), recorded(module, self._paths) as calls:
-            hidden_states(module, self._feeder.inputs(batch.to(self._model.device)))
-        if missing := [path for path in self._paths if path not in calls]:
-            raise self._refusal(f"{missing[0]} did not run")
-        return [calls[path] for path in self._paths]
-
-    def _embedded(self, batch: Tensor) -> Tensor:
-        """What the first block reads of a batch; no block runs."""
-
-        def stop(block: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-            raise _FirstBlockReached(Call(arguments, keywords, torch.empty(0)).hidden)
-
-        module: PreTrainedModel = self._model.module
-        handle = module.get_submodule(self._paths[0]).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                hidden_states(module, self._feeder.inputs(batch.to(self._model.device)))
-        except _FirstBlockReached as reached:
-            return reached.hidden.cpu()
-        finally:
-            handle.remove()
-        raise self._refusal(f"{self._paths[0]} did not run")
-
-    def _check(self) -> None:
-        """Compares a chain of blocks with a pass of the model, on another batch than the recorded one if there is."""
-        batch = next((b for b in self.batches[1:] if len(b) == len(self.batches[0])), self.batches[0])
-        calls = self._pass(batch)
-        states = calls[0].hidden
-        for layer, (path, call) in enumerate(zip(self._paths, calls, strict=True)):
-            with torch.no_grad():
-                block = self._model.module.get_submodule(path)
-                same_input = call.hidden.shape == states.shape and _close(states, call.hidden)
-                if not same_input:
-                    raise self._refusal(f"something happens between its blocks, in front of {path}")
-                states = self._calls[len(batch)][layer].on(block, call.hidden)
-            if not _close(states, call.output):
-                raise self._refusal(f"{path} reads more than the hidden states of the block before it")
-
-    def _refusal(self, reason: str) -> ModelError:
-        return ModelError(
-            f"The blocks of this {type(self._model.module).__name__} cannot be run one at a time: {reason}. For the "
-            "refit use update.mode=one_shot with update.target=compressed_inputs, which runs the model as a whole; "
-            "update=none leaves it out."
-        )
-
-
-class _FirstBlockReached(Exception):  # noqa: N818  no error
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-def _hidden(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
+    """The hidden states among what a block returned."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
-def _without_states(call: Call) -> Call:
-    """The call without the large tensors that are not used again."""
-    empty = torch.empty(0)
-    if call.arguments:
-        return replace(call, arguments=(empty, *call.arguments[1:]), output=empty)
-    return replace(call, keywords={**call.keywords, _HIDDEN: empty}, output=empty)
+@contextmanager
+def recorded(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Call]]:
+    """The calls of the blocks at these paths, filled in as the model runs; of several calls of a block the last."""
+    calls: dict[str, Call] = {}
+
+    def record(path: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
+        members = len(output) if isinstance(output, tuple) else 0
+        calls[path] = Call(arguments, keywords, states_of(output), members)
+
+    with Hooks() as hooks:
+        for path in paths:
+            hooks.on_call(module.get_submodule(path), lambda *call, path=path: record(path, *call))
+        yield calls
+
+
+class Blocks:
+    """The blocks of a model, each of which can be run alone on hidden states (windows x positions x channels).
+
+    Whatever else a block is given (masks, positions, rotary tables) is what the model's own forward hands it: caught
+    once for every number of windows, so all windows must be of one length and without padding. Parts of the model in
+    front of the blocks and behind them run in its own forward, in which the blocks pass on what they are given.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._paths = model.architecture.blocks
+        self._modules = [model.module.get_submodule(path) for path in self._paths]
+        self._calls: dict[int, list[Call]] = {}
+        self._forms: list[Call] = []
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def embedded(self, inputs: Inputs) -> Float[Tensor, "windows positions channels"]:
+        """What the first block reads, on the model's device; no block runs. Needed once before `run` and `logits`."""
+        if not self._forms:
+            one = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            self._forms = [call.without_states() for call in self._pass(one)[0]]
+        with Hooks() as hooks:
+            self._pass_on(hooks)
+            calls, _ = self._pass(inputs)
+        states = calls[0].hidden
+        self._calls.setdefault(len(states), [call.without_states() for call in calls])
+        return states
+
+    def run(self, layer: int, states: Tensor) -> Float[Tensor, "windows positions channels"]:
+        """What a block makes of the states in front of it, on the model's device."""
+        return self._calls[len(states)][layer].on(self._modules[layer], states.to(self._model.device))
+
+    def logits(self, inputs: Inputs, states: Tensor) -> Float[Tensor, "windows positions vocabulary"]:
+        """What the model makes of the states behind its last block; no block runs."""
+        with Hooks() as hooks:
+            self._pass_on(hooks, states)
+            found: Tensor = self._model.module(**inputs).logits
+        return found
+
+    def check(self, first: Inputs, second: Inputs) -> None:
+        """ModelError if a chain of blocks is not the model: what is caught on the first inputs is used on the second.
+
+        Both must be of one shape.
+        """
+        calls, expected = self._pass(second)
+        self._forms = [call.without_states() for call in calls]
+        for (_, before), (path, call) in pairwise(zip(self._paths, calls, strict=True)):
+            if not _close(call.hidden, before.output):
+                raise self._refusal(f"something happens between its blocks, in front of {path}")
+        self.embedded(first)
+        if not _close(self.embedded(second), calls[0].hidden):
+            raise self._refusal(f"{self._paths[0]} runs more than once")
+        with torch.no_grad():
+            for layer, (path, call) in enumerate(zip(self._paths, calls, strict=True)):
+                if not _close(self.run(layer, call.hidden), call.output):
+                    raise self._refusal(f"{path} reads more than the hidden states of the block before it")
+            with Hooks() as hooks:
+                self._pass_on(hooks, calls[-1].output)
+                found = hidden_states(self._model.module, second)
+        if not _close(found, expected):
+            raise self._refusal(f"more than the output of {self._paths[-1]} is read behind its blocks")
+
+    def _pass(self, inputs: Inputs) -> tuple[list[Call], Tensor]:
+        """The blocks' calls in a pass through the model, by layer, and its last hidden states."""
+        with torch.no_grad(), recorded(self._model.module, self._paths) as calls:
+            states = hidden_states(self._model.module, inputs)
+        if missing := [path for path in self._paths if path not in calls]:
+            raise self._refusal(f"{missing[0]} did not run")
+        return [calls[path] for path in self._paths], states
+
+    def _pass_on(self, hooks: Hooks, last: Tensor | None = None) -> None:
+        """Blocks return what they are given, and the last one `last`, if that is given."""
+        for module, form in zip(self._modules, self._forms, strict=True):
+            hooks.run_instead(module, lambda *a, form=form, **k: form.returning(Call(a, k, torch.empty(0)).hidden))
+        if last is not None:
+            hooks.run_instead(self._modules[-1], lambda *a, **k: self._forms[-1].returning(last))
+
+    def _refusal(self, reason: str) -> ModelError:
+        name = type(self._model.module).__name__
+        return ModelError(f"The blocks of this {name} cannot be run one at a time: {reason}.")
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
+    return found.shape == expected.shape and bool((found - expected).norm() <= _TOLERANCE * expected.norm())

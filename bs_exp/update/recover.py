@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
 from bs_exp.identity import own_code
-from bs_exp.models.blocks import block_paths
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.training.generation import GenerationSettings, check_generation, generate_windows
@@ -122,7 +121,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
                     compressed=compressed,
                     dense=dense.module,
                     feeder=feed,
-                    paths=block_paths(dense.module),
+                    paths=dense.architecture.blocks,
                     autocast=autocast,
                 )
                 first, report["blockwise"] = trained(blocks, self.blockwise_steps, "recovering blocks")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.statistics import calibrate
-from bs_exp.errors import CalibrationError, ConfigError
+from bs_exp.calibration.walk import BlockStream
+from bs_exp.errors import CalibrationError, ConfigError, ModelError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
-from bs_exp.models.blocks import BlockStream, block_paths
+from bs_exp.models.blocks import Blocks
 from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.hooks import Hooks
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.progress import Progress
@@ -93,7 +96,15 @@ class Refit:
         """Windows that fit, and blocks that can be run one at a time where that is needed."""
         if self.streams:
             batches = data.windows.ids.split(1)[:2]
-            BlockStream(dense, feeder(dense, data.windows.feeding), block_paths(dense.module), batches)
+            feed = feeder(dense, data.windows.feeding)
+            first, *second = (feed.inputs(ids.to(dense.device)) for ids in batches)
+            try:
+                Blocks(dense).check(first, second[0] if second else first)
+            except ModelError as error:
+                raise ModelError(
+                    f"{error} For the refit use update.mode=one_shot with update.target=compressed_inputs, which runs "
+                    "the model as a whole; update=none leaves it out."
+                ) from error
 
     def apply(
         self,
@@ -151,14 +162,16 @@ class Refit:
 
     def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, progress: Progress) -> None:
         """Block by block: gathers one block's moments, refits, and carries the windows on."""
-        paths, batches = block_paths(work.dense.module), data.batches
         feed = feeder(work.dense, data.windows.feeding)
-        current = BlockStream(replace(work.dense, module=work.compressed), feed, paths, batches, check=False)
-        original = None
-        if self.target != "compressed_inputs":
-            original = BlockStream(work.dense, feed, paths, batches, check=False)
+
+        def stream(model: LoadedModel) -> BlockStream:
+            return BlockStream(Blocks(model), (feed.inputs(ids.to(model.device)) for ids in data.batches))
+
+        current = stream(replace(work.dense, module=work.compressed))
+        original = None if self.target == "compressed_inputs" else stream(work.dense)
+        layers = range(len(work.dense.architecture.blocks))
         pending: dict[WeightGroup, InputPairs] = {}
-        for layer in progress.track(range(len(paths)), label="refitting", total=len(paths)):
+        for layer in progress.track(layers, label="refitting", total=len(layers)):
             here = [group for group in groups if layer in group.layers]
             found = _gather(work, here, layer, current, original, advance=self.mode == "one_shot")
             for group in here:
@@ -170,7 +183,7 @@ class Refit:
                 if layer == max(group.layers):
                     work.refit(group, group.layers, pending.pop(group))
             if self.mode == "sequential":
-                for batch in range(len(batches)):
+                for batch in range(len(current)):
                     current.advance(batch, current.run(layer, batch))
 
 
@@ -277,7 +290,7 @@ def _gather(
     """Moments of a block's inputs by site; carries the dense stream on, and the compressed one if asked to."""
     sites = {(m := work.matrix(group, layer)).input_site: m.module for group in groups}
     found: dict[str, InputPairs] = {}
-    for batch in range(len(current.batches)):
+    for batch in range(len(current)):
         wanted: dict[str, Tensor] = {}
         if original is not None:
             with _inputs_of(work.dense.module, sites) as wanted:
@@ -302,19 +315,14 @@ def _inputs_of(module: PreTrainedModel, sites: Mapping[str, str]) -> Iterator[di
     """Inputs of the named modules by site, tokens x channels, filled in as the model runs."""
     seen: dict[str, Tensor] = {}
 
-    def hook(site: str) -> Callable[..., None]:
-        def see(layer: Any, arguments: tuple[Tensor, ...]) -> None:
-            rows = arguments[0].flatten(0, -2)
-            seen[site] = torch.cat((seen[site], rows)) if site in seen else rows
+    def see(site: str, inputs: Tensor) -> None:
+        rows = inputs.flatten(0, -2)
+        seen[site] = torch.cat((seen[site], rows)) if site in seen else rows
 
-        return see
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook(site)) for site, name in sites.items()]
-    try:
+    with Hooks() as hooks:
+        for site, name in sites.items():
+            hooks.on_input(module.get_submodule(name), partial(see, site))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _in_dtype(factors: StoredFactors, dtype: torch.dtype) -> StoredFactors:

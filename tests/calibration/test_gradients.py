@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bs_exp.calibration.gradients import gather_gradients
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
-from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
+from tests.support.gathered import Found, gathered
 
-BOTH = frozenset({Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT})
+BOTH = (Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT)
 
 
-def gather(model: LoadedModel, ids: Tensor, statistics: Set[Statistic] = BOTH, batch_size: int = 2) -> Any:
-    windows = TokenWindows(ids=ids, provenance={})
-    return gather_gradients(model, CalibrationData(windows, batch_size), statistics, progress=Progress(quiet=True))
+def gather(model: LoadedModel, ids: Tensor, *statistics: Statistic, batch_size: int = 2) -> Found:
+    return gathered(model, CalibrationData(TokenWindows(ids=ids, provenance={}), batch_size), *statistics)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
@@ -29,7 +24,7 @@ def test_bias_gradients_are_sums_of_output_gradients(family: str) -> None:
     """Oracle: with one predicted token per sequence position, autograd's own weight gradient is `x^T g`."""
     model = tiny_random(family)
     ids = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
-    grams = gather(model, ids)[Statistic.OUTPUT_GRAM]
+    grams = gather(model, ids, *BOTH)[Statistic.OUTPUT_GRAM]
     for matrix in model.architecture.matrices[:: max(1, len(model.architecture.matrices) // 5)]:
         module = module_of(model.module, matrix)
         captured: dict[str, torch.Tensor] = {}
@@ -55,8 +50,7 @@ def test_weight_gradients_are_those_of_each_sequence(family: str, batch_size: in
     """Oracle: autograd's own gradient of every weight, one sequence at a time; whatever the batches."""
     model = tiny_random(family)
     ids = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
-    found = gather(model, ids, {Statistic.WEIGHT_GRADIENT}, batch_size)
-    assert found.keys() == {Statistic.WEIGHT_GRADIENT}
+    found = gather(model, ids, Statistic.WEIGHT_GRADIENT, batch_size=batch_size)
     modules = {m: module_of(model.module, m) for m in model.architecture.matrices}
     expected = {m: torch.zeros(m.d_in).double() for m in modules}
     for sequence in ids:
@@ -75,7 +69,7 @@ def test_parameters_keep_their_flags_and_get_no_gradients() -> None:
     frozen = model.module.get_input_embeddings().weight
     frozen.requires_grad_(False)
     ids = torch.randint(0, 256, (2, 12))
-    gather(model, ids)
+    gather(model, ids, *BOTH)
     assert not frozen.requires_grad
     others = [p for p in model.module.parameters() if p is not frozen]
     assert all(p.requires_grad and p.grad is None for p in others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -15,11 +15,11 @@ from torch.nn import functional
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
-from bs_exp.calibration.profile import gather_output_singular_values, gather_sensitivity
+from bs_exp.calibration.profile import profile_blocks
 from bs_exp.errors import CalibrationError
 from bs_exp.importance.none import NoImportance
 from bs_exp.layout.plain import PlainLayout
-from bs_exp.models.architecture import blocks_of, module_of
+from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress
 from bs_exp.progress import Progress
@@ -81,15 +81,28 @@ def recipe(**dials: object) -> Recipe:
     return Recipe(**(settings | dials))  # type: ignore[arg-type]
 
 
-def run(gather: Callable[..., Tensor], model: LoadedModel, batch_size: int = 2) -> Tensor:
-    return gather(model, CalibrationData(tokens(), batch_size), progress=Progress(quiet=True))
+def profile(model: LoadedModel, *needs: Statistic, batch_size: int = 2) -> LayerProfile:
+    data = CalibrationData(tokens(), batch_size)
+    return profile_blocks(model, data, needs=set(needs), workspace=Workspace(Cache(None), Progress(quiet=True)))
+
+
+def sensitivity_of(model: LoadedModel) -> Tensor:
+    found = profile(model, Statistic.SENSITIVITY).sensitivity
+    assert found is not None
+    return found
+
+
+def output_singular_values_of(model: LoadedModel) -> Mapping[int, Tensor]:
+    found = profile(model, Statistic.BLOCK_OUTPUTS).output_singular_values
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sensitivity_is_the_relative_size_of_the_gradients(family: str) -> None:
     """Oracle: autograd's own gradients of the mean loss of each batch, for all targeted weights at once."""
     model = tiny_random(family)
-    found = run(gather_sensitivity, model)
+    found = sensitivity_of(model)
     matrices = model.architecture.matrices
     weights = [module_of(model.module, m).weight for m in matrices]
     expected = torch.zeros(model.architecture.num_layers, dtype=torch.float64)
@@ -106,9 +119,9 @@ def test_sensitivity_is_the_relative_size_of_the_gradients(family: str) -> None:
 def test_block_outputs_have_their_own_singular_values(family: str) -> None:
     """Oracle: the model's own hidden states, stacked, by a full SVD. The last one is taken before the final norm."""
     model = tiny_random(family)
-    found = run(gather_output_singular_values, model)
+    found = output_singular_values_of(model)
     kept: dict[int, Tensor] = {}
-    last = blocks_of(model.module)[-1]
+    last = model.module.get_submodule(model.architecture.blocks[-1])
     handle = last.register_forward_hook(
         lambda module, arguments, output: kept.update({0: output[0] if isinstance(output, tuple) else output})
     )
@@ -117,7 +130,7 @@ def test_block_outputs_have_their_own_singular_values(family: str) -> None:
     handle.remove()
     outputs = [*states[1:-1], kept[0]]
     assert len(found) == len(outputs) == model.architecture.num_layers
-    for values, output in zip(found, outputs, strict=True):
+    for values, output in zip(found.values(), outputs, strict=True):
         exact = torch.linalg.svdvals(output.reshape(-1, output.shape[-1]).double())
         torch.testing.assert_close(values, exact, rtol=1e-4, atol=1e-5)
 
@@ -130,8 +143,8 @@ def test_flags_gradients_and_hooks_are_as_before() -> None:
     first = module_of(model.module, model.architecture.matrices[0]).weight
     first.grad = torch.full_like(first, 3.0)
     embeddings.grad = kept
-    run(gather_sensitivity, model)
-    run(gather_output_singular_values, model)
+    sensitivity_of(model)
+    output_singular_values_of(model)
     assert not embeddings.requires_grad and embeddings.grad is kept
     assert bool((first.grad == 3.0).all())
     assert all(p.grad is None for p in model.module.parameters() if p is not first and p is not embeddings)
@@ -144,9 +157,9 @@ def test_nan_names_the_layer_and_leaves_no_hooks() -> None:
     with torch.no_grad():
         module_of(model.module, model.architecture.by_position["o", 1]).weight[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="outputs of layer 1 hold NaN"):
-        run(gather_output_singular_values, model)
+        output_singular_values_of(model)
     with pytest.raises(CalibrationError, match="gradients of layer 0 hold NaN"):
-        run(gather_sensitivity, model)
+        sensitivity_of(model)
     assert sum(len(m._forward_hooks) for m in model.module.modules()) == 0
 
 

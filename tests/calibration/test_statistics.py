@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bs_exp.cache import Cache
-from bs_exp.calibration import gradients, grams
-from bs_exp.calibration.statistics import CalibrationStats, calibrate
+from bs_exp.calibration.statistics import OF_MATRICES, CalibrationStats, calibrate
 from bs_exp.models.tiny import tiny_random
 from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, Statistic, TokenWindows, WeightGroup
@@ -18,7 +17,6 @@ from bs_exp.workspace import Workspace
 WINDOWS = TokenWindows(
     ids=torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0)), provenance={"sha256": "random"}
 )
-OF_MATRICES = frozenset(grams.ACCUMULATORS) | frozenset(gradients.ACCUMULATORS)
 CPU = torch.device("cpu")
 
 

@@ -29,9 +29,7 @@ from transformers import (
 from bs_exp import save_model, to_dense
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
-from bs_exp.calibration.gradients import gather_gradients
-from bs_exp.calibration.grams import gather_inputs
-from bs_exp.calibration.profile import gather_output_singular_values, gather_sensitivity
+from bs_exp.calibration.profile import profile_blocks
 from bs_exp.calibration.statistics import calibrate
 from bs_exp.corpora.windows import check_fits, max_positions
 from bs_exp.errors import ConfigError, DataError, ModelError
@@ -63,6 +61,7 @@ from bs_exp.whitening.fisher_rows import FisherRowsWhitening
 from bs_exp.whitening.gram import GramWhitening
 from bs_exp.whitening.two_sided import TwoSidedWhitening
 from bs_exp.workspace import Workspace
+from tests.support.gathered import gathered
 
 ALL = (*ENCODERS, *ENCODER_DECODERS)
 QUIET = Progress(quiet=True)
@@ -229,7 +228,7 @@ def test_other_families_are_known_by_their_names(family: str, settings: dict[str
     auto = find_auto_class(config, own_code=False)
     assert auto is not None
     model = assemble(auto.loader.from_config(config), byte_tokenizer(), None, source="", name="", task=auto.task)
-    found = gather_inputs(model, CalibrationData(RandomTokens().windows(), 4), {Statistic.GRAM}, progress=QUIET)
+    found = gathered(model, CalibrationData(RandomTokens().windows(), 4), Statistic.GRAM)
     assert found[Statistic.GRAM].keys() == {m.input_site for m in model.architecture.matrices}
     assert {"o", "down"} <= set(model.architecture.matrix_types)
 
@@ -347,7 +346,7 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
         found = torch.autograd.grad(loss, [module.weight for module in modules.values()])
         return {matrix: g.double() for matrix, g in zip(modules, found, strict=True)}
 
-    found = gather_gradients(model, CalibrationData(windows, 2), {Statistic.WEIGHT_GRADIENT}, progress=QUIET)
+    found = gathered(model, CalibrationData(windows, 2), Statistic.WEIGHT_GRADIENT)
     expected = {m: torch.zeros(m.d_in).double() for m in modules}
     for window in windows.ids:
         for matrix, gradient in gradients(window[None], "sum").items():
@@ -355,18 +354,19 @@ def test_gradients_are_those_of_the_models_own_loss(family: str, target: str) ->
     for matrix, rows in expected.items():
         torch.testing.assert_close(found[Statistic.WEIGHT_GRADIENT][matrix.module]["rows"], rows, rtol=1e-3, atol=1e-8)
 
-    sensitivity = gather_sensitivity(model, CalibrationData(windows, 2), progress=QUIET)
+    workspace = Workspace(Cache(None), QUIET)
+    profile = profile_blocks(model, CalibrationData(windows, 2), needs={Statistic.SENSITIVITY}, workspace=workspace)
     by_layer = torch.zeros(model.architecture.num_layers).double()
     for ids in windows.ids.split(2):
         for matrix, gradient in gradients(ids, "mean").items():
             by_layer[matrix.layer] += gradient.norm() / modules[matrix].weight.double().norm() / 2
-    torch.testing.assert_close(sensitivity, by_layer.detach(), rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(profile.sensitivity, by_layer.detach(), rtol=1e-3, atol=1e-8)
 
 
 def test_block_outputs_cover_encoder_and_decoder() -> None:
-    values = gather_output_singular_values(
-        tiny_random("t5"), CalibrationData(RandomTokens().windows(), 4), progress=QUIET
-    )
+    data, workspace = CalibrationData(RandomTokens().windows(), 4), Workspace(Cache(None), QUIET)
+    found = profile_blocks(tiny_random("t5"), data, needs={Statistic.BLOCK_OUTPUTS}, workspace=workspace)
+    values = torch.stack(list((found.output_singular_values or {}).values()))
     assert values.shape == (6, 32)
     assert (values[:, 0] > 0).all()
 

@@ -1,4 +1,4 @@
-"""Grams are what the formula says, cost no logits, and leave no hooks."""
+"""Grams and moments are what the formulas say, cost no logits, and leave no hooks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bs_exp.calibration.grams import gather_grams, gather_inputs
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
-from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
+from tests.support.gathered import gathered, grams_of
 
 
 def windows(count: int = 5, length: int = 16, seed: int = 0) -> TokenWindows:
@@ -38,7 +37,7 @@ def test_every_matrix_has_the_gram_of_its_own_input(family: str) -> None:
         model.module(data.ids)
     for handle in handles:
         handle.remove()
-    grams = gather_grams(model, CalibrationData(data, 2), progress=Progress(quiet=True))
+    grams = grams_of(model, CalibrationData(data, 2))
     for matrix in model.architecture.matrices:
         inputs = seen[matrix.module].reshape(-1, matrix.d_in).double()
         gram = grams[matrix.input_site]
@@ -62,10 +61,8 @@ def test_moments_are_those_of_all_inputs_and_come_with_the_grams(family: str) ->
         model.module(data.ids)
     for handle in handles:
         handle.remove()
-    wanted = {Statistic.GRAM, Statistic.INPUT_MOMENTS}
-    found = gather_inputs(model, CalibrationData(data, 2), wanted, progress=Progress(quiet=True))
-    assert found.keys() == wanted
-    grams = gather_grams(model, CalibrationData(data, 2), progress=Progress(quiet=True))
+    found = gathered(model, CalibrationData(data, 2), Statistic.GRAM, Statistic.INPUT_MOMENTS)
+    grams = grams_of(model, CalibrationData(data, 2))
     for matrix in model.architecture.matrices:
         inputs = seen[matrix.module].reshape(-1, matrix.d_in).double()
         moments = found[Statistic.INPUT_MOMENTS][matrix.input_site]
@@ -80,7 +77,7 @@ def test_moments_are_those_of_all_inputs_and_come_with_the_grams(family: str) ->
 
 def test_one_gram_per_input_site() -> None:
     model = tiny_random("llama")
-    grams = gather_grams(model, CalibrationData(windows(), 5), progress=Progress(quiet=True))
+    grams = grams_of(model, CalibrationData(windows(), 5))
     assert len(grams) == 4 * model.architecture.num_layers < len(model.architecture.matrices)
 
 
@@ -94,7 +91,7 @@ def test_no_logits_are_computed() -> None:
     assert isinstance(head, nn.Module)
     with_handle = head.register_forward_pre_hook(forbidden)
     try:
-        gather_grams(model, CalibrationData(windows(), 5), progress=Progress(quiet=True))
+        grams_of(model, CalibrationData(windows(), 5))
     finally:
         with_handle.remove()
 
@@ -104,19 +101,14 @@ def test_nan_activations_name_the_first_matrices_and_leave_no_hooks() -> None:
     with torch.no_grad():
         module_of(model.module, model.architecture.by_position["o", 1]).weight[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.gate_proj.*NaN"):
-        gather_grams(model, CalibrationData(windows(), 2), progress=Progress(quiet=True))
+        grams_of(model, CalibrationData(windows(), 2))
     assert hooks(model) == 0
 
 
 def test_hooks_are_gone_after_a_failure() -> None:
     model = tiny_random("llama")
     with pytest.raises(IndexError):
-        gather_grams(
-            model,
-            TokenWindows(ids=torch.full((1, 4), 10**6), provenance={}),
-            batch_size=1,
-            progress=Progress(quiet=True),
-        )
+        grams_of(model, CalibrationData(TokenWindows(ids=torch.full((1, 4), 10**6), provenance={}), 1))
     assert hooks(model) == 0
 
 
@@ -126,6 +118,6 @@ def test_matrices_of_one_site_must_read_the_same_input() -> None:
     handle = value.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 2,))
     try:
         with pytest.raises(CalibrationError, match=r"v_proj does not read the same input"):
-            gather_grams(model, CalibrationData(windows(), 2), progress=Progress(quiet=True))
+            grams_of(model, CalibrationData(windows(), 2))
     finally:
         handle.remove()

@@ -1,0 +1,191 @@
+"""Statistics gathered: every accumulator attached where it watches while the model runs, and read when it has all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bs_exp.calibration.accumulator import Accumulator, Loss, Place, Seen, Subject, is_finite, subjects
+from bs_exp.calibration.activations import BlockOutputSpectrum, GramSum, MomentSums
+from bs_exp.calibration.gradients import OutputGramSum, Sensitivity, SquaredGradientRows
+from bs_exp.calibration.walk import walk
+from bs_exp.errors import CalibrationError
+from bs_exp.models.architecture import module_of
+from bs_exp.models.blocks import states_of
+from bs_exp.models.hooks import Hooks
+from bs_exp.progress import Progress
+from bs_exp.types import CalibrationData, LoadedModel, Statistic, WeightMatrix
+
+# Everything that can be gathered. A new statistic is a class that keeps the protocol, and a row.
+ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
+    Statistic.GRAM: GramSum,
+    Statistic.INPUT_MOMENTS: MomentSums,
+    Statistic.BLOCK_OUTPUTS: BlockOutputSpectrum,
+    Statistic.OUTPUT_GRAM: OutputGramSum,
+    Statistic.WEIGHT_GRADIENT: SquaredGradientRows,
+    Statistic.SENSITIVITY: Sensitivity,
+}
+_LOSSES: Sequence[Loss | None] = (None, "sum", "mean")
+
+Gathered: TypeAlias = tuple[Statistic, str, dict[str, Tensor]]
+"""A statistic, the name of its subject, and the tensors found."""
+
+
+def gather(
+    model: LoadedModel, data: CalibrationData, statistics: Set[Statistic], *, progress: Progress
+) -> Iterator[Gathered]:
+    """The statistics of all their subjects on the calibration windows, as soon as each has seen all of them.
+
+    One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
+    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher). Tensors are on the CPU. Hooks,
+    `requires_grad` flags and gradients are as before afterwards, whatever happened.
+    Raises CalibrationError if what was seen is not finite, or matrices of one site read different inputs.
+    """
+    for loss in _LOSSES:
+        if chosen := [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss]:
+            sums = _Sums(model, chosen, loss, batches=len(data.batches))
+            for layers in walk(model, data, sums, progress=progress):
+                yield from sums.finished(layers)
+
+
+class _Sums:
+    """The accumulators of one pass, by statistic and subject; each is made when its layer is first attached."""
+
+    def __init__(self, model: LoadedModel, statistics: Sequence[Statistic], loss: Loss | None, *, batches: int) -> None:
+        self._model = model
+        self._loss = loss
+        self._batches = batches
+        chosen: dict[Place, list[Statistic]] = {}
+        for statistic in statistics:
+            chosen.setdefault(ACCUMULATORS[statistic].place, []).append(statistic)
+        self._watched = [(place, s, chosen[place]) for place in chosen for s in subjects(model.architecture, place)]
+        self._sums: dict[tuple[Statistic, str], Accumulator] = {}
+        self._compared: set[str] = set()
+        self._shapes: Sequence[torch.Size] = ()
+
+    @property
+    def loss(self) -> Loss | None:
+        """That whose gradients are watched, if any are."""
+        return self._loss
+
+    @property
+    def weights(self) -> Collection[Tensor]:
+        """Those whose gradients are watched."""
+        matrices = [m for place, s, _ in self._watched if place is Place.WEIGHT_GRADIENT for m in s.matrices]
+        return [module_of(self._model.module, matrix).weight for matrix in matrices]
+
+    def next_batch(self, shapes: Sequence[torch.Size]) -> None:
+        """Notes the windows and positions that the batch may consist of."""
+        self._shapes = shapes
+
+    def attach(self, hooks: Hooks, layers: Sequence[int]) -> None:
+        """Attaches the accumulators of these layers."""
+        for place, subject, statistics in self._watched:
+            if subject.layer not in layers:
+                continue
+            for key in [(statistic, subject.name) for statistic in statistics]:
+                if key not in self._sums:
+                    self._sums[key] = ACCUMULATORS[key[0]](subject, batches=self._batches)
+            sums = [self._sums[statistic, subject.name] for statistic in statistics]
+            match place:
+                case Place.INPUT:
+                    self._watch_inputs(hooks, subject, sums)
+                case Place.OUTPUT_GRADIENT:
+                    self._watch_output_gradient(hooks, subject, sums)
+                case Place.WEIGHT_GRADIENT:
+                    for matrix in subject.matrices:
+                        _watch_weight_gradient(hooks, module_of(self._model.module, matrix).weight, sums)
+                case Place.BLOCK_OUTPUT:
+                    path = self._model.architecture.blocks[subject.layer]
+                    _watch_block_output(hooks, self._model.module.get_submodule(path), sums)
+
+    def finished(self, layers: Sequence[int]) -> Iterator[Gathered]:
+        """What was found in these layers, which is not kept here. CalibrationError if anything is not finite."""
+        found: list[Gathered] = []
+        broken: list[str] = []
+        for place, subject, statistics in self._watched:
+            if subject.layer in layers:
+                new = [(s, subject.name, self._sums.pop((s, subject.name)).tensors()) for s in statistics]
+                if not all(is_finite(tensors) for _, _, tensors in new):
+                    broken.append(_not_finite(place, subject))
+                found += new
+        if broken:
+            # Forward, what is not finite spreads to the blocks behind; the gradients at outputs, to those in front.
+            backward = self._watched[0][0] is Place.OUTPUT_GRADIENT
+            raise CalibrationError(broken[-1 if backward else 0])
+        yield from found
+
+    def _watch_inputs(self, hooks: Hooks, subject: Subject, sums: Sequence[Accumulator]) -> None:
+        """Accumulates the inputs of a site's first matrix, and compares those of its others with them once."""
+        first, *others = subject.matrices
+        latest: list[Tensor] = []
+
+        def accumulate(inputs: Tensor) -> None:
+            latest[:] = [inputs] if any(other.module not in self._compared for other in others) else []
+            for accumulator in sums:
+                accumulator.add(Seen(inputs))
+
+        def compare(matrix: WeightMatrix, inputs: Tensor) -> None:
+            if matrix.module in self._compared:
+                return
+            self._compared.add(matrix.module)
+            # NaN equals NaN here: it is reported for what it is, once all inputs were seen.
+            if not latest or not torch.allclose(inputs, latest[0], rtol=0.0, atol=0.0, equal_nan=True):
+                raise CalibrationError(
+                    f"{matrix.module} does not read the same input as the other matrices of site {subject.name}. "
+                    "Map it to a role with another input site in model.roles."
+                )
+
+        hooks.on_input(self._model.module.get_submodule(first.module), accumulate)
+        for other in others:
+            hooks.on_input(self._model.module.get_submodule(other.module), partial(compare, other))
+
+    def _watch_output_gradient(self, hooks: Hooks, subject: Subject, sums: Sequence[Accumulator]) -> None:
+        def accumulate(inputs: Tensor | None, gradient: Tensor) -> None:
+            rows = gradient.numel() // gradient.shape[-1]
+            batch = next((shape for shape in self._shapes if shape.numel() == rows), self._shapes[0])
+            for accumulator in sums:
+                accumulator.add(Seen(gradient, inputs=inputs, batch=batch))
+
+        # Backward through activations alone does not keep the inputs, so they are kept only for who reads them.
+        reads = any(accumulator.reads_inputs for accumulator in sums)
+        hooks.on_output_gradient(self._model.module.get_submodule(subject.name), accumulate, keep_inputs=reads)
+
+
+def _watch_weight_gradient(hooks: Hooks, weight: Tensor, sums: Sequence[Accumulator]) -> None:
+    def accumulate(gradient: Tensor) -> None:
+        for accumulator in sums:
+            accumulator.add(Seen(gradient, weight=weight))
+
+    hooks.on_weight_gradient(weight, accumulate)
+
+
+def _watch_block_output(hooks: Hooks, block: nn.Module, sums: Sequence[Accumulator]) -> None:
+    def accumulate(arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
+        for accumulator in sums:
+            accumulator.add(Seen(states_of(output)))
+
+    hooks.on_call(block, accumulate)
+
+
+def _not_finite(place: Place, subject: Subject) -> str:
+    """What an error says of a subject."""
+    so, behind = "hold NaN or infinite values on the calibration text", ""
+    match place:
+        case Place.INPUT:
+            what = f"inputs of {', '.join(m.module for m in subject.matrices)}"
+            behind = ", so everything behind them is lost too"
+        case Place.OUTPUT_GRADIENT:
+            what = f"loss gradients at {subject.name}"
+        case Place.WEIGHT_GRADIENT:
+            what = f"loss gradients of layer {subject.layer}"
+        case Place.BLOCK_OUTPUT:
+            what = f"outputs of layer {subject.layer}"
+    return (
+        f"The {what} {so}{behind}. Load the model in another dtype (model.dtype=float32 or bfloat16), or check its "
+        "weights."
+    )

@@ -1,0 +1,231 @@
+"""How a model runs over the calibration windows: as a whole, or block by block; forward, or forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bs_exp.calibration.accumulator import Loss
+from bs_exp.errors import ModelError
+from bs_exp.models.architecture import trunks
+from bs_exp.models.blocks import Blocks
+from bs_exp.models.hooks import Hooks
+from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states
+from bs_exp.progress import Progress
+from bs_exp.types import CalibrationData, LoadedModel
+
+# From so many parameters on: the activations of one window of 2048 tokens then take several GB, those of a batch tens.
+LARGE = 1_000_000_000
+# Batches that go backward together, block by block. With one, the inputs of its blocks stay on the model's device. With
+# more, weights of a block are read once for all of them, and the inputs of their blocks wait on the CPU.
+WAVE = 1
+_LABELS: Mapping[Loss | None, str] = {None: "calibrating", "sum": "gradients", "mean": "sensitivity"}
+
+
+class Watch(Protocol):
+    """What is attached to the model while it runs.
+
+    `loss` is that whose gradients are watched; None runs the model forward alone, without logits. `weights` are the
+    parameters that get gradients, no other does; if there are none, backward runs through activations alone.
+    """
+
+    @property
+    def loss(self) -> Loss | None: ...
+
+    @property
+    def weights(self) -> Collection[Tensor]: ...
+
+    def attach(self, hooks: Hooks, layers: Sequence[int]) -> None:
+        """Attaches what watches these layers; may be asked for a layer again once `hooks` are gone."""
+
+    def next_batch(self, shapes: Sequence[torch.Size]) -> None:
+        """Told in front of every batch with a loss: the windows and positions that it may consist of."""
+
+
+class BlockStream:
+    """The hidden states of all batches in front of a block, carried on by one block after the other.
+
+    They lie in the CPU's memory, in the model's dtype.
+    """
+
+    def __init__(self, blocks: Blocks, batches: Iterable[Inputs]) -> None:
+        self._blocks = blocks
+        self._states = [blocks.embedded(inputs).cpu() for inputs in batches]
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._states)
+
+    def run(self, layer: int, batch: int) -> Tensor:
+        """What a block makes of the states of a batch in front of it, on the model's device."""
+        with torch.no_grad():
+            return self._blocks.run(layer, self._states[batch])
+
+    def advance(self, batch: int, states: Tensor) -> None:
+        """Puts a batch in front of the next block."""
+        self._states[batch] = states.cpu()
+
+
+def is_large(model: LoadedModel) -> bool:
+    """Whether keeping all activations of a batch would take more memory than a third forward pass is worth."""
+    return sum(parameter.numel() for parameter in model.module.parameters()) >= LARGE
+
+
+def walk(model: LoadedModel, data: CalibrationData, watch: Watch, *, progress: Progress) -> Iterator[Sequence[int]]:
+    """Runs the model over all windows with `watch` attached; yields layers as soon as all windows went through them.
+
+    A model that is not large runs as a whole, which is fastest, and yields all layers at the end. A large one runs
+    block by block. Forward, all windows go through one block before the next one runs, and each layer is yielded in
+    turn. Backward, `WAVE` batches at a time go forward, then from the last block to the first, where each block is
+    computed again from its stored input. A large model whose blocks cannot be run alone runs as a whole and a note says
+    so; its blocks are computed again in the backward pass, too. All ways give the same tensors in the same order to
+    what is attached, on the CPU bit for bit. Hooks, `requires_grad` flags and gradients are as before afterwards,
+    whatever happened.
+    """
+    run = _Run(model, data, watch, feeder(model, data.windows.feeding), progress)
+    layers = range(len(model.architecture.blocks))
+    large = is_large(model)
+    blocks = run.blocks() if large else None
+    if watch.loss is None and blocks is not None:
+        for layer in run.forward(blocks):
+            yield (layer,)
+        return
+    if watch.loss is None:
+        run.whole_forward()
+    elif blocks is None:
+        run.whole_backward(recompute=large)
+    else:
+        run.backward(blocks)
+    yield layers
+
+
+class _Run:
+    """One pass of the model over the windows, in one of four ways."""
+
+    def __init__(
+        self, model: LoadedModel, data: CalibrationData, watch: Watch, reader: Feeder, progress: Progress
+    ) -> None:
+        self._model = model
+        self._data = data
+        self._watch = watch
+        self._reader = reader
+        self._progress = progress
+
+    def blocks(self) -> Blocks | None:
+        """The blocks of the model, each on its own; None if they cannot be run so."""
+        blocks = Blocks(self._model)
+        first, *second = self._inputs(self._data.windows.ids[:2].split(1))
+        try:
+            blocks.check(first, second[0] if second else first)
+        except ModelError as error:
+            note = f"{error} It runs as a whole."
+            if note not in self._progress.notes:  # said once, whatever else is gathered
+                self._progress.note(note)
+            return None
+        return blocks
+
+    def whole_forward(self) -> None:
+        """The model's own forward pass, without its head."""
+        with Hooks() as hooks:
+            self._watch.attach(hooks, range(len(self._model.architecture.blocks)))
+            for inputs in self._inputs(self._tracked()):
+                with torch.inference_mode():
+                    hidden_states(self._model.module, inputs)
+
+    def whole_backward(self, *, recompute: bool) -> None:
+        """Backward through the whole graph of one batch; `recompute` keeps only the inputs of the blocks in memory."""
+        module, paths = self._model.module, self._model.architecture.blocks
+        with Hooks() as hooks:
+            hooks.only_gradients_of(module, self._watch.weights)
+            self._watch.attach(hooks, range(len(paths)))
+            if not self._watch.weights:
+                # The embeddings' output starts the graph. An encoder and a decoder look up apart, if in one table.
+                parts: tuple[Any, ...] = (module, *trunks(module))
+                for embeddings in {part.get_input_embeddings() for part in parts}:
+                    hooks.on_call(embeddings, lambda arguments, keywords, output: output.requires_grad_())
+            for block in map(module.get_submodule, paths if recompute else ()):
+                # Hooks inside see the first computation and the second; gradients reach the tensors of the first.
+                again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                hooks.run_instead(block, again)
+            for ids in self._tracked():
+                examples = self._examples(ids)
+                with torch.enable_grad():
+                    self._loss(examples, module(**examples.inputs).logits).backward()
+
+    def forward(self, blocks: Blocks) -> Iterator[int]:
+        """All batches through one block after the other; yields the layer when its hooks are gone."""
+        stream = BlockStream(blocks, self._inputs(self._data.batches))
+        for layer in self._progress.track(range(len(blocks)), label=self._label, total=len(blocks)):
+            with Hooks() as hooks:
+                self._watch.attach(hooks, [layer])
+                for batch in range(len(stream)):
+                    with torch.inference_mode():
+                        stream.advance(batch, stream.run(layer, batch))
+            yield layer
+
+    def backward(self, blocks: Blocks) -> None:
+        """Forward and backward block by block, one wave of batches after the other."""
+        with Hooks() as hooks:
+            hooks.only_gradients_of(self._model.module, self._watch.weights)
+            batches = self._data.batches
+            waves = [batches[start : start + WAVE] for start in range(0, len(batches), WAVE)]
+            for wave in self._progress.track(waves, label=self._label, total=len(waves)):
+                self._wave(blocks, wave)
+
+    def _wave(self, blocks: Blocks, batches: Sequence[Tensor]) -> None:
+        """Stores the inputs of all blocks, takes the gradients behind the last one, and goes back block by block."""
+        kept_on = self._model.device if len(batches) == 1 else torch.device("cpu")
+        examples = [self._examples(ids) for ids in batches]
+        with torch.no_grad():
+            states = [[blocks.embedded(each.inputs).to(kept_on) for each in examples]]
+            for layer in range(len(blocks)):
+                states.append([blocks.run(layer, before).to(kept_on) for before in states[-1]])
+        gradients = []
+        for each, last in zip(examples, states.pop(), strict=True):
+            with torch.enable_grad():
+                last = _leaf(last, self._model.device)
+                self._loss(each, blocks.logits(each.inputs, last)).backward()
+            gradients.append(_gradient(last))
+        for layer in reversed(range(len(blocks))):
+            with Hooks() as hooks:
+                self._watch.attach(hooks, [layer])
+                for i, before in enumerate(states.pop()):
+                    self._watch.next_batch(examples[i].shapes)
+                    with torch.enable_grad():
+                        before = _leaf(before, self._model.device)
+                        torch.autograd.backward(blocks.run(layer, before), gradients[i])
+                    gradients[i] = _gradient(before)
+
+    @property
+    def _label(self) -> str:
+        return _LABELS[self._watch.loss]
+
+    def _tracked(self) -> Iterator[Tensor]:
+        batches = self._data.batches
+        return self._progress.track(batches, label=self._label, total=len(batches))
+
+    def _inputs(self, batches: Iterable[Tensor]) -> Iterator[Inputs]:
+        return (self._reader.inputs(ids.to(self._model.device)) for ids in batches)
+
+    def _examples(self, ids: Tensor) -> Examples:
+        examples = self._reader.examples(ids.to(self._model.device))
+        self._watch.next_batch(examples.shapes)
+        return examples
+
+    def _loss(self, examples: Examples, logits: Tensor) -> Tensor:
+        assert self._watch.loss is not None
+        return examples.loss(logits, reduction=self._watch.loss)
+
+
+def _leaf(states: Tensor, device: torch.device) -> Tensor:
+    return states.detach().to(device).requires_grad_()
+
+
+def _gradient(states: Tensor) -> Tensor:
+    assert states.grad is not None
+    return states.grad
