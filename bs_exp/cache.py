@@ -24,7 +24,7 @@ from torch import Tensor
 from bs_exp.errors import CacheError
 from bs_exp.files import replacing
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 def content_key(**parts: Any) -> str:

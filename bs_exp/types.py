@@ -298,9 +298,10 @@ class LossUnit(StrEnum):
 class Metric:
     """The norm `||S dW R||_F` in which a group's error is measured; None is the identity. All in fp64.
 
-    `whitener` S is upper triangular with `S^T S = M + ridge * I`, where M is the Gram, possibly re-weighted, or another
-    matrix that the whitening uses instead; `right` holds, by layer, a lower triangular R with
-    `R R^T = output Gram + damping * I` (`damping` is the largest of the layers').
+    `whitener` S is upper triangular with `S^T S = M + diag(ridge)`, where M is the Gram, possibly re-weighted, or
+    another matrix that the whitening uses instead, and `ridge` is one number or one by channel; `right` holds, by
+    layer, a lower triangular R with `R R^T = output Gram + diag(damping)` (`damping` is the mean over channels, of the
+    layer where it is largest).
 
     Any other root does as well: what is not triangular is replaced by the triangular matrix of its QR decomposition,
     which has the same `S^T S` (or `R R^T`). Triangular ones keep their bits.
@@ -308,7 +309,7 @@ class Metric:
     """
 
     whitener: Float[Tensor, "d_in d_in"] | None
-    ridge: float = 0.0
+    ridge: float | Float[Tensor, " d_in"] = 0.0
     right: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
     damping: float = 0.0
     unit: LossUnit = LossUnit.METRIC_NORM
@@ -319,6 +320,11 @@ class Metric:
         if self.right is not None:
             lower = {layer: _upper(root.mT, f"right[{layer}]^T").mT for layer, root in self.right.items()}
             object.__setattr__(self, "right", lower)
+
+    @property
+    def mean_ridge(self) -> float:
+        """The ridge, averaged over channels: what the plan records."""
+        return float(self.ridge) if isinstance(self.ridge, float | int) else float(self.ridge.mean())
 
 
 def _upper(root: Tensor, name: str) -> Float[Tensor, "d d"]:

@@ -139,9 +139,9 @@ def test_runs_started_at_once_get_their_own_folders(composed: Compose) -> None:
 @pytest.mark.parametrize(
     ("preset", "digest"),
     [
-        ("svd_llm", "8b4906c85608517342e2d60735485009ce829ef6d080173765962337800fa00e"),
-        ("basis_sharing", "9cb2e39a349743e9b68223170aebc7a8dbdcd589f5837d6c5bb92d8f9ca11af9"),
-        ("best", "174e42aa69c5ef846402df50c1d56aab5373fea6b3100e13a1e0b95ecd5695c4"),
+        ("svd_llm", "b5c68b11c0928b0b1538c9c8a4f4b6eeb4fa0ac6ef9761904b5e54d84a1648b7"),
+        ("basis_sharing", "66916a5f8b21d2656cebc9c58bba66d9a6159ce122cdfa96366dec752d453e99"),
+        ("best", "f1f49b9f05ce3869717b2f7f8be2d940927431a121867b65cca47af433040f50"),
     ],
 )
 def test_points_of_earlier_sweeps_are_found_again(composed: Compose, preset: str, digest: str) -> None:

@@ -54,6 +54,11 @@ class Seen:
         """The values, in fp32."""
         return self.values.reshape(-1, self.values.shape[-1]).float()
 
+    @property
+    def exact_rows(self) -> Float[Tensor, "tokens channels"]:
+        """The values in fp64 on a CPU, in fp32 elsewhere, where fp64 is slow."""
+        return self.rows.double() if self.values.device.type == "cpu" else self.rows
+
 
 class Accumulator(Protocol):
     """One statistic of one subject: products in fp32, summed in fp64 on the CPU, unless it says otherwise.

@@ -63,7 +63,9 @@ def corrected_energies(
     angles = np.linspace(0.0, np.pi, _CORRECTION_POINTS)
     spread = np.unique(np.rint((full - 1) * (1.0 - np.cos(angles)) / 2.0).astype(int)).tolist()
     points = list(range(full)) if full <= _CORRECTION_POINTS else spread
-    overlap = units_t @ units_t.mT if metric.ridge and metric.unit is not LossUnit.NATS else None
+    overlap = None
+    if metric.mean_ridge and metric.unit is not LossUnit.NATS:
+        overlap = (metric.ridge * units_t) @ units_t.mT
     left = []
     for rank in points:
         total = 0.0
@@ -71,7 +73,7 @@ def corrected_energies(
             lost = tail - _leading(tail, group.correction)
             total += float(lost.square().sum())
             if overlap is not None:  # the ridge's share is no error on any input
-                total -= metric.ridge * float((lost * (overlap[rank:, rank:] @ lost)).sum())
+                total -= float((lost * (overlap[rank:, rank:] @ lost)).sum())
         left.append(max(total, 0.0) * (0.5 if metric.unit is LossUnit.NATS else 1.0))
     shares = torch.tensor(left, dtype=tails.dtype) / tails[points].cpu().clamp_min(torch.finfo(tails.dtype).tiny)
     between = torch.from_numpy(np.interp(range(full), points, shares.clamp(0.0, 1.0).numpy())).to(tails)

@@ -18,11 +18,14 @@ from bs_exp.types import Decomposition, LossUnit, Metric, SharedFactors, Spectru
 
 def cholesky_whitener(
     gram: Float[Tensor, "d d"], *, ridge: float = 0.0, of: str = "inputs"
-) -> tuple[Float[Tensor, "d d"], float]:
-    """`S` upper triangular with `S^T S = gram + added * I`, in fp64, and `added`, in units of the Gram.
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
+    """`S` upper triangular with `S^T S = gram + diag(added)`, in fp64, and `added` by channel, in units of the Gram.
 
-    `ridge` is in units of the mean diagonal. A Gram that is still not positive definite gets twice the magnitude of its
-    lowest eigenvalue, and an allowance for rounding, on top.
+    The Gram is scaled to a unit diagonal, `gram = D C D`, damped, `C + ridge * I`, factorised and scaled back: so
+    `added` is a share of each channel's own second moment, and the result does not depend on the scale of channels. A
+    share of the mean instead buries all others under one channel of large activations. A channel that is always zero
+    counts as one of mean size. A `C` that is still not positive definite gets twice the magnitude of its lowest
+    eigenvalue, and an allowance for rounding, on top.
     Raises DecompositionError if the Gram is not finite, zero, or not positive definite even so; the message says what
     it is the Gram `of`.
     """
@@ -32,7 +35,8 @@ def cholesky_whitener(
             f"the Gram of the {of} holds NaN or infinite entries, so the calibration {of} did too. Load the model with "
             "model.dtype=float32 if it is not."
         )
-    mean = float(gram.diagonal().mean())
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
     if mean <= 0.0:
         raise DecompositionError(
             f"the Gram's mean diagonal is {mean:.1e}: all {of} of these matrices are zero on the calibration text. "
@@ -40,20 +44,23 @@ def cholesky_whitener(
             "checkpoint, or load it with model.dtype=float32. If not, calibrate on other text, or use "
             "whitening=identity."
         )
-    added = ridge * mean
-    lower, info = torch.linalg.cholesky_ex(_shifted(gram, added))
+    scale = diagonal.where(diagonal > 0.0, mean).sqrt()
+    unit = gram / scale[:, None] / scale
+    shift = ridge
+    lower, info = torch.linalg.cholesky_ex(_shifted(unit, shift))
     if int(info) != 0:
-        lowest = float(torch.linalg.eigvalsh(gram)[0])
+        lowest = float(torch.linalg.eigvalsh(unit)[0])
         # Rounding moves eigenvalues by about d * eps * norm, so a shift below that can fail again.
-        rounding = gram.shape[0] * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(gram))
-        added += 2.0 * max(-lowest, 0.0) + rounding
-        lower, info = torch.linalg.cholesky_ex(_shifted(gram, added))
+        rounding = unit.shape[0] * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(unit))
+        shift += 2.0 * max(-lowest, 0.0) + rounding
+        lower, info = torch.linalg.cholesky_ex(_shifted(unit, shift))
         if int(info) != 0:
             raise DecompositionError(
-                f"the Gram is not positive definite (lowest eigenvalue {lowest:.1e}, mean diagonal {mean:.1e}) even "
-                f"with {added:.1e} on its diagonal. Raise whitening.ridge or use more calibration sequences."
+                f"the Gram is not positive definite (with channels scaled to unit second moments its lowest eigenvalue "
+                f"is {lowest:.1e}) even with {shift:.1e} on its diagonal. Raise whitening.ridge or use more "
+                "calibration sequences."
             )
-    return lower.mT.contiguous(), added
+    return (lower.mT * scale).contiguous(), shift * scale.square()
 
 
 def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Decomposition:
@@ -86,7 +93,7 @@ def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric:
         group=group,
         singular_values=values,
         energies=energies,
-        ridge=metric.ridge,
+        ridge=metric.mean_ridge,
         unit=metric.unit,
         damping=metric.damping,
     )
@@ -110,7 +117,7 @@ def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metri
         group=group,
         singular_values=squares.sqrt(),
         energies=squares / 2.0 if metric.unit is LossUnit.NATS else squares,
-        ridge=metric.ridge,
+        ridge=metric.mean_ridge,
         unit=metric.unit,
         damping=metric.damping,
     )
@@ -156,8 +163,8 @@ def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Met
         return half
     # One side of every component is orthogonal to that of the others, so errors add up over components, with or without
     # the ridge. The ridge's share is known exactly; it is subtracted, since it is no error on any input.
-    norms = basis_t.norm(dim=1) * coefficients.norm(dim=1)
-    without_ridge: Tensor = squares - metric.ridge * norms.square()
+    share = (metric.ridge * basis_t.square()).sum(dim=1) * coefficients.square().sum(dim=1)
+    without_ridge: Tensor = squares - share
     return without_ridge.clamp_min(0.0)
 
 

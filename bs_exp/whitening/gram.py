@@ -14,7 +14,7 @@ from bs_exp.validation import check_share
 class GramWhitening:
     """Error in the outputs on the calibration inputs, `||X (W - W_k)||_F`.
 
-    `ridge`, in units of the Gram's mean diagonal, is added to the diagonal; a Gram that is not positive definite gets
+    `ridge` is added to the Gram's diagonal, as a share of its entries; a Gram that is not positive definite gets
     as much more as it needs.
     SVD-LLM (2403.07378), section 3.1; Basis Sharing (2410.03765), section 3.1.
     """

@@ -23,7 +23,7 @@ class TwoSidedWhitening:
 
     `H` is the group's input Gram per token, averaged over its layers; `G_i = E[g g^T]` with g the gradient of the token
     loss at the output of layer i's matrix. So losses of different groups, types and depths have one unit and may
-    be compared. `ridge` and `damping` are added to H's and G's diagonals, in units of their means; `temper` is the
+    be compared. `ridge` and `damping` are added to H's and G's diagonals, as shares of their entries; `temper` is the
     exponent gamma of `G^gamma`, scaled to the trace of G: below 1 it trusts the curvature less, meant for large steps.
     A layer whose outputs have no influence on the loss is given a negligible G.
     Kronecker factors: Martens and Grosse (1503.05671), section 3; for SVD: GFWSVD (2505.17974), LEMS/KFAC-SVD.
@@ -52,11 +52,11 @@ class TwoSidedWhitening:
                 # No output of this matrix reaches the loss (it is multiplied by zeros later): any error costs nothing.
                 right[layer] = _NEGLIGIBLE * torch.eye(len(total), dtype=torch.float64, device=total.device)
                 continue
-            upper, damping = cholesky_whitener(
+            upper, added = cholesky_whitener(
                 tempered(total / predictions, self.temper), ridge=self.damping, of="output gradients"
             )
             right[layer] = upper.mT.contiguous()
-            dampings.append(damping)
+            dampings.append(float(added.mean()))
         damping = max(dampings, default=0.0)
         return Metric(whitener=whitener, ridge=ridge, right=right, damping=damping, unit=LossUnit.NATS)
 

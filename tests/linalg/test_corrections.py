@@ -37,7 +37,7 @@ def test_losses_at_every_rank_are_those_of_the_products(kind: str, shape: tuple[
     whitener = torch.eye(d_in, dtype=torch.float64) if norm.whitener is None else norm.whitener
     gram = whitener.mT @ whitener
     if kind == "gram":
-        gram = gram - norm.ridge * torch.eye(d_in, dtype=torch.float64)
+        gram = gram - torch.diag(torch.as_tensor(norm.ridge))
     for rank in range(1, group.full_rank + 1):
         shared = truncate(found, rank)
         own = corrections_of(group, found.basis_t, found.coefficients, norm, rank)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bs_exp.errors import DecompositionError
 from bs_exp.linalg.decomposition import cholesky_whitener, decompose, spectrum_of, truncate
 from bs_exp.types import LossUnit, Metric, WeightGroup
+from tests.support.options import strategy
 
 IDENTITY = Metric(whitener=None)
 
@@ -123,11 +124,40 @@ def test_an_indefinite_gram_survives_and_says_what_it_took() -> None:
     low = torch.linalg.eigvalsh(gram)[0]
     shifted = gram - (low + 0.5) * torch.eye(6, dtype=gram.dtype)
     metric = gram_metric(shifted)
-    assert metric.ridge > 0.5
+    added = torch.as_tensor(metric.ridge)
+    assert float(added.max()) > 0.5 and metric.mean_ridge == float(added.mean())
     assert metric.whitener is not None
-    torch.testing.assert_close(
-        metric.whitener.T @ metric.whitener, shifted + metric.ridge * torch.eye(6, dtype=gram.dtype)
-    )
+    torch.testing.assert_close(metric.whitener.T @ metric.whitener, shifted + torch.diag(added))
+
+
+def test_the_ridge_does_not_depend_on_the_scale_of_channels() -> None:
+    """Channels in other units give the same components in these units: the whitener is scaled, and nothing else."""
+    group, weight, inputs = problem(12, 20, 1)
+    units = torch.logspace(-6, 6, 12, dtype=torch.float64)[
+        torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    ]
+    plain, scaled = (gram_metric(x.T @ x, ridge=1e-3) for x in (inputs, inputs * units))
+    assert plain.whitener is not None and scaled.whitener is not None
+    torch.testing.assert_close(scaled.whitener / units, plain.whitener, rtol=1e-9, atol=1e-12)
+    first, second = product(group, weight, plain, 5), product(group, weight / units[:, None], scaled, 5)
+    torch.testing.assert_close(second * units[:, None], first, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 1e2, 1e4, 1e5, 1e-6])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_the_default_ridge_costs_nothing_beside_one_large_channel(outlier: float, decay: float) -> None:
+    """Oracle: the singular values of `X W`. A ridge of the mean diagonal cost up to 16 times the optimum here."""
+    d, rank = 64, 21
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.arange(1, d + 1, dtype=torch.float64) ** -decay
+    mixing = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    inputs = torch.randn(8 * d, d, generator=generator, dtype=torch.float64) * spread @ mixing
+    inputs[:, 3] *= outlier
+    weight = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    ridge = strategy("whitening=gram").ridge
+    found = product(WeightGroup("q", (0,), d, d), weight, gram_metric(inputs.T @ inputs, ridge=ridge), rank)
+    optimum = float(torch.linalg.svdvals(inputs @ weight)[rank:].square().sum().sqrt())
+    assert float((inputs @ (weight - found)).norm()) <= 1.001 * optimum
 
 
 def test_zero_weight_and_dead_channels_do_not_break() -> None:
