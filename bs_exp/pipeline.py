@@ -110,13 +110,13 @@ class Recipe:
 
     @property
     def metric_needs(self) -> frozenset[Statistic]:
-        """Those that the metric, and so every decomposition, depends on."""
+        """The statistics that the metric, and so every decomposition, depends on."""
         return self.whitening.needs | self.importance.needs
 
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """What a recipe makes of a model before any work: who shares with whom, and the calibration windows.
+    """The groups and the calibration windows of a recipe, known before any work.
 
     `dense` is the model as the sharing strategy sees it. `groups` is None where they depend on weights and statistics.
     """
@@ -245,7 +245,7 @@ def compress(
 
 
 def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace) -> SharingProblem:
-    """What a measured sharing strategy is given, for an analysis; statistics come from the cache."""
+    """The problem that a measured sharing strategy is given, for an analysis; statistics come from the cache."""
     dense, needs = prepared.dense, recipe.metric_needs | recipe.sharing.needs
     return _sharing_problem(dense, recipe, _measures(dense, dense, prepared.data, recipe, needs, workspace))
 
@@ -280,14 +280,14 @@ def _measures(
 
 
 def _comparison(dense: LoadedModel, recipe: Recipe, data: CalibrationData) -> Comparison | None:
-    """What the allocation measures plans with; None if it does not."""
+    """The comparison with the dense model by which the allocation measures plans; None if it measures none."""
     if not isinstance(recipe.allocation, MeasuredAllocation):
         return None
     return Comparison(dense=dense, data=data, objective=recipe.allocation.measured_by)
 
 
 def _search_identity(dense: LoadedModel, recipe: Recipe, data: CalibrationData, *, kept: float) -> dict[str, Any]:
-    """What the scores of a recipe's plans depend on, besides the plans; `kept` is what earlier rounds left."""
+    """What the scores of plans depend on besides the plans; `kept` is the share that earlier rounds left."""
     strategies = ("sharing", "whitening", "importance", "layout", "schedule")
     return {
         "model": dense.fingerprint,

@@ -1,4 +1,4 @@
-"""How close a compressed model stays to the dense one, measured on its outputs: what searches and selections go by."""
+"""How close the outputs of a compressed model stay to those of the dense one: the score of searches and selections."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def spread_windows(windows: TokenWindows, count: int | None) -> Int[Tensor, "cou
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Inputs on the model's device; `labels` stand beside the outputs, and `counted` says which of these count."""
+    """Inputs on the model's device, the `labels` of the counted positions, and which positions are `counted`."""
 
     inputs: Inputs
     labels: Int[Tensor, " counted"] | None
@@ -67,7 +67,7 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """Which rows a model gives for its tokens, and what makes its outputs of them.
+    """How outputs are computed: `rows` of the model for its tokens, and the `head` that turns rows into outputs.
 
     Usually rows are last hidden states, and the dense model's are kept: they take far less memory than logits. Where
     the logits are more than one matrix away from the hidden states (a cap, a scale, further layers), rows are the
@@ -84,7 +84,7 @@ class _Reading:
 class Comparison:
     """Measures models against the dense one they were made from, on windows of text. Lower is better.
 
-    What the dense model says is computed once.
+    The dense model's outputs are computed once.
     """
 
     dense: LoadedModel
@@ -134,7 +134,7 @@ class Comparison:
 
     @cached_property
     def _kept(self) -> list[Tensor]:
-        """The dense model's rows, on the CPU."""
+        """The dense model's rows for every batch, on the CPU."""
         return [self._rows(self.dense.module, position).cpu() for position in range(len(self._batches))]
 
     def _rows(self, module: PreTrainedModel, position: int) -> Float[Tensor, "counted channels"]:
@@ -165,7 +165,7 @@ class Comparison:
 
 @dataclass(eq=False, kw_only=True)
 class PlanScore:
-    """Scores plans by measurement: truncates what is decomposed, and runs the result once over the windows.
+    """Scores plans by measurement: the decompositions are truncated to the plan, and the model runs over the windows.
 
     A layout stores the same product in another form, so plans of all layouts are measured on plain factors. `keys` name
     the decompositions by content; scores are kept in the cache, so a search that is repeated measures nothing again.

@@ -1,7 +1,6 @@
 """Configuration: the root's schema, and from a composed configuration to an `Experiment`.
 
-With `__main__` and `multirun`, the only file that knows Hydra. Groups are YAML with `_target_`: the constructor is
-their schema.
+Groups are YAML with `_target_`: the constructor is their schema.
 What imports torch is imported when a run begins, so that a slip in a setting is answered at once.
 """
 
@@ -166,7 +165,7 @@ def _missing(node: Any, key: str = "") -> list[str]:
 
 
 def _make(cfg: DictConfig, key: str) -> Any:
-    """The strategy at a key; what its constructor refuses comes back with the full key of the dial."""
+    """The strategy at a key; errors of its constructor are raised with the full key of the dial."""
     try:
         return instantiate(OmegaConf.select(cfg, key), _convert_="all")
     except InstantiationException as error:
@@ -222,7 +221,7 @@ def describe(cfg: DictConfig) -> tuple[RunRecord, Path]:
 
 
 def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known before the run of what its result depends on besides settings: code of others, files it reads."""
+    """What the result depends on besides settings, as far as it is known before the run: foreign code, input files."""
     settings = result_settings(config)
     found = {CODE: targets_code(settings), FILES: file_stamps(settings) if in_sweep() else {}}
     return {key: value for key, value in found.items() if value}

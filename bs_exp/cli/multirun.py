@@ -1,4 +1,4 @@
-"""Between Hydra's multirun and a sweep on disk: which points there are, where they lie, and how it ended."""
+"""Hydra's multirun as a sweep on disk: its points, their folders, and the table at its end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _current = _Current()
 
 
 class SweepCallback(Callback):
-    """Writes down what a sweep is about to run. Named in `conf/config.yaml`; holds nothing: jobs get copies of it."""
+    """Writes the plan of a sweep before it runs. Named in `conf/config.yaml`; has no state, since jobs get copies."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep's folder for all jobs, and announces its points."""
@@ -59,7 +59,7 @@ class SweepCallback(Callback):
 
 
 def end_sweep() -> None:
-    """Prints what became of the points of this process's sweep, if it ran one, and frees what they shared."""
+    """Prints the outcome of the points of this process's sweep, if it ran one, and releases the shared model."""
     folder, plan = _current.folder, _current.plan
     _current.folder = _current.plan = None
     if folder is None or plan is None:

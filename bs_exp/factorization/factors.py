@@ -1,4 +1,4 @@
-"""The decompositions of all groups of a model: made once, kept in the cache, read as far as a plan asks."""
+"""The decompositions of all groups of a model: computed once, cached, and read up to the ranks of a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be known of any group of matrices: its weight, its statistics, its metric, its spectrum."""
+"""The weight, statistics, metric and spectrum of any group of matrices, each computed when it is first used."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class GroupMeasures:
     workspace: Workspace
 
     def gather(self) -> None:
-        """Gathers the statistics now, rather than when something asks for them."""
+        """Gathers the statistics now instead of at their first use."""
         _ = self._statistics
 
     def weight(self, group: WeightGroup) -> Float[Tensor, "d_in columns"]:
@@ -106,7 +106,7 @@ class GroupMeasures:
         )
 
     def failure(self, group: WeightGroup, error: Exception) -> DecompositionError:
-        """The error with the names of the modules that it is about."""
+        """The error with the names of the group's modules."""
         matrices = [self.dense.architecture.by_position[group.matrix, layer] for layer in group.layers]
         return DecompositionError(f"{group.name} ({', '.join(m.module for m in matrices)}): {error}")
 

@@ -56,7 +56,7 @@ def speed_settings(section: Section) -> dict[SpeedSetting, list[tuple[Series, Re
 
 
 def compression_seconds(point: ReportedRun) -> float:
-    """What compressing took, loading and evaluation aside."""
+    """Seconds of the compression, without loading and evaluation."""
     if Stage.COMPRESS in point.record.timings:
         return point.record.timings[Stage.COMPRESS]
     return sum(point.record.timings.get(stage, 0.0) for stage in COMPRESSION)
@@ -73,12 +73,12 @@ class SharedCost:
 
     @property
     def times(self) -> float:
-        """How many times the first point all of them cost; as many as there are points, if nothing is shared."""
+        """The cost of all points in units of the first one's: the number of points if they share nothing."""
         return self.all_seconds / self.first_seconds
 
 
 def seconds_without_evaluation(point: ReportedRun) -> float:
-    """What a run took, evaluation aside."""
+    """Seconds of a run, without evaluation."""
     return sum(seconds for phase, seconds in phases(point).items() if not phase.startswith(_EVALUATE))
 
 
@@ -99,7 +99,7 @@ def _shared(points: Sequence[ReportedRun]) -> SharedCost:
 
 
 def used_cache(point: ReportedRun) -> bool:
-    """Whether earlier work was reused, so that the timings tell less than a fresh run would take."""
+    """Whether cached work was reused, so that the timings are shorter than those of a fresh run."""
     return any(count for count in point.record.cache.get("hits", {}).values())
 
 
@@ -223,7 +223,7 @@ def _reused(point: ReportedRun) -> str:
 
 
 def own_timings(point: ReportedRun) -> dict[str, float]:
-    """Seconds by stage, none counted twice: of the stage around compression, what its inner stages do not explain."""
+    """Seconds by stage, none counted twice: the stage around compression keeps only what its inner stages leave."""
     timings = dict(point.record.timings)
     if Stage.COMPRESS in timings:
         inside = sum(timings.get(stage, 0.0) for stage in COMPRESSION if stage not in BEFORE_COMPRESSION)

@@ -35,7 +35,7 @@ def recipe_dials(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[
 
 
 def protocol_dials(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
-    """What must agree before two results may be compared: the model's settings, and how it is judged."""
+    """The settings that must agree before two results are compared: those of the model and of the evaluation."""
     model, evaluation = config.get("model"), config.get("evaluation")
     # The device changes speeds, which are told apart in their own tables.
     made = {k: v for k, v in model.items() if k != "device"} if isinstance(model, Mapping) else {}
@@ -80,7 +80,7 @@ def _mark(flat: Flat, key: str) -> str:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Key -> its last words, as many as tell the keys apart; a group's option is called like the group."""
+    """Key -> its last parts, as many as are needed to distinguish the keys; a group's option has the group's name."""
     parts = {key: key.removesuffix(f".{_TARGET}").split(".") for key in keys}
     names: dict[str, str] = {}
     for key, words in parts.items():
@@ -93,7 +93,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def show(flat: Flat, key: str) -> str:
-    """The value of a dial; an option by its module, which is called like the option file."""
+    """The value of a dial as text; an option is shown by the name of its file."""
     if key not in flat:
         return formats.ABSENT
     value = flat[key]

@@ -83,7 +83,7 @@ def house_style() -> Iterator[None]:
 
 
 def canvas(width: float = WIDTH, height: float = HEIGHT) -> Figure:
-    """An empty figure, in inches, that belongs to no window."""
+    """An empty figure of a size in inches, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,7 +127,7 @@ def _grow(figure: Figure, space: float) -> None:
 
 
 def render(figure: Figure, key: str, title: str, caption: str, alt: str, *, wide: bool = False) -> Drawn:
-    """The figure in all its forms."""
+    """The figure as SVG, PNG and inline SVG."""
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Title": title, "Description": alt, "Software": None})
     figure.savefig(svg, format="svg", dpi=_IMAGE_DPI, metadata={"Title": title, "Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""The figures of a study. Every one comes from records alone, and says in words what it shows."""
+"""The figures of a study, made from records alone, each with a description in words."""
 
 from __future__ import annotations
 

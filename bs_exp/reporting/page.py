@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, neither files nor a network."""
+"""The page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bs_exp.reporting.table import Table
 
 @dataclass(frozen=True)
 class Chapter:
-    """What the page says about one section, ready to be shown."""
+    """The content of one section of the page, ready for the template."""
 
     section: Section
     results: Sequence[Table]
@@ -107,7 +107,7 @@ def winners(section: Section) -> list[Winner]:
 
 
 def _facts(study: Study) -> list[tuple[str, str, str]]:
-    """Number, word, class: what the header says at a glance."""
+    """(number, word, CSS class) of the header's counts."""
     completed = len(study.with_status(Status.COMPLETED))
     failed = len(study.with_status(Status.FAILED, Status.INTERRUPTED))
     unfinished = len(study.with_status(Status.RUNNING))
@@ -144,7 +144,7 @@ def _about(section: Section) -> list[tuple[str, str]]:
 
 
 def _details(point: ReportedRun) -> list[tuple[str, str]]:
-    """What a run says of itself beyond its numbers."""
+    """Details of a run besides its metrics."""
     record = point.record
     error = record.error or {}
     facts = [

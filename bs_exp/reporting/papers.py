@@ -151,7 +151,7 @@ def _option(point: ReportedRun, group: str) -> str | None:
 
 
 def _differences(point: ReportedRun, row: Reported, known: Literature, method: Method | None) -> Iterator[str]:
-    """How this measurement was not made as the reported one, as far as it is known."""
+    """The known differences between the protocols of the measurement and of the reported number."""
     protocol = known.protocols[row.protocol]
     model = point.record.provenance.get("model", {})
     yield from _differ("dtype", model.get("dtype"), protocol.get("dtype"))
@@ -283,7 +283,7 @@ def _beside(comparisons: Sequence[PaperComparison]) -> Table:
 
 
 def _others(section: Section, key: str) -> Iterator[Table]:
-    """What all papers say at the ratios that were measured, our rows among theirs."""
+    """All numbers of papers at the measured ratios, with ours among them."""
     known = literature()
     rows_by_metric: dict[str, list[Reported]] = {}
     for row in known.about(section.model):

@@ -110,7 +110,7 @@ def correlation_tables(section: Section, key: str) -> Iterator[Table]:
 
 
 def reported_shares(section: Section, removed: float) -> list[LayerShares]:
-    """What papers report on the layers of the section's model at a ratio."""
+    """The shares by layer that papers report for the section's model at a ratio."""
     found = literature().layer_shares
     return [entry for entry in found if section.model in entry.models and abs(entry.removed - removed) < 1e-6]
 

@@ -23,7 +23,7 @@ _MADE = ".made.json"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and what could not be read."""
+    """The files that were written, and the study with its unreadable records."""
 
     folder: Path
     files: tuple[Path, ...]

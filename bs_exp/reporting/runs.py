@@ -1,4 +1,4 @@
-"""Where every row comes from: all runs, the environments they ran in, and what went wrong."""
+"""Provenance: all runs, their environments, and problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
 @dataclass(frozen=True, eq=False)
 class Environment:
-    """One combination of source, versions and hardware, and who ran in it."""
+    """One combination of source, versions and hardware, and the runs in it."""
 
     letter: str
     record: RunRecord
@@ -67,7 +67,7 @@ def _letter(i: int) -> str:
 
 
 def command(record: RunRecord) -> str:
-    """As it was typed, quoted for a shell."""
+    """The command line of a run, quoted for a shell."""
     return shlex.join(map(str, record.command))
 
 

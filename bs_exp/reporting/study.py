@@ -75,7 +75,7 @@ class Series:
 
     @property
     def completed(self) -> list[ReportedRun]:
-        """From the least removed to the most."""
+        """The completed points, from the least removed to the most."""
         done = [point for point in self.points if point.completed and point.removed is not None]
         return sorted(done, key=lambda point: point.removed or 0.0)
 
@@ -141,7 +141,7 @@ class Repeat:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Everything that a report says, in order."""
+    """The content of a report, in order."""
 
     sections: tuple[Section, ...]
     points: tuple[ReportedRun, ...]

@@ -13,7 +13,7 @@ from bs_exp.reporting import formats
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees, and the exact value behind it. `link` is the number of a run."""
+    """The shown text, and the exact value. `link` is the number of a run."""
 
     text: str
     value: Any = None
@@ -72,7 +72,7 @@ def mark_best(cells: list[Cell], *, lowest: bool) -> list[Cell]:
 
 
 def to_csv(table: Table) -> str:
-    """The exact values."""
+    """The table as CSV, with exact values."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([column.title for column in table.columns])

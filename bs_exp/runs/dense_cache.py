@@ -1,6 +1,6 @@
-"""What the points of a sweep have in common, kept in the process from one to the next: the dense model and its metrics.
+"""The dense model and its metrics, shared by the points of a sweep that run in one process.
 
-One model is kept at most. It is proved unchanged by its fingerprint before it is used again.
+At most one model is kept. Its fingerprint is compared before it is used again.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class _Kept:
 
 @dataclass(eq=False)
 class DenseStore:
-    """Keeps what runs find out about one dense model; a run that asks for another one begins anew.
+    """One dense model with its metrics and windows; a run with another model empties the store.
 
-    Sources, evaluators and calibrations are recognised by their settings. A fresh store shares nothing.
+    Sources, evaluators and calibrations are compared by their settings.
     """
 
     loads: int = 0
@@ -49,7 +49,7 @@ class DenseStore:
     def find(self, source: ModelSource) -> LoadedModel | None:
         """The kept model, if it is the one that `source` describes and nothing in it has changed; else None.
 
-        A model that is not wanted is let go first, so that two dense models are never in memory at once.
+        Another model is released first, so that two dense models are never in memory at once.
         """
         kept = self._kept
         if kept is not None and kept.source == source and _is_unchanged(kept):
@@ -58,7 +58,7 @@ class DenseStore:
         return None
 
     def keep(self, source: ModelSource, model: LoadedModel, run_id: str) -> None:
-        """Remembers a model that a run has just loaded."""
+        """Stores a model that a run has just loaded."""
         self.loads += 1
         self._kept = _Kept(source, model, run_id, _switches(model.module))
 
@@ -68,16 +68,16 @@ class DenseStore:
         return self._kept.run_id if self._kept else None
 
     def measurement(self, evaluator: Evaluator) -> Measurement | None:
-        """What an evaluator of these settings found about the kept model."""
+        """The metrics that an evaluator with these settings measured on the kept model; None if it did not."""
         return next((found for known, found in self._measured if known == evaluator), None)
 
     def measured(self, evaluator: Evaluator, metrics: Mapping[str, Any], run_id: str) -> None:
-        """Remembers what an evaluator found about the kept model, instead of what it found before."""
+        """Stores the metrics of an evaluator for the kept model, in place of earlier ones."""
         self._measured = [(known, found) for known, found in self._measured if known != evaluator]
         self._measured.append((evaluator, Measurement(dict(metrics), run_id)))
 
     def windows(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        """The windows of a calibration, as they were cut when they were first asked for."""
+        """The windows of a calibration, cut at the first call and kept."""
         for known, windows in self._windows:
             if known == calibration:
                 return windows
@@ -86,7 +86,7 @@ class DenseStore:
         return windows
 
     def forget(self) -> None:
-        """Lets go of the model and of all that belongs to it."""
+        """Releases the model, its metrics and its windows."""
         self._kept = None
         self._measured.clear()
         self._windows.clear()
@@ -106,7 +106,7 @@ def _is_unchanged(kept: _Kept) -> bool:
 
 
 def _switches(module: PreTrainedModel) -> tuple[object, ...]:
-    """What changes a model's behaviour besides its weights: modes, hooks, gradients and what asks for them."""
+    """The state that changes a model's behaviour besides its weights: training modes, hooks, gradients and flags."""
     return (
         tuple(
             (name, type(part), part.training, len(part._forward_hooks), len(part._forward_pre_hooks))

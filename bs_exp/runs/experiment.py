@@ -99,7 +99,7 @@ class Experiment:
         return self._report(objectives, metrics, recorder)
 
     def _prepare(self, judge: Judge, recorder: Recorder) -> tuple[LoadedModel, Preparation]:
-        """The dense model, and what the recipe makes of it before any work: settings that do not fit end here."""
+        """The dense model, and the recipe's preparation; an error for settings that do not fit, before any work."""
         if self.save_model:
             check_replaceable(recorder.folder / MODEL_FOLDER)
         self.cache.check()
@@ -185,7 +185,7 @@ class Experiment:
 
 
 def _quiet_libraries() -> None:
-    """The progress tells what happens; the libraries' chatter and bars would break its lines."""
+    """Silences the libraries' logs and bars, which would break the lines of the progress."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()

@@ -104,7 +104,7 @@ def select(
 
 
 def _candidate(recipe: Recipe, selection: Selection, name: str, contest: Contest) -> Recipe:
-    """A candidate as it is compared: without an update, and after one round where the contest says so."""
+    """The recipe of a candidate in the comparison: without an update, and in one round where the contest says so."""
     candidate = replace(recipe, **selection.candidates[name], update=NoUpdate())
     return replace(candidate, schedule=SingleRound()) if contest.single_round else candidate
 

@@ -1,4 +1,4 @@
-"""A run's record while the run goes on: begun early, kept up to date, closed whatever happens."""
+"""The record of a run under way: written from the start, updated, and closed however the run ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def new_record(
 class Recorder:
     """Keeps the record of a run on disk and in the tracker; a context that notes how the run ended.
 
-    It never swallows what ended the run: errors, Ctrl-C and exits are recorded and go on.
+    Errors, Ctrl-C and exits are recorded and raised again.
     """
 
     def __init__(self, record: RunRecord, folder: Path, progress: Progress) -> None:
@@ -70,7 +70,7 @@ class Recorder:
         write_record(self.record, self.folder)
 
     def track(self, tracker: Tracker) -> None:
-        """Follows the run in a tracker too; if that cannot be, says so and goes on."""
+        """Starts the tracker; if it cannot be started, a note says so and the run goes on without it."""
         try:
             self._tracked = tracker.start(self.record.to_dict(), self.folder)
         except TrackingError as error:
