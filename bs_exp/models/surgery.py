@@ -92,6 +92,19 @@ def factors_of(
     return StoredFactors(layout, group, basis, coefficients, kept, corrections)
 
 
+def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Bases, coefficients and corrections by name, a shared basis once, under the name of its first layer."""
+    names: dict[nn.Parameter, str] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, FactorisedLinear):
+            for kind, factor in (("basis", layer.basis), ("weight", layer.weight)):
+                if factor.numel():  # empty at full rank, where all is the identity
+                    names.setdefault(factor, f"{name}.{kind}")
+        elif isinstance(layer, CorrectedLinear):
+            names |= {layer.down: f"{name}.down", layer.weight: f"{name}.weight"}
+    return {name: factor for factor, name in names.items()}
+
+
 def exchange_factors(model: PreTrainedModel, architecture: Architecture, factors: StoredFactors) -> None:
     """Puts other factors in place of a group's, of the same rank and in the same layout; biases stay the Parameters
     they are."""

@@ -14,11 +14,11 @@ import torch
 from bs_exp.cache import Cache
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear, SharedLinear, pivoted_kind
+from bs_exp.models.surgery import find_factors
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import Layout, Update
 from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
-from bs_exp.training.objectives import find_factors
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace

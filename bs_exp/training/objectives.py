@@ -8,14 +8,13 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bs_exp.models.blocks import recorded
 from bs_exp.models.model_inputs import Feeder, hidden_states
-from bs_exp.models.modeling_basis_sharing import CorrectedLinear, FactorisedLinear
 
 # Numbers per piece of a comparison: its fp32 intermediates take a few hundred MB, whatever the vocabulary.
 LOGITS_AT_ONCE = 1 << 24
@@ -26,19 +25,6 @@ class Objective(Protocol):
 
     def __call__(self, ids: Int[Tensor, "windows length"], *, training: bool) -> Float[Tensor, ""]:
         """The loss in a step of training, or as it is measured: averaged within a window, summed over the windows."""
-
-
-def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Bases, coefficients and corrections by name, a shared basis once, under the name of its first layer."""
-    names: dict[nn.Parameter, str] = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, FactorisedLinear):
-            for kind, factor in (("basis", layer.basis), ("weight", layer.weight)):
-                if factor.numel():  # empty at full rank, where all is the identity
-                    names.setdefault(factor, f"{name}.{kind}")
-        elif isinstance(layer, CorrectedLinear):
-            names |= {layer.down: f"{name}.down", layer.weight: f"{name}.weight"}
-    return {name: factor for factor, name in names.items()}
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

@@ -20,8 +20,9 @@ from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
+from bs_exp.models.surgery import find_factors
 from bs_exp.protocols import Calibration
-from bs_exp.training.objectives import LogitDivergence, Objective, TokenLoss, find_factors
+from bs_exp.training.objectives import LogitDivergence, Objective, TokenLoss
 from bs_exp.training.settings import TrainerSettings, split_windows
 from bs_exp.training.trainer import Trainer, trainable
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows

@@ -18,8 +18,9 @@ from bs_exp.errors import ConfigError
 from bs_exp.identity import own_code
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.surgery import find_factors
 from bs_exp.training.generation import GenerationSettings, check_generation, generate_windows
-from bs_exp.training.objectives import BlockOutputs, LogitDivergence, Objective, find_factors
+from bs_exp.training.objectives import BlockOutputs, LogitDivergence, Objective
 from bs_exp.training.optimizers import OptimizerSettings
 from bs_exp.training.resampling import MAX_PIECE_LENGTH, resample
 from bs_exp.training.settings import TrainerSettings, split_windows

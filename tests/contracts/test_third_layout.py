@@ -20,13 +20,12 @@ from bs_exp.errors import DecompositionError, ModelError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.modeling_basis_sharing import LAYOUTS, FactorisedLinear, LinearMap, Shapes
 from bs_exp.models.saving import save_model
-from bs_exp.models.surgery import factors_of, replace_matrices, to_dense, twin
+from bs_exp.models.surgery import factors_of, find_factors, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.protocols import StoredFactors
 from bs_exp.sharing.residual import ResidualSharing
 from bs_exp.testing.models import QUIET, recipe
-from bs_exp.training.objectives import find_factors
 from bs_exp.types import CompressedModel, LoadedModel, SharedFactors, WeightGroup
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit

@@ -24,7 +24,7 @@ from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.modeling_basis_sharing import CorrectedLinear
 from bs_exp.models.saving import save_model
-from bs_exp.models.surgery import replace_matrices, to_dense, twin
+from bs_exp.models.surgery import find_factors, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import Recipe, compress
 from bs_exp.progress import Progress
@@ -33,7 +33,6 @@ from bs_exp.schedule.single import SingleRound
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.residual import ResidualSharing
 from bs_exp.testing.measures import architecture, problem
-from bs_exp.training.objectives import find_factors
 from bs_exp.types import LoadedModel, LossUnit, SharedFactors, TokenWindows, WeightGroup
 from bs_exp.update.none import NoUpdate
 from bs_exp.whitening.gram import GramWhitening

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bs_exp.errors import ConfigError
+from bs_exp.models.surgery import find_factors
 from bs_exp.models.tiny import tiny_random
 from bs_exp.testing.models import same, updated, values
-from bs_exp.training.objectives import find_factors
 from bs_exp.update.chain import UpdateChain
 from bs_exp.update.none import NoUpdate
 

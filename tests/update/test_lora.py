@@ -17,14 +17,13 @@ from bs_exp.errors import ConfigError, DataError, ModelError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.adapters import adapted_twin, has_adapters, without_adapters
 from bs_exp.models.saving import ADAPTER_FOLDER, save_model
-from bs_exp.models.surgery import to_dense
+from bs_exp.models.surgery import find_factors, to_dense
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress, prepare
 from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
-from bs_exp.training.objectives import find_factors
 from bs_exp.training.settings import split_windows
 from bs_exp.types import Task
 from bs_exp.update.lora import KIND, LoRA

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bs_exp.cache import Cache
 from bs_exp.errors import CalibrationError, ConfigError, DataError
 from bs_exp.models.saving import save_model
+from bs_exp.models.surgery import find_factors
 from bs_exp.models.tiny import TinyRandom, tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
-from bs_exp.training.objectives import find_factors
 from bs_exp.training.settings import split_windows
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.update.none import NoUpdate
