@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bs_exp.calibration.group_statistics import check_gatherable
 from bs_exp.calibration.profile import profile_blocks
-from bs_exp.calibration.statistics import check_gatherable
 from bs_exp.contracts import (
     check_groups,
     check_members,

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bs_exp.calibration.accumulator import Loss, Place, Seen, Subject, is_finite
+from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, is_finite
 
 
 class GramSum:

@@ -1,4 +1,4 @@
-"""Statistics gathered: every accumulator attached where it watches while the model runs, and read when it has all."""
+"""The table of statistics, and one pass over the windows that gathers several of them at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bs_exp.calibration.accumulator import Accumulator, Loss, Place, Seen, Subject, is_finite, subjects
 from bs_exp.calibration.activations import BlockOutputSpectrum, GramSum, MomentSums
 from bs_exp.calibration.gradients import OutputGramSum, Sensitivity, SquaredGradientRows
+from bs_exp.calibration.statistics import Accumulator, Loss, Place, Seen, Subject, is_finite, subjects
 from bs_exp.calibration.walk import walk
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bs_exp.calibration.accumulator import Loss, Place, Seen, Subject
+from bs_exp.calibration.statistics import Loss, Place, Seen, Subject
 
 
 class OutputGramSum:

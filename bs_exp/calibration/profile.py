@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bs_exp.cache import content_key
 from bs_exp.calibration.gather import gather
-from bs_exp.calibration.statistics import statistics_key
+from bs_exp.calibration.group_statistics import statistics_key
 from bs_exp.types import CalibrationData, LayerProfile, LoadedModel, Statistic
 from bs_exp.workspace import Workspace
 

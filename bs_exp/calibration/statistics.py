@@ -1,150 +1,109 @@
-"""Calibration statistics, gathered once, kept in the cache, and read one group at a time."""
+"""What a statistic is: a class that says where it watches the model, takes tensors there, and gives tensors by name.
+
+The classes are in `activations` and `gradients`, their table in `gather`: a new statistic is a class and a row.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.cache import Entry, content_key
-from bs_exp.calibration.accumulator import Place, subjects
-from bs_exp.calibration.gather import ACCUMULATORS, gather
-from bs_exp.models.model_inputs import check_has_logits, feeder
-from bs_exp.types import (
-    Architecture,
-    CalibrationData,
-    GroupStatistics,
-    InputMoments,
-    LoadedModel,
-    Statistic,
-    Task,
-    WeightGradient,
-    WeightGroup,
-    WeightMatrix,
-)
-from bs_exp.workspace import Workspace
+from bs_exp.types import Architecture, WeightMatrix
 
-WITH_LOSS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
-# Statistics of input sites and of matrices, in contrast to those of whole blocks.
-OF_MATRICES = frozenset(s for s, kind in ACCUMULATORS.items() if kind.place in (Place.INPUT, Place.OUTPUT_GRADIENT))
+Loss: TypeAlias = Literal["sum", "mean"]
+"""The model's own loss on a batch: summed over its predicted tokens, or averaged."""
+
+
+class Place(StrEnum):
+    """Where a statistic watches; it has one accumulator for every subject there."""
+
+    INPUT = "input"  # what an input site reads; the subject is the site
+    OUTPUT_GRADIENT = "output_gradient"  # loss gradient at the output of a matrix; the subject is its module
+    WEIGHT_GRADIENT = "weight_gradient"  # loss gradients of the targeted weights of a block; the subject is the block
+    BLOCK_OUTPUT = "block_output"  # hidden states behind a block; the subject is the block
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an accumulator is about: an input site, a module or a block (then its name is the layer), its layer, and
+    its targeted matrices."""
+
+    name: str
+    layer: int
+    matrices: tuple[WeightMatrix, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrationStats:
-    """Entries by statistic and by what they belong to: input sites, or modules for what is taken at outputs.
+class Seen:
+    """What came by at a place: inputs, hidden states or a gradient, in the dtype and on the device of the model.
 
-    Only those of the group that is asked for are in memory.
+    With a gradient at the output of a matrix come the windows and positions of its `batch`, and the `inputs` of the
+    matrix, if an accumulator there reads them; with a gradient of a weight, the `weight`.
     """
 
-    architecture: Architecture
-    tokens: int
-    predictions: int
-    entries: Mapping[Statistic, Mapping[str, Entry]]
+    values: Tensor
+    batch: torch.Size | None = None
+    inputs: Tensor | None = None
+    weight: Tensor | None = None
 
-    def of(self, group: WeightGroup, device: torch.device) -> GroupStatistics:
-        """The statistics of a group. Its Gram is the sum of its layers': the Gram of their inputs stacked
-        (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
-        matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
-        gram, output_grams, moments, gradient = None, None, None, None
-        tokens = self.tokens
-        if found := self.entries.get(Statistic.GRAM):
-            gram = _sum(found[m.input_site].tensor("gram").to(device) for m in matrices)
-            # An encoder and its decoder read different numbers of tokens.
-            tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
-        if found := self.entries.get(Statistic.OUTPUT_GRAM):
-            output_grams = {m.layer: found[m.module].tensor("gram").to(device) for m in matrices}
-        if found := self.entries.get(Statistic.INPUT_MOMENTS):
-            moments = _moments([found[m.input_site] for m in matrices], device)
-        if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
-            gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
-        return GroupStatistics(
-            group=group,
-            tokens=tokens,
-            gram=gram,
-            output_grams=output_grams,
-            moments=moments,
-            weight_gradient=gradient,
-            predictions=self.predictions,
-        )
+    @property
+    def rows(self) -> Float[Tensor, "tokens channels"]:
+        """The values, in fp32."""
+        return self.values.reshape(-1, self.values.shape[-1]).float()
+
+    @property
+    def exact_rows(self) -> Float[Tensor, "tokens channels"]:
+        """The values in fp64 on a CPU, in fp32 elsewhere, where fp64 is slow."""
+        return self.rows.double() if self.values.device.type == "cpu" else self.rows
 
 
-def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[str, Set[Statistic]]) -> None:
-    """ConfigError if a strategy (name -> what it needs) asks for loss gradients of a model that has no loss.
+class Accumulator(Protocol):
+    """One statistic of one subject: products in fp32, summed in fp64 on the CPU, unless it says otherwise.
 
-    ModelError if it has one, but its tokenizer lacks what that takes. Asked before any work.
+    `loss` is that whose gradients it takes, None if it takes none. `reads_inputs`: at a matrix's output, whether it
+    needs the matrix's inputs beside the gradients, which costs the memory to keep them.
     """
-    if asking := [name for name, statistics in needs.items() if statistics & WITH_LOSS]:
-        check_has_logits(model, f"{' and '.join(asking)}, made from gradients of the loss,")
-        feeder(model, data.windows.feeding).examples(data.windows.ids[:1])
+
+    place: ClassVar[Place]
+    loss: ClassVar[Loss | None]
+    reads_inputs: ClassVar[bool]
+
+    def __init__(self, subject: Subject, *, batches: int) -> None:
+        """`batches` is how many there will be."""
+
+    def add(self, seen: Seen) -> None:
+        """Takes what was seen once."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, by name; not finite where anything seen was not."""
 
 
-def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
-    """Hash of what the statistics depend on. The batch size changes the order of summation, hence the last bits."""
-    # Models that predict the next token ignore how others are fed.
-    feeding = None if model.task is Task.CAUSAL_LM else asdict(data.windows.feeding)
-    return content_key(
-        model=model.fingerprint,
-        task=model.task,
-        device=model.device.type,
-        windows=data.windows.provenance["sha256"],
-        feeding=feeding,
-        batch_size=data.batch_size,
-    )
+def subjects(architecture: Architecture, place: Place) -> tuple[Subject, ...]:
+    """All subjects at a place, by layer."""
+    match place:
+        case Place.INPUT:
+            sites: dict[str, list[WeightMatrix]] = {}
+            for matrix in architecture.matrices:
+                sites.setdefault(matrix.input_site, []).append(matrix)
+            return tuple(Subject(name, found[0].layer, tuple(found)) for name, found in sites.items())
+        case Place.OUTPUT_GRADIENT:
+            return tuple(Subject(matrix.module, matrix.layer, (matrix,)) for matrix in architecture.matrices)
+        case Place.WEIGHT_GRADIENT | Place.BLOCK_OUTPUT:
+            blocks = range(len(architecture.blocks))
+            return tuple(Subject(str(layer), layer, _of_layer(architecture, layer)) for layer in blocks)
 
 
-def calibrate(
-    model: LoadedModel,
-    data: CalibrationData,
-    *,
-    needs: Set[Statistic],
-    workspace: Workspace,
-) -> CalibrationStats:
-    """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
-    key, cache = statistics_key(model, data), workspace.cache
-    keys: dict[Statistic, Mapping[str, str]] = {}
-    entries: dict[Statistic, dict[str, Entry]] = {}
-    missing: set[Statistic] = set()
-    for statistic in sorted(needs & OF_MATRICES):
-        names = sorted(s.name for s in subjects(model.architecture, ACCUMULATORS[statistic].place))
-        keys[statistic] = {name: content_key(statistics=key, name=name) for name in names}
-        found = {name: cache.find(statistic, name_key) for name, name_key in keys[statistic].items()}
-        entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
-        if len(entries[statistic]) < len(names):
-            missing.add(statistic)
-    for statistic, name, tensors in gather(model, data, missing, progress=workspace.progress):
-        entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
-    count, length = data.windows.ids.shape
-    predictions = count * feeder(model, data.windows.feeding).predictions(length)
-    return CalibrationStats(
-        architecture=model.architecture, tokens=data.windows.ids.numel(), predictions=predictions, entries=entries
-    )
+def is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether sums hold no NaN and nothing infinite. What is infinite anywhere in a Gram is so on its diagonal."""
+    looked_at = [tensor.diagonal() if tensor.dim() == 2 else tensor for tensor in tensors.values()]
+    return all(bool(tensor.isfinite().all()) for tensor in looked_at)
 
 
-def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:
-    absolute, peak, fourth = (
-        torch.stack([site.tensor(name) for site in sites]).to(device) for name in ("absolute", "peak", "fourth")
-    )
-    return InputMoments(absolute=absolute.mean(0), peak=peak.amax(0), fourth=fourth.mean(0))
-
-
-def _gradient(
-    modules: Mapping[str, Entry],
-    matrices: Sequence[WeightMatrix],
-    of_type: Sequence[WeightMatrix],
-    device: torch.device,
-) -> WeightGradient:
-    rows = _sum(modules[m.module].tensor("rows") for m in matrices)
-    here = float(rows.sum()) / len(matrices)
-    everywhere = sum(float(modules[m.module].tensor("rows").sum()) for m in of_type) / len(of_type)
-    # Without any gradient, all layers are alike.
-    return WeightGradient(rows=rows.to(device), sensitivity=math.sqrt(here / everywhere) if everywhere else 1.0)
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    total, *others = tensors
-    for other in others:
-        total = total + other
-    return total
+def _of_layer(architecture: Architecture, layer: int) -> tuple[WeightMatrix, ...]:
+    return tuple(matrix for matrix in architecture.matrices if matrix.layer == layer)

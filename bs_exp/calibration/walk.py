@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bs_exp.calibration.accumulator import Loss
+from bs_exp.calibration.statistics import Loss
 from bs_exp.errors import ModelError
 from bs_exp.models.architecture import trunks
 from bs_exp.models.blocks import Blocks

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.cache import Entry, content_key
-from bs_exp.calibration.statistics import CalibrationStats, calibrate, statistics_key
+from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, statistics_key
 from bs_exp.contracts import check_metric, untouched_statistics
 from bs_exp.errors import DecompositionError
 from bs_exp.identity import identity

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bs_exp.layout.plain import PlainLayout
-from bs_exp.linalg.decomposition import cholesky_whitener, spectrum_of
+from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.protocols import Layout, Measures, SharingProblem
 from bs_exp.types import Architecture, GroupStatistics, LossUnit, Metric, Spectrum, WeightGroup, WeightMatrix
 

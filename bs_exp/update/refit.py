@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.calibration.statistics import calibrate
+from bs_exp.calibration.group_statistics import calibrate
 from bs_exp.calibration.walk import BlockStream
 from bs_exp.errors import CalibrationError, ConfigError, ModelError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss

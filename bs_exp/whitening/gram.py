@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.linalg.decomposition import cholesky_whitener
+from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 from bs_exp.validation import check_share
 

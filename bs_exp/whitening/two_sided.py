@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.linalg.decomposition import cholesky_whitener
+from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 from bs_exp.validation import check_share, check_unit
 

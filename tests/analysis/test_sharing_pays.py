@@ -13,7 +13,8 @@ import torch
 from bs_exp.analysis.sharing_pays import SharingPays
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.layout.plain import PlainLayout
-from bs_exp.linalg.decomposition import cholesky_whitener, spectrum_of
+from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.protocols import SharingProblem
 from bs_exp.records.record import read_record
 from bs_exp.reporting.collect import collect

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bs_exp.calibration import gather, walk
-from bs_exp.calibration.accumulator import Loss, Place, Seen, Subject, subjects
 from bs_exp.calibration.gather import ACCUMULATORS
+from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, subjects
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random

@@ -23,7 +23,7 @@ BROKEN = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.linalg.decomposition import cholesky_whitener
+from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.types import LossUnit, Metric, Statistic
 from my_helper import order
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.linalg.corrections import corrections_of
-from bs_exp.linalg.decomposition import cholesky_whitener, decompose, spectrum_of, truncate
+from bs_exp.linalg.decomposition import decompose, spectrum_of, truncate
 from bs_exp.types import LossUnit, Metric, WeightGroup
 
 

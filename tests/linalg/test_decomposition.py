@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bs_exp.errors import DecompositionError
-from bs_exp.linalg.decomposition import cholesky_whitener, decompose, spectrum_of, truncate
+from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.decomposition import decompose, spectrum_of, truncate
 from bs_exp.types import LossUnit, Metric, WeightGroup
 from tests.support.options import strategy
 

@@ -29,8 +29,8 @@ from transformers import (
 from bs_exp import save_model, to_dense
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
+from bs_exp.calibration.group_statistics import calibrate
 from bs_exp.calibration.profile import profile_blocks
-from bs_exp.calibration.statistics import calibrate
 from bs_exp.corpora.windows import check_fits, max_positions
 from bs_exp.errors import ConfigError, DataError, ModelError
 from bs_exp.importance.none import NoImportance

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bs_exp.cache import Cache
-from bs_exp.calibration.statistics import OF_MATRICES, CalibrationStats, calibrate
+from bs_exp.calibration.group_statistics import OF_MATRICES, CalibrationStats, calibrate
 from bs_exp.models.tiny import tiny_random
 from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, Statistic, TokenWindows, WeightGroup

@@ -1,0 +1,150 @@
+"""Calibration statistics, gathered once, kept in the cache, and read one group at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from bs_exp.cache import Entry, content_key
+from bs_exp.calibration.gather import ACCUMULATORS, gather
+from bs_exp.calibration.statistics import Place, subjects
+from bs_exp.models.model_inputs import check_has_logits, feeder
+from bs_exp.types import (
+    Architecture,
+    CalibrationData,
+    GroupStatistics,
+    InputMoments,
+    LoadedModel,
+    Statistic,
+    Task,
+    WeightGradient,
+    WeightGroup,
+    WeightMatrix,
+)
+from bs_exp.workspace import Workspace
+
+WITH_LOSS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
+# Statistics of input sites and of matrices, in contrast to those of whole blocks.
+OF_MATRICES = frozenset(s for s, kind in ACCUMULATORS.items() if kind.place in (Place.INPUT, Place.OUTPUT_GRADIENT))
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationStats:
+    """Entries by statistic and by what they belong to: input sites, or modules for what is taken at outputs.
+
+    Only those of the group that is asked for are in memory.
+    """
+
+    architecture: Architecture
+    tokens: int
+    predictions: int
+    entries: Mapping[Statistic, Mapping[str, Entry]]
+
+    def of(self, group: WeightGroup, device: torch.device) -> GroupStatistics:
+        """The statistics of a group. Its Gram is the sum of its layers': the Gram of their inputs stacked
+        (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
+        matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
+        gram, output_grams, moments, gradient = None, None, None, None
+        tokens = self.tokens
+        if found := self.entries.get(Statistic.GRAM):
+            gram = _sum(found[m.input_site].tensor("gram").to(device) for m in matrices)
+            # An encoder and its decoder read different numbers of tokens.
+            tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
+        if found := self.entries.get(Statistic.OUTPUT_GRAM):
+            output_grams = {m.layer: found[m.module].tensor("gram").to(device) for m in matrices}
+        if found := self.entries.get(Statistic.INPUT_MOMENTS):
+            moments = _moments([found[m.input_site] for m in matrices], device)
+        if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
+            gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
+        return GroupStatistics(
+            group=group,
+            tokens=tokens,
+            gram=gram,
+            output_grams=output_grams,
+            moments=moments,
+            weight_gradient=gradient,
+            predictions=self.predictions,
+        )
+
+
+def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[str, Set[Statistic]]) -> None:
+    """ConfigError if a strategy (name -> what it needs) asks for loss gradients of a model that has no loss.
+
+    ModelError if it has one, but its tokenizer lacks what that takes. Asked before any work.
+    """
+    if asking := [name for name, statistics in needs.items() if statistics & WITH_LOSS]:
+        check_has_logits(model, f"{' and '.join(asking)}, made from gradients of the loss,")
+        feeder(model, data.windows.feeding).examples(data.windows.ids[:1])
+
+
+def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
+    """Hash of what the statistics depend on. The batch size changes the order of summation, hence the last bits."""
+    # Models that predict the next token ignore how others are fed.
+    feeding = None if model.task is Task.CAUSAL_LM else asdict(data.windows.feeding)
+    return content_key(
+        model=model.fingerprint,
+        task=model.task,
+        device=model.device.type,
+        windows=data.windows.provenance["sha256"],
+        feeding=feeding,
+        batch_size=data.batch_size,
+    )
+
+
+def calibrate(
+    model: LoadedModel,
+    data: CalibrationData,
+    *,
+    needs: Set[Statistic],
+    workspace: Workspace,
+) -> CalibrationStats:
+    """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
+    key, cache = statistics_key(model, data), workspace.cache
+    keys: dict[Statistic, Mapping[str, str]] = {}
+    entries: dict[Statistic, dict[str, Entry]] = {}
+    missing: set[Statistic] = set()
+    for statistic in sorted(needs & OF_MATRICES):
+        names = sorted(s.name for s in subjects(model.architecture, ACCUMULATORS[statistic].place))
+        keys[statistic] = {name: content_key(statistics=key, name=name) for name in names}
+        found = {name: cache.find(statistic, name_key) for name, name_key in keys[statistic].items()}
+        entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
+        if len(entries[statistic]) < len(names):
+            missing.add(statistic)
+    for statistic, name, tensors in gather(model, data, missing, progress=workspace.progress):
+        entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
+    count, length = data.windows.ids.shape
+    predictions = count * feeder(model, data.windows.feeding).predictions(length)
+    return CalibrationStats(
+        architecture=model.architecture, tokens=data.windows.ids.numel(), predictions=predictions, entries=entries
+    )
+
+
+def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:
+    absolute, peak, fourth = (
+        torch.stack([site.tensor(name) for site in sites]).to(device) for name in ("absolute", "peak", "fourth")
+    )
+    return InputMoments(absolute=absolute.mean(0), peak=peak.amax(0), fourth=fourth.mean(0))
+
+
+def _gradient(
+    modules: Mapping[str, Entry],
+    matrices: Sequence[WeightMatrix],
+    of_type: Sequence[WeightMatrix],
+    device: torch.device,
+) -> WeightGradient:
+    rows = _sum(modules[m.module].tensor("rows") for m in matrices)
+    here = float(rows.sum()) / len(matrices)
+    everywhere = sum(float(modules[m.module].tensor("rows").sum()) for m in of_type) / len(of_type)
+    # Without any gradient, all layers are alike.
+    return WeightGradient(rows=rows.to(device), sensitivity=math.sqrt(here / everywhere) if everywhere else 1.0)
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    total, *others = tensors
+    for other in others:
+        total = total + other
+    return total
