@@ -63,7 +63,7 @@ def sources(module: str) -> dict[str, str]:
 def targets_code(settings: Any) -> dict[str, dict[str, str]]:
     """`sources` by `_target_`, for all in a configuration (plain data) that name foreign code.
 
-    A target that cannot be found is left out: who makes it says so.
+    A target that cannot be found is left out; building it raises the error.
     """
     found = {target: sources(_module_of(target)) for target in sorted(set(_targets(settings)))}
     return {target: code for target, code in found.items() if code}

@@ -98,7 +98,7 @@ def _stamp(path: Path) -> str:
 
 
 def _content(file: Path) -> str:
-    """A file's hash; of one that cannot be read why: whoever needs it says so."""
+    """A file's SHA-256, or the reason why it cannot be read; the run itself raises the error."""
     try:
         with file.open("rb") as opened:
             about = file.stat()

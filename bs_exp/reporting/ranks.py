@@ -39,7 +39,7 @@ def places(point: ReportedRun) -> dict[tuple[str, int], Place]:
 
 
 def rank_points(section: Section) -> list[tuple[Series, ReportedRun]]:
-    """One point per series, at the ratio where most series have a plan; of equals, where most is removed."""
+    """One point per series, at the ratio where most series have a plan (the lowest of several)."""
     planned = {
         removed: [(s, p) for s in section.series if (p := s.by_removed.get(removed)) and p.completed and p.groups]
         for removed in section.ratios

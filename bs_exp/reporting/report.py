@@ -96,7 +96,7 @@ def _figure_files(figures: Sequence[Drawn]) -> dict[str, bytes]:
 
 
 def _write(files: dict[str, bytes], out: Path) -> tuple[Path, ...]:
-    """Writes the files, and removes those that an earlier report made and this one does not: they would be believed."""
+    """Writes the files, and removes those of an earlier report that this one does not make: they are out of date."""
     try:
         for folder in {(out / name).parent for name in files} - {out}:
             if folder.is_symlink():
