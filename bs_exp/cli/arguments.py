@@ -12,7 +12,7 @@ from hydra.errors import OverrideParseException
 
 _FLAGS = ("-m", "--multirun")
 # Behind the sign of an assignment, a quote, or where an element of a list begins.
-_HOME = re.compile(r"(?<=[=\[,'\"])~(?=/|$)")
+_HOME = re.compile(r"(?<=[=\[,'\"])~(?=[/'\"]|$)")
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ def test_tokenizer_round_trips_any_text_and_adds_nothing() -> None:
         ({"layers": "many"}, "layers must be a whole number of at least 1, got 'many'"),
         ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
         ({"dtype": "fp32"}, r"dtype must be one of float32, float16, bfloat16, auto, got 'fp32'"),
-        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N, mps or xpu, got 'gpu'"),
         ({"roles": {"q_proj": "query"}}, r"model\.roles: 'q_proj' is mapped to 'query'"),
     ],
 )
