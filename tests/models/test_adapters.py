@@ -18,7 +18,7 @@ from bs_exp.models.modeling_basis_sharing import FactorisedLinear
 from bs_exp.models.saving import ADAPTER_FOLDER, save_model
 from bs_exp.models.tiny import TinyRandom
 from bs_exp.protocols import Layout
-from tests.support.updates import LAYOUTS, updated, values
+from bs_exp.testing.models import LAYOUTS, updated, values
 from tests.update.test_lora import LORA
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
