@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -234,5 +234,5 @@ def _gradient(states: Tensor) -> Tensor:
 def _embeddings(part: nn.Module) -> list[nn.Module]:
     """The tables in which a part looks its inputs up; all that it holds, if it is no model that names them."""
     if isinstance(part, PreTrainedModel):
-        return [cast("nn.Module", part.get_input_embeddings())]
+        return [part.get_input_embeddings()]
     return [table for table in part.modules() if isinstance(table, nn.Embedding)]

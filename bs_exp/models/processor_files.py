@@ -8,15 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import (
-    AUDIO_TOKENIZER_NAME,
+from transformers.utils import AUDIO_TOKENIZER_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import (
+    CHAT_TEMPLATE_DIR,
     CHAT_TEMPLATE_FILE,
-    IMAGE_PROCESSOR_NAME,
     LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-    PROCESSOR_NAME,
-    VIDEO_PROCESSOR_NAME,
+    cached_file,
 )
-from transformers.utils.hub import CHAT_TEMPLATE_DIR, cached_file
 
 # What a processor is read from on the hub, where a listing would need the network.
 _HUB_NAMES = (
