@@ -128,7 +128,10 @@ class Comparison:
         }
         logits = _logits(module, inputs)
         head = module.get_output_embeddings()
-        if isinstance(head, nn.Module) and _same(head(hidden_states(module, inputs)), logits):
+        hidden = hidden_states(module, inputs)
+        # A plain decoder may apply its head itself, and give out logits as its hidden states.
+        fits = isinstance(head, nn.Module) and getattr(head, "in_features", hidden.shape[-1]) == hidden.shape[-1]
+        if fits and not isinstance(head, nn.Embedding) and _same(head(hidden), logits):
             return _Reading(hidden_states, head, keeps=True, width=logits.shape[-1])
         return _Reading(_logits, _as_is, keeps=False, width=logits.shape[-1])
 

@@ -120,11 +120,18 @@ class _Sums:
         yield from found
 
     def _watch_inputs(self, hooks: Hooks, subject: Subject, sums: Sequence[Accumulator]) -> None:
-        """Accumulates the inputs of a site's first matrix, and compares those of its others with them once."""
+        """Accumulates the inputs of a site's first matrix, and compares those of its others with them once.
+
+        "First" is the order of `roles.yaml`: a block may run the others before it.
+        """
         first, *others = subject.matrices
         latest: list[Tensor] = []
+        early: list[tuple[WeightMatrix, Tensor]] = []
 
         def accumulate(inputs: Tensor) -> None:
+            for matrix, read in early:
+                require_same(matrix, read, inputs)
+            early.clear()
             latest[:] = [inputs] if any(other.module not in self._compared for other in others) else []
             for accumulator in sums:
                 accumulator.add(Seen(inputs))
@@ -133,8 +140,15 @@ class _Sums:
             if matrix.module in self._compared:
                 return
             self._compared.add(matrix.module)
+            if latest:
+                require_same(matrix, inputs, latest[0])
+            else:
+                early.append((matrix, inputs))
+
+        def require_same(matrix: WeightMatrix, inputs: Tensor, wanted: Tensor) -> None:
             # NaN equals NaN here: it is reported for what it is, once all inputs were seen.
-            if not latest or not torch.allclose(inputs, latest[0], rtol=0.0, atol=0.0, equal_nan=True):
+            same = inputs.shape == wanted.shape and torch.allclose(inputs, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+            if not same:
                 raise CalibrationError(
                     f"{matrix.module} does not read the same input as the other matrices of site {subject.name}. "
                     "Map it to a role with another input site in model.roles."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from bs_exp.calibration.statistics import Loss
 from bs_exp.errors import ModelError
@@ -145,8 +146,7 @@ class _Run:
             self._watch.attach(hooks, range(len(paths)))
             if not self._watch.weights:
                 # The embeddings' output starts the graph. An encoder and a decoder look up apart, if in one table.
-                parts: tuple[Any, ...] = (module, *trunks(module))
-                for embeddings in {part.get_input_embeddings() for part in parts}:
+                for embeddings in {table for part in (module, *trunks(module)) for table in _embeddings(part)}:
                     hooks.on_call(embeddings, lambda arguments, keywords, output: output.requires_grad_())
             for block in map(module.get_submodule, paths if recompute else ()):
                 # Hooks inside see the first computation and the second; gradients reach the tensors of the first.
@@ -229,3 +229,10 @@ def _leaf(states: Tensor, device: torch.device) -> Tensor:
 def _gradient(states: Tensor) -> Tensor:
     assert states.grad is not None
     return states.grad
+
+
+def _embeddings(part: nn.Module) -> list[nn.Module]:
+    """The tables in which a part looks its inputs up; all that it holds, if it is no model that names them."""
+    if isinstance(part, PreTrainedModel):
+        return [part.get_input_embeddings()]
+    return [table for table in part.modules() if isinstance(table, nn.Embedding)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -19,6 +20,9 @@ from bs_exp.validation import check_at_least, check_choice
 
 Order: TypeAlias = Literal["sequential", "random"]
 Tail: TypeAlias = Literal["drop", "keep"]
+SpecialTokens: TypeAlias = bool | Literal["per_window"]
+"""Whether the tokenizer adds its special tokens: never, once around the whole text, or around every window."""
+PER_WINDOW = "per_window"
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool) -> Int[Tensor, " tokens"]:
@@ -26,6 +30,28 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: b
     # verbose=False: a corpus is meant to be longer than the model's context, so the tokenizer's warning is noise.
     ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
+
+
+def check_special_tokens(value: object) -> None:
+    """ConfigError unless the value is one of `SpecialTokens`."""
+    if not isinstance(value, bool) and value != PER_WINDOW:
+        raise ConfigError(
+            f"special_tokens must be true (once around the whole text), false or {PER_WINDOW}, got {value!r}."
+        )
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer puts before a text and behind it; both are empty for many tokenizers."""
+    text = "text"
+    plain, whole = (tokenize(text, tokenizer, special_tokens=added).tolist() for added in (False, True))
+    starts = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
+    start = next(starts, None)
+    if start is None:
+        raise DataError(
+            f"{type(tokenizer).__name__} changes a text's own tokens when it adds special ones, so these cannot be put "
+            "around windows. Use special_tokens=true or false."
+        )
+    return whole[:start], whole[start + len(plain) :]
 
 
 def cut_windows(
@@ -36,7 +62,7 @@ def cut_windows(
     num_sequences: int | None = None,
     order: Order = "sequential",
     seed: int = 0,
-    special_tokens: bool = False,
+    special_tokens: SpecialTokens = False,
     tail: Tail = "drop",
     stride: int | None = None,
 ) -> TokenWindows:
@@ -44,27 +70,45 @@ def cut_windows(
 
     `num_sequences` takes so many windows, None all: the first ones, or with `order="random"` the first ones of a
     permutation drawn from `seed`. With `tail="keep"` the tokens after the last window are kept as a shorter one, but
-    only if no window is left out. Raises DataError if the text has too few tokens.
+    only if no window is left out. With `special_tokens="per_window"` a window has room for the special tokens: it holds
+    so many fewer of the text, and the default stride is what it holds. Raises DataError if the text has too few tokens.
     """
-    ids = tokenize(text, tokenizer, special_tokens=special_tokens)
-    if len(ids) < sequence_length:
+    ids = tokenize(text, tokenizer, special_tokens=special_tokens is True)
+    before, after = special_tokens_around(tokenizer) if special_tokens == PER_WINDOW else ([], [])
+    length = sequence_length - len(before) - len(after)
+    if length < 1:
         raise DataError(
-            f"The text is too short for one window: {len(ids):,} tokens found, {sequence_length:,} needed. "
+            f"sequence_length must be above {len(before) + len(after)}, the number of special tokens that the "
+            f"tokenizer puts around every window, got {sequence_length}."
+        )
+    if len(ids) < length:
+        raise DataError(
+            f"The text is too short for one window: {len(ids):,} tokens found, {length:,} needed. "
             "Use a longer text or a smaller sequence_length."
         )
-    stride = stride or sequence_length
-    windows = ids.unfold(0, sequence_length, stride)
+    stride = stride or length
+    if special_tokens == PER_WINDOW and stride > length:
+        raise ConfigError(
+            f"stride must be at most {length}, the tokens of the text in a window of {sequence_length} with the "
+            f"tokenizer's special tokens around it, got {stride}: tokens between the windows would be skipped."
+        )
+    windows = ids.unfold(0, length, stride)
     if num_sequences is not None and num_sequences > len(windows):
         raise DataError(
-            f"{num_sequences:,} windows of {sequence_length:,} tokens need {num_sequences * stride:,} tokens, but the "
+            f"{num_sequences:,} windows of {length:,} tokens need {num_sequences * stride:,} tokens, but the "
             f"text has {len(ids):,}, enough for {len(windows):,}. Use a longer text, a smaller sequence_length, "
             f"or num_sequences of at most {len(windows)} (calibration also takes num_sequences=all)."
         )
     chosen = windows[_positions(len(windows), num_sequences, order, seed)]
     rest = ids[len(windows) * stride :]
-    has_new_tokens = len(ids) > (len(windows) - 1) * stride + sequence_length
+    has_new_tokens = len(ids) > (len(windows) - 1) * stride + length
     # A tail follows the last window of the text, so it is dropped where windows are left out.
     kept_tail = rest if tail == "keep" and has_new_tokens and num_sequences is None else None
+    around: dict[str, Any] = {}
+    if special_tokens == PER_WINDOW:
+        chosen = _surrounded(chosen, before, after)
+        kept_tail = None if kept_tail is None else _surrounded(kept_tail[None], before, after)[0]
+        around = {"special_ids": [before, after]}
     return TokenWindows(
         ids=chosen,
         tail=kept_tail,
@@ -77,10 +121,19 @@ def cut_windows(
             "order": order,
             "seed": seed if order == "random" else None,
             "special_tokens": special_tokens,
+            **around,
             "tail": 0 if kept_tail is None else len(kept_tail),
             "sha256": _fingerprint(chosen, kept_tail),
         },
     )
+
+
+def _surrounded(
+    windows: Int[Tensor, "windows length"], before: Sequence[int], after: Sequence[int]
+) -> Int[Tensor, "windows longer"]:
+    """Every window with the same tokens before and behind it."""
+    parts = [torch.tensor(ids, dtype=torch.long).expand(len(windows), -1) for ids in (before, after)]
+    return torch.cat([parts[0], windows, parts[1]], dim=1)
 
 
 def _positions(available: int, wanted: int | None, order: Order, seed: int) -> Int[Tensor, " chosen"]:
@@ -165,7 +218,7 @@ class CalibrationSet:
     order: Order
     batch_size: int
     seed: int
-    special_tokens: bool
+    special_tokens: SpecialTokens
     mask_share: float = Feeding.mask_share
     source_share: float = Feeding.source_share
     target: Target = Feeding.target
@@ -174,6 +227,7 @@ class CalibrationSet:
         check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)
         check_at_least(0, seed=self.seed)
         check_choice("order", self.order, get_args(Order))
+        check_special_tokens(self.special_tokens)
         check_feeding(self._feeding)
         if self.num_sequences != "all":
             try:

@@ -14,7 +14,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from bs_exp.corpora.sampling import evenly_spaced
-from bs_exp.corpora.windows import Tail, check_fits, check_length, cut_windows
+from bs_exp.corpora.windows import (
+    PER_WINDOW,
+    SpecialTokens,
+    Tail,
+    check_fits,
+    check_length,
+    check_special_tokens,
+    cut_windows,
+    special_tokens_around,
+)
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.texts import tracked
 from bs_exp.models.model_inputs import check_task
@@ -35,8 +44,10 @@ class Perplexity:
 
     `stride` below `sequence_length` makes windows overlap, and each counts only the tokens that are new in it.
     `tail` keeps or drops the shorter last window; `average` gives equal weight to tokens or to windows; `max_windows`
-    evaluates that many full windows, evenly spaced over the text, and no tail. The papers' codes differ: Basis Sharing
-    keeps the tail and averages over windows, SVD-LLM drops the tail.
+    evaluates that many full windows, evenly spaced over the text, and no tail. `special_tokens` puts those of the
+    tokenizer around the whole text, where they count as its tokens, or with "per_window" around every window, where
+    they are context that is not predicted, so that the first token of a window is. The papers' codes differ: Basis
+    Sharing keeps the tail and averages over windows, SVD-LLM drops the tail.
     """
 
     corpora: Mapping[str, Corpus]
@@ -46,7 +57,7 @@ class Perplexity:
     average: Average
     max_windows: int | None
     batch_size: int
-    special_tokens: bool
+    special_tokens: SpecialTokens
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -56,6 +67,7 @@ class Perplexity:
         check_at_least(1, stride=self.stride, max_windows=self.max_windows, batch_size=self.batch_size)
         check_choice("tail", self.tail, get_args(Tail))
         check_choice("average", self.average, get_args(Average))
+        check_special_tokens(self.special_tokens)
         if self.stride is not None and self.stride > self.sequence_length:
             raise ConfigError(
                 f"stride must be at most sequence_length ({self.sequence_length}), got {self.stride}: "
@@ -76,7 +88,10 @@ class Perplexity:
         for name, corpus in self.corpora.items():
             text, origin = corpus.read()
             windows = self._windows(text, model)
-            losses = list(self._window_losses(windows, model.module, label=f"perplexity on {name}"))
+            around = special_tokens_around(model.tokenizer) if self.special_tokens == PER_WINDOW else ([], [])
+            before, after = map(len, around)
+            label = f"perplexity on {name}"
+            losses = list(self._window_losses(windows, model.module, before=before, after=after, label=label))
             metrics[metric(PPL, name)] = perplexity_of(_mean(losses, self.average))
             metrics[metric(PPL, name, TOKENS)] = sum(len(window) for window in losses)
             metrics[metric(PPL, name, TEXT_SHA256)] = str(origin["fingerprint"])
@@ -98,10 +113,15 @@ class Perplexity:
         return windows
 
     def _window_losses(
-        self, windows: TokenWindows, module: PreTrainedModel, *, label: str
+        self, windows: TokenWindows, module: PreTrainedModel, *, before: int, after: int, label: str
     ) -> Iterator[Float[Tensor, " new"]]:
-        """Losses (nats, fp64) of the tokens that are new in each window, the tail last."""
-        known = max(1, self.sequence_length - (self.stride or self.sequence_length))
+        """Losses (nats, fp64) of the tokens that are new in each window, the tail last.
+
+        The first `before` and the last `after` tokens of every window are special ones and do not count.
+        """
+        length = self.sequence_length - before - after
+        # The very first token of a window is not predicted.
+        start, known = max(1, before), max(1, before + length - (self.stride or length))
         ids, tail = windows.ids, windows.tail
         if self.max_windows is not None and self.max_windows < len(ids):
             ids, tail = ids[evenly_spaced(len(ids), self.max_windows)], None
@@ -112,7 +132,7 @@ class Perplexity:
         for batch in tracked(batches, label):
             for losses in token_losses(module, batch):
                 # The beginning of a window was counted in the one before; the first window has none before it.
-                yield losses if first else losses[known - 1 :]
+                yield losses[(start if first else known) - 1 : len(losses) - after]
                 first = False
 
 

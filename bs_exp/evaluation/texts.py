@@ -45,6 +45,12 @@ def check_text_settings(settings: TextSettings) -> None:
     check_at_least(2, sequence_length=settings.sequence_length)
     check_at_least(1, max_windows=settings.max_windows, batch_size=settings.batch_size)
     check_feeding(settings.feeding)
+    if not isinstance(settings.special_tokens, bool):
+        raise ConfigError(
+            f"special_tokens must be true or false where tokens are masked, cut out or compared, got "
+            f"{settings.special_tokens!r}; around every window they are put in calibration and for perplexity of the "
+            "next token."
+        )
 
 
 def check_windows_fit(settings: TextSettings, model: LoadedModel) -> None:

@@ -1,8 +1,8 @@
 """LoRA adapters of factors (peft): one for each factor, so that layers which share a basis share its adapter too.
 
-They are trained on a twin whose factorised layers are pairs of `nn.Linear` that hold the same Parameters as the model:
-so peft never forms the product of an adapter. Adapters that are kept are attached to the model itself, as adapters of
-Parameters, the form that `PeftModel.from_pretrained` can load.
+They are put in place of the maps by which factorised layers apply their factors (`FactorMap`). The layers of a group
+hold one such module for their basis, so peft finds it once, and merges its adapter once. They are trained on a twin;
+adapters that are kept are attached to the model itself, in the form that `PeftModel.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from bs_exp.models.modeling_basis_sharing import FactorisedLinear
+from bs_exp.models.modeling_basis_sharing import FactorMap
 from bs_exp.models.surgery import twin
 
 ADAPTER = "default"
-KINDS = ("basis", "weight")
 # What peft calls the model inside a PeftModel.
 _PREFIX = "base_model.model."
 
@@ -85,60 +83,39 @@ def adapted_twin(
     """
     wanted = {id(model.get_parameter(name)): name for name in reversed(list(factors))}
     module = twin(model)
-    linears: dict[int, nn.Linear] = {}
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, FactorisedLinear):
-            module.set_submodule(name, _FactorPair(layer, linears))
-    # peft puts an adapter at the first place of a shared basis only; the last loop puts it at the other places.
-    ranks = {
-        name: min(rank, *_plain(part).weight.shape)
-        for name, part in module.named_modules()
-        if _factor_id(part) in wanted
-    }
-    config = _config(rank, alpha, ranks, lora_dropout=dropout, target_modules=list(ranks))
-    inject_adapter_in_model(config, module, adapter_name=ADAPTER)
-    found = {id(part.base_layer.weight): part for part in module.modules() if isinstance(part, LoraLayer)}
+    places = _places(module, wanted)
+    ranks = {place: min(rank, *factor.shape) for place, factor in places.items()}
+    _inject(module, _config(rank, alpha, ranks, lora_dropout=dropout))
+    found = {id(factor): module.get_submodule(place) for place, factor in places.items()}
     generator = torch.Generator().manual_seed(seed)
     adapters: dict[str, Adapter] = {}
     for key, name in sorted(wanted.items(), key=lambda item: item[1]):
         wrapped: Any = found[key]
-        dtype = torch.promote_types(wrapped.base_layer.weight.dtype, torch.float32)
+        factor = wrapped.get_base_layer().weight
+        dtype = torch.promote_types(factor.dtype, torch.float32)
         down, up = wrapped.lora_A[ADAPTER].to(dtype), wrapped.lora_B[ADAPTER].to(dtype)
         bound = 1.0 / math.sqrt(down.in_features)
         values = torch.rand(down.weight.shape, generator=generator, dtype=torch.float64) * 2.0 * bound - bound
         with torch.no_grad():
             down.weight.copy_(values)
-        adapters[name] = Adapter(wrapped.base_layer.weight, down.weight, up.weight, wrapped.scaling[ADAPTER])
-    for part in module.modules():
-        if isinstance(part, _FactorPair):
-            part.basis = found.get(id(_plain(part.basis).weight), part.basis)
+        adapters[name] = Adapter(factor, down.weight, up.weight, wrapped.scaling[ADAPTER])
     module.train(model.training)
     return AdaptedTwin(module, adapters)
 
 
 def attach(model: PreTrainedModel, adapted: AdaptedTwin, *, rank: int, alpha: float) -> None:
-    """Attaches trained adapters to the compressed model itself, in place; layers of a shared basis hold the same one.
+    """Attaches trained adapters to the compressed model itself, in place; a shared basis has one, as in training.
 
     Side effect: `requires_grad` of the model's parameters changes.
     """
     by_factor = {id(adapter.factor): adapter for adapter in adapted.adapters.values()}
-    ranks = {
-        f"{name}.{kind}": by_factor[id(getattr(layer, kind))].rank
-        for name, layer in model.named_modules()
-        if isinstance(layer, FactorisedLinear)
-        for kind in KINDS
-        if id(getattr(layer, kind)) in by_factor
-    }
-    config = _config(rank, alpha, ranks, target_modules=[], target_parameters=list(ranks))
-    with warnings.catch_warnings():
-        # peft applies these patterns to Parameters too, but looks among modules only for what they match, and warns.
-        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    for wrapper in model.modules():
-        if isinstance(wrapper, ParamWrapper):
-            adapter = by_factor[id(getattr(wrapper.get_base_layer(), wrapper.parameter_name))]
-            for part, value in ((wrapper.lora_A, adapter.down), (wrapper.lora_B, adapter.up)):
-                part[ADAPTER].weight = value
+    places = _places(model, by_factor)
+    config = _config(rank, alpha, {place: by_factor[id(factor)].rank for place, factor in places.items()})
+    _inject(model, config)
+    for place, factor in places.items():
+        wrapped: Any = model.get_submodule(place)
+        adapter = by_factor[id(factor)]
+        wrapped.lora_A[ADAPTER].weight, wrapped.lora_B[ADAPTER].weight = adapter.down, adapter.up
     model.train(model.training)
     config.inference_mode = True
 
@@ -161,16 +138,12 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapters as a peft folder; peft does not know sharing, so a shared one is written once per layer.
-
-    Adapters of a smaller rank are listed in `rank_pattern` and `alpha_pattern`. On loading, peft applies these to
-    Parameters, but warns that they match no module.
-    """
+    """Writes the adapters as a peft folder; that of a shared basis is written once."""
     config: Any = model.peft_config
     config[ADAPTER].save_pretrained(folder)
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["target_parameters"] = sorted(settings["target_parameters"])
+    settings["target_modules"] = sorted(settings["target_modules"])
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     stored = {f"{_PREFIX}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -178,43 +151,25 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _config(rank: int, alpha: float, ranks: Mapping[str, int], **settings: Any) -> LoraConfig:
-    """The settings of adapters with these `ranks` by name, none above `rank`, all scaled by `alpha / rank`."""
-    clipped = {re.escape(name): own for name, own in ranks.items() if own < rank}
+    """The settings of adapters with these `ranks` by place, none above `rank`, all scaled by `alpha / rank`."""
+    clipped = {re.escape(place): own for place, own in ranks.items() if own < rank}
     scale: Any = alpha  # peft's type says int, and its code takes any number
-    scales: Any = {name: alpha * own / rank for name, own in clipped.items()}
-    return LoraConfig(r=rank, lora_alpha=scale, rank_pattern=clipped, alpha_pattern=scales, **settings)
+    scales: Any = {place: alpha * own / rank for place, own in clipped.items()}
+    return LoraConfig(
+        r=rank, lora_alpha=scale, rank_pattern=clipped, alpha_pattern=scales, target_modules=list(ranks), **settings
+    )
 
 
-class _FactorPair(nn.Module):
-    """A factorised layer as two `nn.Linear` that hold its Parameters; a shared basis is one module, too."""
-
-    basis: nn.Module
-
-    def __init__(self, layer: FactorisedLinear, linears: dict[int, nn.Linear]) -> None:
-        super().__init__()
-        self.basis = linears.setdefault(id(layer.basis), _linear(layer.basis))
-        self.weight = _linear(layer.weight)
-        self.register_parameter("bias", layer.any_bias)
-        self._through = layer.through  # a bound method, not a module: the parameters are registered above
-        self.train(layer.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._through(x, self.basis, self.weight)
+def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
+    places = config.target_modules
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    config.target_modules = places  # peft shortens the names to endings that other modules could have, too
 
 
-def _linear(factor: nn.Parameter) -> nn.Linear:
-    with torch.device("meta"):  # no memory and no random numbers for a weight that is replaced at once
-        linear = nn.Linear(factor.shape[1], factor.shape[0], bias=False)
-    linear.weight = factor
-    return linear
-
-
-def _plain(layer: nn.Module) -> Any:
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
-def _factor_id(module: nn.Module) -> int | None:
-    return id(module.weight) if type(module) is nn.Linear else None
+def _places(model: nn.Module, factors: Container[int]) -> dict[str, nn.Parameter]:
+    """Names of the modules that stand for the factors with these ids, and the factors; of a shared basis the first."""
+    maps = ((name, part) for name, part in model.named_modules() if isinstance(part, FactorMap))
+    return {name: part.weight for name, part in maps if id(part.weight) in factors}
 
 
 def _inside_adapter(name: str) -> bool:

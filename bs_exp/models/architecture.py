@@ -150,29 +150,44 @@ def weight_of(model: nn.Module, matrix: WeightMatrix) -> Float[Tensor, "d_in d_o
 def trunks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The transformer without its head, which runs the blocks and computes no logits: one part, or encoder and decoder.
 
-    A model of one part without a head is its own trunk. Raises ModelError if the part without the head is not named.
+    A model of one part without a head is its own trunk. The parts of some encoder-decoders are plain modules, which run
+    inside their model only. Raises ModelError if no part without the head is found.
     """
     if model.config.is_encoder_decoder:
         return model.get_encoder(), _without_head(model.get_decoder())
     decoder = model.get_decoder()
-    # Some encoders call the last layer of their head a decoder.
-    return (_without_head(decoder if _holds_blocks(decoder) else model),)
+    # Some encoders call the last layer of their head a decoder, others the last of their blocks.
+    return (_without_head(decoder if _holds(decoder, nn.ModuleList, nn.Embedding) else model),)
 
 
-def _without_head(model: PreTrainedModel) -> nn.Module:
-    if model.get_output_embeddings() is None:
+def _without_head(model: nn.Module) -> nn.Module:
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         return model
-    trunk: nn.Module = model.base_model
+    trunk: nn.Module | None = model.base_model
     if trunk is model:
+        trunk = _part_without_head(model)
+    if trunk is None:
         raise ModelError(
             f"{type(model).__name__} has no part without a language-model head: neither get_decoder() nor "
-            "base_model_prefix names one, so its inputs cannot be calibrated without computing logits."
+            "base_model_prefix names one, and no submodel holds its embeddings and its blocks, so its inputs cannot be "
+            "calibrated without computing logits."
         )
     return trunk
 
 
-def _holds_blocks(module: nn.Module | None) -> bool:
-    return module is not None and any(isinstance(part, nn.ModuleList) for part in module.modules())
+def _part_without_head(model: PreTrainedModel) -> nn.Module | None:
+    """The submodel that holds the token embeddings and the blocks, but not the head; None if there is none."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel) and _holds(part, nn.ModuleList):
+            held = set(part.modules())
+            if embeddings in held and head not in held:
+                return part
+    return None
+
+
+def _holds(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    return module is not None and all(any(isinstance(part, kind) for part in module.modules()) for kind in kinds)
 
 
 def _as_in_out(module: nn.Linear | Conv1D) -> Tensor:
@@ -198,8 +213,8 @@ def _blocks(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module]]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    # A list of bare linear layers (projections per layer, several heads) is not a stack.
-    return not isinstance(module, nn.Linear | Conv1D) and any(
+    # A list of bare linear layers (projections per layer, several heads) is not a stack, and one of stacks holds them.
+    return not isinstance(module, nn.Linear | Conv1D | nn.ModuleList) and any(
         isinstance(part, nn.Linear | Conv1D) for part in module.modules()
     )
 

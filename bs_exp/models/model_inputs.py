@@ -81,11 +81,17 @@ def feeder(model: LoadedModel, feeding: Feeding = Feeding()) -> Feeder:  # noqa:
 
 
 def hidden_states(module: PreTrainedModel, inputs: Inputs) -> Float[Tensor, "windows positions channels"]:
-    """The last hidden states, for an encoder-decoder those of its decoder; no logits are computed."""
+    """The last hidden states, for an encoder-decoder those of its decoder; no logits are computed.
+
+    Where encoder and decoder are plain modules, it is what the model without the outermost head calls hidden states.
+    """
     first, *decoder = trunks(module)
     if not decoder:
         read: Tensor = first(**inputs).last_hidden_state
         return read
+    if not all(isinstance(part, PreTrainedModel) for part in (first, *decoder)):
+        whole: Tensor = module.base_model(**inputs).last_hidden_state
+        return whole
     memory = first(input_ids=inputs["input_ids"]).last_hidden_state
     written: Tensor = decoder[0](
         input_ids=inputs["decoder_input_ids"], encoder_hidden_states=memory, use_cache=False

@@ -12,6 +12,7 @@ they are used.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,42 @@ MOST_MODULES = 100_000
 LinearMap = Callable[[Tensor], Tensor]
 
 
+class FactorMap(nn.Linear):
+    """The map by one factor, as a module without parameters of its own: where libraries such as peft put an adapter.
+
+    `weight` is the Parameter of the layer `of`, which is the first of its group for a shared basis. A layer runs its
+    maps only if one of them was replaced; it gives them the factor that it holds itself.
+    """
+
+    _is_hf_initialized = True  # Transformers must not initialise the Parameter a second time
+
+    def __init__(self, of: FactorisedLinear, factor: str):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = getattr(of, factor).shape
+        self.register_parameter("bias", None)
+        self._owner = (of,)  # in a tuple, or the layer would be a part of its own part
+        self._factor = factor
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        (of,) = self._owner
+        return cast("nn.Parameter", getattr(of, self._factor))
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+        return nn.functional.linear(x, factor)
+
+
+class SharedBasis(nn.Module):
+    """The place of a basis's map, which all layers of its group look up here: so an adapter of the basis is there once.
+
+    It is a part of the first layer alone: libraries that go through all modules find it, and merge its adapter, once.
+    """
+
+    def __init__(self, first: FactorisedLinear):
+        super().__init__()
+        self.basis_map: nn.Module = FactorMap(first, "basis")
+
+
 class Shapes(NamedTuple):
     """Shapes of what a layer stores: both factors, `[out, in]`, and by name the buffers it keeps, with their dtypes."""
 
@@ -84,6 +121,9 @@ class FactorisedLinear(nn.Module):
         for name, tensor in kept.items():
             self.register_buffer(name, tensor)
         self.is_conv1d = is_conv1d
+        self.shared_basis = SharedBasis(self)
+        self._place = (self.shared_basis,)  # in a tuple, or it would be a part of every layer of a group
+        self.weight_map: nn.Module = FactorMap(self, "weight")
 
     @classmethod
     def shapes(cls, d_in: int, d_out: int, rank: int) -> Shapes:
@@ -120,9 +160,20 @@ class FactorisedLinear(nn.Module):
         """The bias, whatever it is called."""
         return cast("nn.Parameter | None", getattr(self, self.bias_name))
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether something, such as an adapter, was put in place of the map by a factor."""
+        return type(self.weight_map) is not FactorMap or type(self._place[0].basis_map) is not FactorMap
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_adapted:
+            return self._adapted(x)
         linear = nn.functional.linear
         return self.through(x, lambda part: linear(part, self.basis), lambda z: linear(z, self.weight))
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        basis, weight = self._place[0].basis_map, self.weight_map
+        return self.through(x, lambda part: basis(part, self.basis), lambda z: weight(z, self.weight))
 
     def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
         """The outputs, with other maps in the place of both factors: such as the factors with adapters."""
@@ -170,6 +221,8 @@ class SharedLinear(FactorisedLinear):
         return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_adapted:
+            return self._adapted(x)
         linear = nn.functional.linear
         return linear(linear(x, self.basis), self.weight, self.bias)  # the bias at no cost
 
@@ -458,6 +511,13 @@ def _dense_layer(
     return dense.train(layer.training)
 
 
+def share_basis(layers: Sequence[FactorisedLinear]) -> None:
+    """Has the layers of a group, which hold one basis, look up its map in one place too."""
+    for layer in layers[1:]:
+        del layer.shared_basis
+        layer._place = layers[0]._place
+
+
 def pivoted_kind(members: int) -> type[PivotedLinear]:
     """Where the layers of a group of so many have their pivots: among the inputs if they share a basis.
 
@@ -500,6 +560,7 @@ def empty_layers(layout: str, dense: Sequence[nn.Module], members: Sequence[str]
         with torch.device("meta"):  # they come with the checkpoint
             kept = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shape.kept.items()}
         layers.append(kind.replacing(layer, basis, weight, **kept))
+    share_basis(layers)
     return layers
 
 
@@ -645,7 +706,8 @@ class BasisSharingQuantizer(HfQuantizer):
         if _is_own_auto_map(getattr(model.config, "auto_map", None)):
             del model.config.auto_map  # there while saving only: what is made of this config may have no such file
         # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
-        model.save_pretrained = MethodType(save_pretrained, model)
+        for name, method in _METHODS.items():
+            setattr(model, name, MethodType(method, model))
 
     def attach(self, model: Any) -> None:
         """Make a model whose layers were just replaced the same as one that `from_pretrained` returns."""
@@ -657,7 +719,8 @@ class BasisSharingQuantizer(HfQuantizer):
 
     def declare_ties(self, model: Any) -> None:
         ties = self._ties(model)
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # read when saving
+        # Read when saving, and when tying anew, where adapters may have changed the names.
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **_patterns(ties)}
         model.all_tied_weights_keys.update(ties)  # read when loading
 
     def _ties(self, model: Any) -> dict[str, str]:
@@ -682,13 +745,15 @@ class BasisSharingQuantizer(HfQuantizer):
         for split in getattr(self.quantization_config, "splits", ()):
             (name,) = _local_names(model, {"members": [split["module"]]})
             model.set_submodule(name, model.get_submodule(name).merged())
-        model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k not in ties} or None
+        patterns = _patterns(ties)
+        model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k not in patterns} or None
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in ties}
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        vars(model).pop("save_pretrained", None)
+        for name in _METHODS:
+            vars(model).pop(name, None)
         for module in model.modules():
             if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
@@ -729,6 +794,14 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
             save(model, save_directory, *args, **kwargs)
     finally:
         del model.config.auto_map
+
+
+# What a compressed model does otherwise than its class, which refuses a change of dtype to any quantized model.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": save_pretrained,
+    "half": nn.Module.half,
+    "float": nn.Module.float,
+}
 
 
 # In a group's entry of a saved config.json: CRC-32 of what its layers keep besides their factors, as 8 hex digits.
@@ -884,6 +957,15 @@ def _local_names(model: Any, group: Mapping[str, Any]) -> list[str]:
             )
         names.append(found)
     return names
+
+
+def _patterns(ties: Mapping[str, str]) -> dict[str, str]:
+    """The names of ties as patterns that match them where modules are wrapped, too: peft calls these `base_layer`."""
+
+    def pattern(name: str) -> str:
+        return r"(\.base_layer)*\.".join(map(re.escape, name.split("."))) + "$"
+
+    return {pattern(peer): pattern(owner) for peer, owner in ties.items()}
 
 
 def _factorised(model: Any, names: Sequence[str]) -> list[FactorisedLinear]:

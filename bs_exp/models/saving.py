@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,24 +11,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.errors import ConfigError, SaveError
 from bs_exp.models.adapters import has_adapters, save_adapters, without_adapters
+from bs_exp.models.processor_files import copy_missing
 
 _CONFIG = "config.json"
 # Adapters are in a folder of their own: beside config.json, `from_pretrained` would look for the base model of them.
 ADAPTER_FOLDER = "adapter"
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> Path:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | str,
+    *,
+    files: Mapping[str, Path] | None = None,
+) -> Path:
     """Writes model and tokenizer into `folder`, whole or not at all, and returns its absolute path.
 
     A model that was saved there before is replaced. `from_pretrained` loads a compressed model where bs_exp is
     installed, and with `trust_remote_code=True` anywhere, since the folder holds a copy of the modeling file. A dense
-    model becomes an ordinary checkpoint. Raises ConfigError if the folder holds something other than a model,
-    SaveError if it cannot be written.
+    model becomes an ordinary checkpoint. `files`, by their names in the folder, are copied beside what is written: such
+    as those of the processors of the checkpoint that the model was made from. Raises ConfigError if the folder holds
+    something other than a model, SaveError if it cannot be written.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder)
     try:
-        _write(model, tokenizer, folder)
+        _write(model, tokenizer, folder, files or {})
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"Cannot write the model to {folder}: {error}. Nothing half-written is left. "
@@ -36,7 +45,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     return folder
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, files: Mapping[str, Path]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target: a rename must not cross file systems.
     with tempfile.TemporaryDirectory(
@@ -45,6 +54,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         written = Path(scratch, "new")
         without_adapters(model).save_pretrained(written)
         tokenizer.save_pretrained(written)
+        copy_missing(files, written)
         if has_adapters(model):
             save_adapters(model, written / ADAPTER_FOLDER)
         _follow_umask(written)

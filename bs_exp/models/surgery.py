@@ -23,6 +23,7 @@ from bs_exp.models.modeling_basis_sharing import (
     SplitLinear,
     canonical,
     kept_of,
+    share_basis,
 )
 from bs_exp.protocols import Layout, StoredFactors
 from bs_exp.types import Architecture, SharedFactors, WeightGroup
@@ -158,6 +159,7 @@ def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: S
         own = _parameter(stored.coefficients[matrix.layer], like=old.weight, group=group, what=what)
         kept = {name: canonical(value.to(old.weight.device)) for name, value in stored.kept.items()}
         layers.append(kind.replacing(old, basis, own, **kept))
+    share_basis(layers)
     if group.correction:
         entry["correction"] = group.correction
         layers = [_corrected(new, stored, matrix.layer) for matrix, new in zip(matrices, layers, strict=True)]

@@ -17,6 +17,7 @@ from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.size import measure_size
+from bs_exp.models.processor_files import processor_files
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
@@ -179,7 +180,8 @@ class Experiment:
         if not self.save_model:
             return
         with recorder.progress.stage(Stage.SAVE):
-            folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER)
+            files = processor_files(dense.provenance)
+            folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER, files=files)
         saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from bs_exp.corpora.windows import CalibrationSet, check_fits, cut_windows, tokenize
+from bs_exp.corpora.windows import CalibrationSet, check_fits, cut_windows, special_tokens_around, tokenize
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.tiny import byte_tokenizer, tiny_random
 from bs_exp.types import LoadedModel, TokenWindows
@@ -109,16 +110,67 @@ def test_provenance_tells_corpus_and_cut() -> None:
 
 
 def test_special_tokens_come_once_and_only_if_asked_for() -> None:
-    tokenizer = byte_tokenizer()
-    from tokenizers.processors import TemplateProcessing
-
+    tokenizer = _with_special_tokens("BOS $A")
     begin = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, begin)]
-    )
     plain = tokenize(TEXT, tokenizer, special_tokens=False)
     special = tokenize(TEXT, tokenizer, special_tokens=True)
     assert special.tolist() == [begin, *plain.tolist()]
+
+
+def _with_special_tokens(template: str) -> PreTrainedTokenizerFast:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    pairs = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+    template = template.replace("BOS", tokenizer.bos_token).replace("EOS", tokenizer.eos_token)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pairs)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"), [("BOS $A", 1, 0), ("BOS $A EOS", 1, 1), ("$A EOS", 0, 1), ("$A", 0, 0)]
+)
+def test_every_window_has_the_special_tokens(template: str, before: int, after: int) -> None:
+    """Oracle: the tokenizer's own special tokens around the text of each window."""
+    tokenizer = _with_special_tokens(template)
+    length = 5 - before - after
+    windows = cut_windows(TEXT, tokenizer, sequence_length=5, special_tokens="per_window", tail="keep")
+    pieces = [TEXT[i : i + length] for i in range(0, len(TEXT), length)]
+    expected = [tokenizer(piece)["input_ids"] for piece in pieces]
+    assert [len(ids) for ids in special_tokens_around(tokenizer)] == [before, after]
+    whole = len(TEXT) // length
+    assert windows.ids.tolist() == expected[:whole] and windows.ids.shape[1] == 5
+    assert (windows.tail is None) == (len(expected) == whole)
+    if windows.tail is not None:
+        assert windows.tail.tolist() == expected[whole]
+    assert windows.provenance["special_tokens"] == "per_window"
+    if not before and not after:
+        plain = cut_windows(TEXT, tokenizer, sequence_length=5, tail="keep")
+        assert torch.equal(windows.ids, plain.ids) and windows.provenance["sha256"] == plain.provenance["sha256"]
+
+
+def test_calibration_windows_have_them_too_and_overlap_by_what_they_hold() -> None:
+    tokenizer = _with_special_tokens("BOS $A")
+    windows = _calibration(num_sequences=6, special_tokens="per_window").windows(tokenizer).ids
+    assert windows.shape == (6, 5) and set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+    ids = tokenize(TEXT, tokenizer, special_tokens=False)
+    assert torch.equal(windows[:, 1:].flatten(), ids[:24])
+    half = cut_windows(TEXT, tokenizer, sequence_length=5, special_tokens="per_window", stride=2).ids
+    assert torch.equal(half[1:, 1:3], half[:-1, 3:])
+
+
+def test_what_special_tokens_leave_no_room_for_is_refused() -> None:
+    tokenizer = _with_special_tokens("BOS $A EOS")
+    with pytest.raises(DataError, match="must be above 2, the number of special tokens"):
+        cut_windows(TEXT, tokenizer, sequence_length=2, special_tokens="per_window")
+    with pytest.raises(ConfigError, match="stride must be at most 3"):
+        cut_windows(TEXT, tokenizer, sequence_length=5, special_tokens="per_window", stride=4)
+
+
+@pytest.mark.parametrize("value", ["always", None, 1, "true"])
+def test_special_tokens_have_three_settings(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"special_tokens must be true .*, false or per_window, got"):
+        _calibration(special_tokens=value)
 
 
 def test_a_text_too_short_says_how_many_tokens_were_found_and_needed() -> None:

@@ -213,6 +213,7 @@ def test_evaluators_accept_their_models() -> None:
         ({"batch_size": 0}, "batch_size must be"),
         ({"mask_share": 1.0}, r"mask_share must be above 0 and below 1, got 1\.0"),
         ({"seed": -1}, "seed must be"),
+        ({"special_tokens": "per_window"}, "special_tokens must be true or false where tokens are masked"),
     ],
 )
 @pytest.mark.parametrize("evaluator", [MASKED, SEQ2SEQ, SIMILARITY])

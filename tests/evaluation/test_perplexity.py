@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -101,6 +101,41 @@ def test_overlapping_windows_count_every_token_once(model: LoadedModel) -> None:
     metrics = _perplexity(sequence_length=20, stride=15, tail="keep").evaluate(model)
     assert metrics["ppl_tokens/fixed"] == 65
     assert metrics["ppl/fixed"] == pytest.approx(_over_tokens(_losses(model, with_tail)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "spans"),
+    [
+        # Of 66 tokens, 15 in a window: with the BOS in front of them, their first is predicted, too.
+        ({"tail": "keep"}, [(0, 0, 15), (15, 15, 30), (30, 30, 45), (45, 45, 60), (60, 60, 66)]),
+        ({"stride": 10}, [(0, 0, 15), (10, 15, 25), (20, 25, 35), (30, 35, 45), (40, 45, 55), (50, 55, 65)]),
+        ({"max_windows": 2}, [(0, 0, 15), (45, 45, 60)]),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_bos_in_front_of_every_window_is_context(
+    model: LoadedModel, settings: dict[str, Any], spans: list[tuple[int, int, int]], after: bool
+) -> None:
+    """Oracle: the BOS and each window's text run on their own. A token behind the text does not count."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    pairs = [(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]
+    template = f"{bos} $A {eos}" if after else f"{bos} $A"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=pairs)
+    ids = byte_tokenizer()(TEXT)["input_ids"]
+    windows = []
+    for begin, first, end in spans:
+        with torch.no_grad():
+            logits = model.module(torch.tensor([[tokenizer.bos_token_id, *ids[begin:end]]])).logits[0].double()
+        windows.append([-float(logits[i - begin].log_softmax(-1)[ids[i]]) for i in range(first, end)])
+    length = 17 if after else 16
+    found = _perplexity(sequence_length=length, special_tokens="per_window", **settings).evaluate(
+        replace(model, tokenizer=tokenizer)
+    )
+    assert found["ppl_tokens/fixed"] == sum(map(len, windows))
+    assert found["ppl/fixed"] == pytest.approx(_over_tokens(windows), rel=1e-5)
 
 
 def test_fewer_windows_are_spread_over_the_text(model: LoadedModel) -> None:

@@ -139,8 +139,6 @@ def test_kept_adapters_are_the_merged_ones(layout: Layout) -> None:
 @IN_LAYOUTS
 @pytest.mark.parametrize(("dtype", "rank"), [("float32", 3), ("float32", 12), ("bfloat16", 3)])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-# peft looks for them among modules alone, and they are found among Parameters.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_a_saved_adapter_loads_with_plain_peft(dtype: str, rank: int, layout: Layout, tmp_path: Path) -> None:
     """At rank 12 some adapters have the smaller rank of their factor."""
     dense, ids = TinyRandom(dtype=dtype).load(), torch.arange(20)[None]
