@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.pairs import PairTable
 from bs_exp.reporting import cost, drawing, formats, ranks
@@ -99,7 +100,7 @@ def pair_figures(pairs: Sequence[PairTable]) -> list[Drawn]:
     for table in pairs:
         runs.setdefault(table.folder, []).append(table)
     parts = [
-        (folder.name if len(runs) > 1 else "", tables[i : i + _MOST_PAIRS])
+        (formats.short(printable(folder.name)) if len(runs) > 1 else "", tables[i : i + _MOST_PAIRS])
         for folder, tables in runs.items()
         for i in range(0, len(tables), _MOST_PAIRS)
     ]
