@@ -162,7 +162,7 @@ class Cache:
         return FileEntry(path)
 
 
-def _is_intact(file: safe_open, metadata: Mapping[str, str]) -> bool:
+def _is_intact(file: Any, metadata: Mapping[str, str]) -> bool:
     """Whether an open file holds the tensors that were stored: no other names, dtypes, shapes or bytes."""
     names = sorted(file.keys())
     if metadata.keys() - {_KEY, _DECLARED} != set(names):

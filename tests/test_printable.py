@@ -79,4 +79,4 @@ def test_no_cell_of_a_file_begins_a_formula(cell: Any) -> None:
     if isinstance(cell, str) and row and row[0].startswith(("=", "@", "\t", "\r")):
         pytest.fail(f"{row[0]!r} would be run")
     if isinstance(cell, int | float):
-        assert float(row[0]) == cell
+        assert type(cell)(row[0]) == cell

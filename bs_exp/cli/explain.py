@@ -84,8 +84,8 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
                 "cache.dir=DIR."
             )
         case OSError(errno=errno.ENOSPC):
-            file = error.filename or _open_file(error)
-            place = f" while writing {file}" if file else ""
+            written = error.filename or _open_file(error)
+            place = f" while writing {written}" if written else ""
             return (
                 f"the disk is full{place} ({error.strerror}). Runs and caches go into ./outputs: free some space, or "
                 "set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and cache.dir=DIR. The same command goes on."
