@@ -12,7 +12,7 @@ JOBS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-CODE := bs_exp bs_exp_autoload.py tests
+CODE := bs_exp bs_exp_autoload.py tests tools
 
 # CI sets this variable; slow tests are left out elsewhere.
 ifdef CI
@@ -22,7 +22,7 @@ MARKERS := not slow and not gpu and not network
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep-demo smoke test check fix clean
+.PHONY: help demo sweep-demo smoke test check fix lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,8 +51,17 @@ fix: $(INSTALLED)  ## format, and fix what the linter can fix
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+# Into a file of its own first: a resolution that fails leaves the lock as it was.
+lock:  ## renew requirements.lock: the newest versions that fit pyproject.toml, nothing is installed
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --dry-run --ignore-installed --report .venv-lock/report.json \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) ".[dev]"
+	.venv-lock/bin/python tools/lock.py < .venv-lock/report.json > .venv-lock/requirements.lock
+	mv .venv-lock/requirements.lock requirements.lock
+	rm -rf .venv-lock
+
 clean:  ## remove the environment and the checkers' caches (never outputs/)
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lock .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(INSTALLED): pyproject.toml requirements.lock

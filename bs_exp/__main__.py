@@ -23,6 +23,7 @@ from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build, describe, in_sweep
 from bs_exp.cli.explain import explain
 from bs_exp.cli.multirun import end_sweep
+from bs_exp.printable import printable_lines
 from bs_exp.progress import Progress
 from bs_exp.records.inputs import FILES, earlier_code
 from bs_exp.records.stages import Stage
@@ -59,9 +60,9 @@ class ErrorPrinter:
         if any(error is shown for shown in self._shown):
             return
         self._shown.append(error)
-        print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)
+        print(printable_lines(f"error: {explain(error, sys.argv[1:])}"), file=sys.stderr)
         if self.tracebacks:
-            traceback.print_exception(error)
+            print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         # Hydra keeps the exception of a failed job; without this, its frames would keep the job's models alive.
         traceback.clear_frames(error.__traceback__)
 

@@ -1,8 +1,8 @@
 """Computed tensors on disk, under keys of all that they depend on, so that nothing is computed twice.
 
 A stale hit is impossible: the key is a hash of everything the tensors depend on, and the file repeats it. A truncated
-or damaged file is never used: files appear whole (`bs_exp.files`), and their content is compared with its checksum when
-a process first opens them.
+or damaged file is never used: files appear whole (`bs_exp.files`), and their content, with the names, dtypes and shapes
+of the tensors, is compared with what was stored when a process first opens them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bs_exp.errors import CacheError
-from bs_exp.files import replacing
+from bs_exp.files import remove_leftovers, replacing
 
 FORMAT_VERSION = 6
+# Entries of a file's metadata that are no checksum of a tensor. Files of earlier versions lack the second.
+_KEY, _DECLARED = "key", "declared"
+_Header = tuple[str, str, list[int]]  # name, dtype, shape
 
 
 def content_key(**parts: Any) -> str:
@@ -58,19 +61,26 @@ class MemoryEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Tensors in a file, read anew at every call."""
+    """Tensors in a file, read anew at every call; CacheError if the file is no longer what it was."""
 
     path: Path
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return self._read(lambda file: file.get_tensor(name))
 
     def rows(self, name: str, stop: int) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[:stop]
-        return tensor
+        return self._read(lambda file: file.get_slice(name)[:stop])
+
+    def _read(self, read: Callable[[Any], Tensor]) -> Tensor:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return read(file)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(
+                f"The cache file {self.path} was there when this run began and cannot be read any more: {error}. "
+                "Something removed or changed it meanwhile. Start the run again, which computes what is missing; give "
+                "it a folder of its own with cache.dir=DIR if another program clears this one."
+            ) from error
 
 
 @dataclass
@@ -90,6 +100,8 @@ class Cache:
     def check(self) -> None:
         """CacheError if the folder does not exist and cannot be made; called before any work.
 
+        Removes what processes that were killed a day ago or earlier left half-written there.
+
         A folder that exists but is read-only passes, since it may hold all that is needed.
         """
         if self.folder is None:
@@ -98,6 +110,9 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
+        for folder in self.folder.glob("*"):
+            if folder.is_dir() and not folder.is_symlink():
+                remove_leftovers(folder)
 
     def find(self, kind: str, key: str) -> Entry | None:
         """The entry under a key, or None. A damaged file counts as absent, and is overwritten by the next `store`."""
@@ -118,7 +133,8 @@ class Cache:
             stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             checksums = {name: _checksum(tensor) for name, tensor in stored.items()}
             with replacing(path) as temporary:
-                save_file(stored, temporary, {"key": key, **checksums})
+                declared = json.dumps([_header(name, tensor) for name, tensor in sorted(stored.items())])
+                save_file(stored, temporary, {_KEY: key, _DECLARED: declared, **checksums})
         except (OSError, SafetensorError) as error:
             raise _unwritable(path, error) from error
         return FileEntry(path)
@@ -134,9 +150,9 @@ class Cache:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                intact = metadata.get("key") == key
+                intact = metadata.get(_KEY) == key
                 if intact and path not in self._verified:
-                    intact = all(_checksum(file.get_tensor(name)) == metadata.get(name) for name in file.keys())  # noqa: SIM118
+                    intact = _is_intact(file, metadata)
         except (OSError, SafetensorError):
             intact = False
         if not intact:
@@ -144,6 +160,24 @@ class Cache:
             return None
         self._verified.add(path)
         return FileEntry(path)
+
+
+def _is_intact(file: Any, metadata: Mapping[str, str]) -> bool:
+    """Whether an open file holds the tensors that were stored: no other names, dtypes, shapes or bytes."""
+    names = sorted(file.keys())
+    if metadata.keys() - {_KEY, _DECLARED} != set(names):
+        return False
+    headers: list[_Header] = []
+    for name in names:  # one tensor in memory at a time
+        tensor = file.get_tensor(name)
+        if _checksum(tensor) != metadata[name]:
+            return False
+        headers.append(_header(name, tensor))
+    return metadata.get(_DECLARED, declared := json.dumps(headers)) == declared
+
+
+def _header(name: str, tensor: Tensor) -> _Header:
+    return name, str(tensor.dtype), list(tensor.shape)
 
 
 def _checksum(tensor: Tensor) -> str:

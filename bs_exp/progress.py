@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from bs_exp.printable import printable, printable_lines
+
 Item = TypeVar("Item")
 
 
@@ -57,14 +59,14 @@ class Progress:
             self.timings[name] = self.timings.get(name, 0.0) + seconds
             self._stages.pop()
             if finished:
-                self._print(f"{'  ' * len(self._stages)}{escape(name):<24}[dim]{seconds:>8.1f} s[/dim]")
+                self._print(f"{'  ' * len(self._stages)}{escape(printable(name)):<24}[dim]{seconds:>8.1f} s[/dim]")
             else:
                 self._failed = self._failed or name
 
     def note(self, message: str) -> None:
         """Prints a line for the user, and adds it to `notes`, which the record keeps."""
         self.notes.append(message)
-        self._print(f"[yellow]note:[/yellow] {escape(message)}")
+        self._print(f"[yellow]note:[/yellow] {escape(printable_lines(message))}")
 
     def track(
         self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bs_exp.cache import Cache, content_key
 from bs_exp.errors import CacheError
@@ -111,3 +116,73 @@ def test_keys_depend_on_every_part() -> None:
     base = {"model": "m", "settings": {"a": 1, "b": [1, 2]}}
     assert content_key(**base) == content_key(settings={"b": [1, 2], "a": 1}, model="m")
     assert len({content_key(**base), content_key(**{**base, "model": "n"}), content_key(model="m", settings={})}) == 3
+
+
+def _rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Cache:
+    """A cache whose only file has been written again, by the format's own library, after a change."""
+    Cache(folder).store("gram", "k", TENSORS)
+    [path] = (folder / "gram").iterdir()
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata())
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    return Cache(folder)
+
+
+def _shape(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["a"] = tensors["a"].reshape(3, 4)
+
+
+def _dtype(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["a"] = tensors["a"].view(torch.int64)
+
+
+def _missing(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    del tensors["b"]
+
+
+def _more(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["c"] = torch.zeros(3)
+
+
+def _swapped(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["c"], metadata["c"] = tensors.pop("b"), metadata.pop("b")
+
+
+@pytest.mark.parametrize("change", [_shape, _dtype, _missing, _more, _swapped])
+def test_the_same_bytes_under_another_header_are_a_miss(tmp_path: Path, change: Callable[..., None]) -> None:
+    cache = _rewritten(tmp_path, change)
+    assert cache.find("gram", "k") is None and cache.damaged["gram"] == 1
+
+
+def test_a_file_of_an_earlier_version_is_found(tmp_path: Path) -> None:
+    def without(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        assert json.loads(metadata.pop("declared")) == [["a", "torch.float64", [4, 3]], ["b", "torch.float32", []]]
+
+    entry = _rewritten(tmp_path, without).find("gram", "k")
+    assert entry is not None and torch.equal(entry.tensor("a"), TENSORS["a"])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"cut"])
+def test_a_file_that_goes_under_a_run_says_what_to_do(tmp_path: Path, content: bytes | None) -> None:
+    entry = Cache(tmp_path).store("gram", "k", TENSORS)
+    [path] = (tmp_path / "gram").iterdir()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    for read in (lambda: entry.tensor("a"), lambda: entry.rows("a", 1)):
+        with pytest.raises(CacheError, match=r"gram/k\.safetensors .*Start the run again.*cache\.dir=DIR"):
+            read()
+
+
+def test_what_killed_runs_left_is_removed_before_the_next_one(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.store("gram", "k", TENSORS)
+    left = [tmp_path / "gram" / f".k.safetensors.{i:016x}.tmp" for i in range(2)]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[0], (time.time() - 90_000,) * 2)
+    cache.check()
+    assert [path.exists() for path in left] == [False, True]
+    assert cache.find("gram", "k") is not None

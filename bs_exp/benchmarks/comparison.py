@@ -17,6 +17,7 @@ from rich.table import Table
 from scipy.stats import quantile_test
 from torch import Tensor, nn
 
+from bs_exp.files import write_file
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.linalg.pivoting import pivots_are_inputs
@@ -196,7 +197,7 @@ def report(measurements: Sequence[Measurement], options: Namespace, title: str) 
             "versions": environment.versions(),
             "hardware": environment.hardware(),
         }
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_file(options.json, json.dumps(record, indent=2) + "\n")
 
 
 def _table(measurements: Sequence[Measurement], title: str) -> Table:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bs_exp.errors import RecordError
+from bs_exp.printable import printable
 
 COMMANDS = ("report", "figures")
+# Skipped files beyond these are named on the page alone.
+_MOST_SKIPPED = 20
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -19,19 +22,24 @@ def run_command(arguments: Sequence[str]) -> None:
 
     options = _parser().parse_args(list(arguments))
     default = options.folders[0] / "report"
-    if options.out is None and default.is_symlink():  # a received folder must not choose where its report goes
-        raise RecordError(f"{default} is a link, through which nothing is written. Name a folder with --out.")
+    if options.out is None:  # a received folder must not choose where its report goes
+        for place in (default, default / FIGURES_FOLDER):
+            if place.is_symlink():
+                raise RecordError(f"{place} is a link, through which nothing is written. Name a folder with --out.")
     if options.command == "report":
         written = write_report(options.folders, options.out or default)
         result = written.folder / PAGE
     else:
         written = write_figures(options.folders, options.out or default / FIGURES_FOLDER)
         result = written.folder
-    for item in written.study.skipped:
-        print(f"skipped {item.path}: {item.reason}", file=sys.stderr)
+    skipped = written.study.skipped
+    for item in skipped[:_MOST_SKIPPED]:
+        print(printable(f"skipped {item.path}: {item.reason}"), file=sys.stderr)
+    if len(skipped) > _MOST_SKIPPED:
+        print(f"skipped {len(skipped) - _MOST_SKIPPED:,} more files, see the page of the report", file=sys.stderr)
     points = len(written.study.points)
     print(f"{points} record{'' if points == 1 else 's'}, {len(written.files)} files")
-    print(result)
+    print(printable(str(result)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.explain import INTERNAL_KEYS, list_options
 from bs_exp.errors import ConfigError
+from bs_exp.files import name_fault
 from bs_exp.records.inputs import CODE, FILES, file_stamps
 from bs_exp.records.record import RunRecord
 from bs_exp.records.settings import WITHOUT_EFFECT
@@ -80,6 +81,7 @@ OmegaConf.register_new_resolver("bs_exp.root", lambda: str(root_folder()), repla
 # Cached: one suffix per composed configuration.
 OmegaConf.register_new_resolver("bs_exp.suffix", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("bs_exp.sweep", lambda *, _root_: sweep_name(_root_), replace=True)
+OmegaConf.register_new_resolver("bs_exp.name", lambda name: _plain_name(name), replace=True)
 OmegaConf.register_new_resolver("bs_exp.point", lambda *, _root_: point_folder(hash_of(_root_)), replace=True)
 
 
@@ -124,6 +126,16 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     return experiment
 
 
+def _plain_name(name: Any) -> str:
+    """The name of a run; ConfigError if the folder of that name would lie elsewhere, or could not be made."""
+    if fault := name_fault(str(name)):
+        raise ConfigError(
+            f"name must be a plain name, as the folder of the run has; {str(name)!r:.100} {fault}. Folders are set "
+            "with hydra.run.dir=DIR."
+        )
+    return str(name)
+
+
 def _objective(value: Any) -> str | tuple[str, ...] | None:
     names = value if isinstance(value, ListConfig) else [value]
     if value is not None and not all(isinstance(name, str) for name in names):
@@ -137,6 +149,7 @@ def _check_complete(cfg: DictConfig) -> None:
         raise ConfigError(f"{unknown[0]} does not exist. {list_options('Keys there', unknown[0], known)}")
     if missing := _missing(OmegaConf.to_container(cfg, resolve=False)):
         raise ConfigError(f"{', '.join(missing)} must be set, as in {missing[0]}=VALUE.")
+    _plain_name(cfg.name)
 
 
 def _parts(evaluation: DictConfig) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 
 from hydra import compose, initialize_config_dir
@@ -56,6 +58,8 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return f"{cause.full_key} does not exist{where}. {list_options('Keys there', str(cause.key), keys)}"
         case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
             return _explain(cause)
+        case OmegaConfBaseException() if (refused := _refused(error)) is not None:
+            return str(refused)
         case OmegaConfBaseException():
             return f"{error.full_key}: {str(error).splitlines()[0]}."
         case OverrideParseException():
@@ -80,7 +84,8 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
                 "cache.dir=DIR."
             )
         case OSError(errno=errno.ENOSPC):
-            place = f" while writing {error.filename}" if error.filename else ""
+            written = error.filename or _open_file(error)
+            place = f" while writing {written}" if written else ""
             return (
                 f"the disk is full{place} ({error.strerror}). Runs and caches go into ./outputs: free some space, or "
                 "set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and cache.dir=DIR. The same command goes on."
@@ -101,6 +106,24 @@ def _was_interrupted(error: BaseException) -> bool:
         seen.add(id(found))
         found = found.__cause__ or found.__context__
     return False
+
+
+def _open_file(error: BaseException) -> str | None:
+    """The file that was open where an error arose, innermost first: a write that fails does not name it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        for value in frame.f_locals.values():
+            if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
+                return name
+    return None
+
+
+def _refused(error: BaseException) -> BsExpError | None:
+    """The error of ours that an interpolation ended with, if any."""
+    found = error.__cause__ or error.__context__
+    while found is not None and not isinstance(found, BsExpError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _not_understood(override: str, message: str) -> str:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bs_exp.cli.config import hash_of
+from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, point_folder, shown_settings, survey
 from bs_exp.runs.sweep_table import print_sweep
@@ -55,7 +56,7 @@ class SweepCallback(Callback):
         if points is not None:
             kept = sum(state.outcome is PointOutcome.KEPT for state in survey(folder, plan))
             again = f", {kept} of them finished before" if kept else ""
-            print(f"sweep {folder.name}: {len(points)} points in {folder}{again}", file=sys.stderr)
+            print(printable(f"sweep {folder.name}: {len(points)} points in {folder}{again}"), file=sys.stderr)
 
 
 def end_sweep() -> None:

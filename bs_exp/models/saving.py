@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.errors import ConfigError, SaveError
+from bs_exp.files import remove_scratch, scratch_prefix
 from bs_exp.models.adapters import has_adapters, save_adapters, without_adapters
 from bs_exp.models.processor_files import copy_missing
 
@@ -47,9 +48,10 @@ def save_model(
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, files: Mapping[str, Path]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_scratch(folder)
     # Beside the target: a rename must not cross file systems.
     with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True
+        dir=folder.parent, prefix=scratch_prefix(folder), ignore_cleanup_errors=True
     ) as scratch:
         written = Path(scratch, "new")
         without_adapters(model).save_pretrained(written)

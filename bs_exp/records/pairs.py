@@ -10,18 +10,23 @@ from typing import Any
 
 from bs_exp.errors import RecordError
 from bs_exp.records.parsing import (
+    below,
     count,
     decode,
+    filled,
     list_of,
     number,
     object_with,
     or_null,
     read_object,
-    text,
+    text_up_to,
 )
 
 PAIRS_FILE = "sharing_pays.json"
 _WHAT = "a table of pairs"
+# Heat maps of more cannot be drawn in a reasonable time.
+_MOST_LAYERS = 1_000
+_MOST_TABLES = 32  # one for each matrix type
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,19 @@ def _values(table: Mapping[str, Any]) -> list[list[float | None]]:
     return [[differences.get((min(a, b), max(a, b))) for b in table["layers"]] for a in table["layers"]]
 
 
-_PAIR = object_with(frozenset({"layers", "ratio"}), layers=list_of(count), ratio=or_null(number))
+_LAYERS = filled(list_of(below(10_000, count), _MOST_LAYERS))
+_PAIR = object_with(frozenset({"layers", "ratio"}), layers=_LAYERS, ratio=or_null(number))
 _FILE = object_with(
     frozenset({"tables"}),
-    unit=text,
+    unit=text_up_to(100),
     tables=list_of(
         object_with(
             frozenset({"matrix", "layers", "values"}),
-            matrix=text,
-            layers=list_of(count),
+            matrix=text_up_to(100),
+            layers=_LAYERS,
             values=list_of(list_of(or_null(number))),
             pairs=list_of(_PAIR),
-        )
+        ),
+        _MOST_TABLES,
     ),
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.errors import RecordError
-from bs_exp.files import read_text
+from bs_exp.files import name_fault, read_text
 
 Check = Callable[[str, Any], None]
 
@@ -22,13 +22,25 @@ Check = Callable[[str, Any], None]
 _DEEPEST = 100
 # Larger numbers overflow where tables and logarithmic axes calculate. As a perplexity, this is 575 nats per token.
 LARGEST = 1e250
+# A record of a model with thousands of matrices takes 2 MiB.
+_MOST_BYTES = 32 * 2**20
+_MOST_VALUES = 2_000_000
+# Of a name in a message.
+_SHOWN = 60
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file, not yet decoded; RecordError if it cannot be read or is none. `what`: "a record"."""
+    """The JSON object in a file, not yet decoded; RecordError if it cannot be read or is none. `what`: "a record".
+
+    Above 32 MiB or about two million values it is refused: what is made of it would take hours.
+    """
     try:
-        data = json.loads(read_text(path))
+        content = read_text(path, most_bytes=_MOST_BYTES)
+        if (commas := content.count(",")) > _MOST_VALUES:
+            raise RecordError(f"{path} holds about {commas:,} values, at most {_MOST_VALUES:,} are read: not {what}.")
+        data = json.loads(content)
     except OSError as error:
         raise RecordError(f"Cannot read {what} {path}: {error}.") from error
     except (ValueError, RecursionError) as error:
@@ -69,7 +81,8 @@ def decode(value: Any, name: str = "", level: int = 0) -> Any:
             if wrong := [key for key in value if not _is_unicode(key)]:
                 raise RecordError(f"{name} has an entry called {wrong[0]!a:.60}, which is no text: damaged.")
             inside = f"{name}." if name else ""
-            return {key: decode(item, f"{inside}{key}", level + 1) for key, item in value.items()}
+            # Whole keys would make the names quadratic in the size of the file.
+            return {key: decode(item, f"{inside}{key[:_SHOWN]}", level + 1) for key, item in value.items()}
         case list():
             return [decode(item, f"{name}[{i}]", level + 1) for i, item in enumerate(value)]
         case int() | float() if math.inf > abs(value) > LARGEST:
@@ -79,13 +92,14 @@ def decode(value: Any, name: str = "", level: int = 0) -> Any:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return _SURROGATE.search(text) is None
 
 
 def check_fields(data: Mapping[str, Any], checks: Mapping[str, Check], optional: frozenset[str], what: str) -> None:
     """RecordError unless exactly these fields are there, those in `optional` perhaps, each of its kind."""
     if unknown := sorted(data.keys() - checks.keys()):
-        raise RecordError(f"unknown fields {', '.join(unknown)}.")
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise RecordError(f"unknown fields {', '.join(name[:_SHOWN] for name in unknown[:5])}{more}.")
     if missing := [name for name in checks if name not in data and name not in optional]:
         raise RecordError(f"fields missing: {', '.join(missing)}: not {what}.")
     for name, value in data.items():
@@ -95,6 +109,11 @@ def check_fields(data: Mapping[str, Any], checks: Mapping[str, Check], optional:
             raise RecordError(f"{error}: damaged, or not {what}.") from error
 
 
+def _limit(name: str, found: int, most: int, unit: str) -> None:
+    if found > most:
+        raise RecordError(f"{name} has {found:,} {unit}, at most {most:,} are read")
+
+
 def _refuse(name: str, kind: str, value: Any) -> None:
     raise RecordError(f"{name} is no {kind} (it is {value!r:.60})")
 
@@ -102,6 +121,23 @@ def _refuse(name: str, kind: str, value: Any) -> None:
 def text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         _refuse(name, "text", value)
+
+
+def text_up_to(most: int) -> Check:
+    """A text of at most so many characters."""
+
+    def check(name: str, value: Any) -> None:
+        text(name, value)
+        _limit(name, len(value), most, "characters")
+
+    return check
+
+
+def plain_name(name: str, value: Any) -> None:
+    """The name of a file or folder that stays in the folder it is put in."""
+    text(name, value)
+    if fault := name_fault(value):
+        raise RecordError(f"{name} {fault} (it is {value!r:.60})")
 
 
 def number(name: str, value: Any) -> None:
@@ -121,10 +157,21 @@ def count(name: str, value: Any) -> None:
 
 
 def positive(name: str, value: Any) -> None:
-    """A whole number of at least 1."""
+    """A whole number of at least 1, as the dimension of a matrix."""
     count(name, value)
     if value == 0:
         _refuse(name, "whole number of at least 1", value)
+
+
+def below(limit: int, check_number: Check) -> Check:
+    """A number below a limit."""
+
+    def check(name: str, value: Any) -> None:
+        check_number(name, value)
+        if value >= limit:
+            _refuse(name, f"number below {limit:,}", value)
+
+    return check
 
 
 def truth(name: str, value: Any) -> None:
@@ -148,6 +195,21 @@ def json_object(name: str, value: Any) -> None:
         _refuse(name, "JSON object", value)
 
 
+def object_up_to(most: int) -> Check:
+    """An object of any content, with at most so many entries in it and in the objects and lists within."""
+
+    def check(name: str, value: Any) -> None:
+        json_object(name, value)
+        _limit(name, _entries(value), most, "entries")
+
+    return check
+
+
+def _entries(value: Any) -> int:
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return len(items) + sum(map(_entries, items))
+
+
 def one_of(*allowed: str) -> Check:
     def check(name: str, value: Any) -> None:
         if value not in allowed:
@@ -164,10 +226,13 @@ def or_null(check_other: Check) -> Check:
     return check
 
 
-def list_of(check_item: Check) -> Check:
+def list_of(check_item: Check, most: int = _MOST_VALUES) -> Check:
+    """A list of at most so many items, all of one kind."""
+
     def check(name: str, value: Any) -> None:
         if not isinstance(value, list | tuple):
             _refuse(name, "list", value)
+        _limit(name, len(value), most, "items")
         for i, item in enumerate(value):
             check_item(f"{name}[{i}]", item)
 
@@ -185,13 +250,14 @@ def filled(check_list: Check) -> Check:
     return check
 
 
-def object_of(check_item: Check) -> Check:
-    """An object with any names, whose values are all of one kind."""
+def object_of(check_item: Check, most: int = _MOST_VALUES) -> Check:
+    """An object with any names, at most so many, whose values are all of one kind."""
 
     def check(name: str, value: Any) -> None:
         json_object(name, value)
+        _limit(name, len(value), most, "entries")
         for key, item in value.items():
-            check_item(f"{name}.{key}", item)
+            check_item(f"{name}.{key[:_SHOWN]}", item)
 
     return check
 

@@ -1,11 +1,12 @@
 """`record.json`: the settings, results, cost and end of a run. Rewritten whenever one of them becomes known.
 
-The file is strict JSON: numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity", and `read_record`
-turns them back into floats.
+The file ends with a checksum of all the rest. It is strict JSON: numbers that JSON lacks are the strings "NaN",
+"Infinity" and "-Infinity", and `read_record` turns them back into floats.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,6 +20,7 @@ from bs_exp.errors import RecordError
 from bs_exp.files import write_file
 from bs_exp.records.parsing import (
     Check,
+    below,
     check_fields,
     count,
     decode,
@@ -30,18 +32,34 @@ from bs_exp.records.parsing import (
     number,
     number_or_text,
     object_of,
+    object_up_to,
     object_with,
     one_of,
     or_null,
     positive,
     read_object,
     text,
+    text_up_to,
     truth,
 )
 from bs_exp.types import LossUnit, RankPlan
 
 FILE_NAME = "record.json"
+# Of the saved model, in the run's folder.
+MODEL_FOLDER = "model"
 FORMAT_VERSION = 1
+# In `provenance`: bytes by name of every file of the saved model.
+SAVED_FILES = "saved_files"
+_CHECKSUM = "checksum"
+# More than any model or run has. What is made of a record - tables with a column per layer, figures with a line per
+# name - takes time and memory accordingly, and a record may come from anywhere.
+_MOST_LAYERS = 10_000
+_MOST_GROUPS = 50_000
+_LARGEST_DIMENSION = 10**9
+_MOST_NAMES = 10_000  # of metrics, notes
+_MOST_STAGES = 1_000
+_MOST_SETTINGS = 50_000
+_LONGEST_NAME = 255
 
 
 def utc_now() -> str:
@@ -127,18 +145,19 @@ _PLAN = object_with(
         list_of(
             object_with(
                 frozenset({"matrix", "layers", "d_in", "d_out", "rank", "parameters", "predicted_loss", "ridge"}),
-                matrix=text,
-                layers=filled(list_of(count)),
-                d_in=positive,
-                d_out=positive,
-                correction=count,
-                rank=or_null(count),
+                matrix=text_up_to(_LONGEST_NAME),
+                layers=filled(list_of(below(_MOST_LAYERS, count), _MOST_LAYERS)),
+                d_in=below(_LARGEST_DIMENSION, positive),
+                d_out=below(_LARGEST_DIMENSION, positive),
+                correction=below(_LARGEST_DIMENSION, count),
+                rank=or_null(below(_LARGEST_DIMENSION, count)),
                 parameters=count,
                 predicted_loss=number,
                 loss_unit=one_of(*LossUnit),
                 ridge=number,
                 damping=number,
-            )
+            ),
+            _MOST_GROUPS,
         )
     ),
     requested_ratio=number,
@@ -147,13 +166,13 @@ _PLAN = object_with(
     rounds=list_of(number),
 )
 _CHECKS: dict[str, Check] = {
-    "name": text,
-    "run_id": text,
+    "name": text_up_to(_LONGEST_NAME),
+    "run_id": text_up_to(_LONGEST_NAME),
     "status": one_of(*Status),
     "started": moment,
     "command": list_of(text),
-    "config": json_object,
-    "config_hash": text,
+    "config": object_up_to(_MOST_SETTINGS),
+    "config_hash": text_up_to(_LONGEST_NAME),
     "process": count,
     "choices": object_of(text),
     "sweep": or_null(object_with(id=text, job=or_null(count), settings=list_of(text))),
@@ -162,14 +181,16 @@ _CHECKS: dict[str, Check] = {
     "plan": or_null(_PLAN),
     "selection": json_object,
     "update": json_object,
-    "metrics": object_of(object_of(number_or_text)),
+    "metrics": object_of(object_of(number_or_text, _MOST_NAMES)),
     "size": object_of(number),
     "objective": _objective,
     "model_folder": or_null(text),
-    "timings": object_of(number),
+    "timings": object_of(number, _MOST_STAGES),
     "memory": object_of(or_null(number)),
     "cache": object_of(object_of(count)),
-    "provenance": object_with(model=json_object, calibration=json_object, dense_metrics=object_of(text)),
+    "provenance": object_with(
+        model=json_object, calibration=json_object, dense_metrics=object_of(text), saved_files=object_of(count)
+    ),
     "versions": object_of(or_null(text)),
     "source": or_null(object_with(commit=or_null(text), dirty=or_null(truth))),
     "hardware": object_with(
@@ -179,7 +200,7 @@ _CHECKS: dict[str, Check] = {
         memory_bytes=number,
         gpus=list_of(object_with(name=text, memory_bytes=number)),
     ),
-    "notes": list_of(text),
+    "notes": list_of(text, _MOST_NAMES),
     "format_version": count,
 }
 _OPTIONAL = frozenset(f.name for f in fields(RunRecord) if f.default is not MISSING or f.default_factory is not MISSING)
@@ -188,7 +209,8 @@ _OPTIONAL = frozenset(f.name for f in fields(RunRecord) if f.default is not MISS
 def write_record(record: RunRecord, folder: Path) -> Path:
     """Writes `folder/record.json` and returns its path; RecordError if it cannot be written."""
     path = folder / FILE_NAME
-    content = json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n"
+    data = record.to_dict()
+    content = json.dumps({**data, _CHECKSUM: _checksum(data)}, indent=2, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
@@ -198,11 +220,27 @@ def write_record(record: RunRecord, folder: Path) -> Path:
 
 
 def read_record(path: Path) -> RunRecord:
-    """The record in a file, or in a run folder; RecordError names the file and the field that is wrong."""
+    """The record in a file, or in a run folder; RecordError names the file and what is wrong with it.
+
+    Its content must fit its checksum. Records of earlier versions have none.
+    """
     if path.is_dir():
         path = path / FILE_NAME
     data = read_object(path, "a run record")
+    recorded = data.pop(_CHECKSUM, None)
     try:
-        return RunRecord.from_dict(data)
+        record = RunRecord.from_dict(data)
     except RecordError as error:
         raise RecordError(f"Cannot read the record {path}: {error}") from error
+    if recorded is not None and recorded != (found := _checksum(data)):
+        raise RecordError(
+            f"Cannot read the record {path}: its content (SHA-256 {found[:12]}...) does not fit its checksum "
+            f"({recorded!r:.14}...): the disk, a transfer or somebody changed it. Restore it or run it again. Whoever "
+            f'changed it on purpose removes its line "{_CHECKSUM}", and the comma before.'
+        )
+    return record
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of plain data, whatever the order of its names and the blanks in its file."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -24,7 +24,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bs_exp.errors import RecordError
-from bs_exp.files import write_file
+from bs_exp.files import file_sizes, read_text, remove_leftovers, remove_scratch, write_file
+from bs_exp.printable import printable
 from bs_exp.records.inputs import changed_inputs
 from bs_exp.records.metrics import default_objective
 from bs_exp.records.parsing import (
@@ -36,15 +37,17 @@ from bs_exp.records.parsing import (
     moment,
     object_with,
     or_null,
+    plain_name,
     read_object,
     text,
 )
-from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
+from bs_exp.records.record import FILE_NAME, MODEL_FOLDER, SAVED_FILES, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
 _DIGITS = 12
 _LOCK = ".lock"
 _OWNER = ".owner"
+_LONGEST_OWNER = 400
 _POLL_SECONDS = 0.2
 
 
@@ -80,6 +83,7 @@ class SweepPlan:
         path = folder / PLAN_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
             write_file(path, json.dumps(encode(asdict(self)), indent=2) + "\n")
         except OSError as error:
             raise RecordError(f"Cannot write {path}: {error}. Free some space, or set hydra.sweep.dir.") from error
@@ -110,7 +114,9 @@ _CHECKS: dict[str, Check] = {
     "name": text,
     "command": list_of(text),
     "started": moment,
-    "points": or_null(list_of(object_with(frozenset({"folder", "settings"}), folder=text, settings=list_of(text)))),
+    "points": or_null(
+        list_of(object_with(frozenset({"folder", "settings"}), folder=plain_name, settings=list_of(text)))
+    ),
 }
 
 
@@ -127,23 +133,51 @@ def finished_record(
     try:
         record = read_record(folder)
     except RecordError as error:
-        print(f"{error} The point is run again.", file=sys.stderr)
+        print(printable(f"{error} The point is run again."), file=sys.stderr)
         return None
     if record.status is not Status.COMPLETED or record.config_hash != config_hash:
         return None
-    if with_model and (record.model_folder is None or not (folder / record.model_folder).is_dir()):
+    if with_model and (fault := _model_fault(record, folder)):
+        print(printable(f"{fault} Point {folder.name} is run again."), file=sys.stderr)
         return None
     if changed := changed_inputs(record, inputs or {}):
-        print(f"{', '.join(changed)} changed since point {folder.name} was run: it is run again.", file=sys.stderr)
+        what = f"{', '.join(changed)} changed since point {folder.name} was run: it is run again."
+        print(printable(what), file=sys.stderr)
         return None
     return record
+
+
+def _model_fault(record: RunRecord, folder: Path) -> str | None:
+    """What is wrong with the saved model of a point, by the names and sizes of its files; None if nothing is."""
+    if record.model_folder is None:
+        return "No model was saved."
+    model = folder / record.model_folder
+    if not model.is_dir():
+        return f"The saved model {model} is gone."
+    found = file_sizes(model)
+    noted = record.provenance.get(SAVED_FILES)
+    if not isinstance(noted, Mapping):  # an earlier version noted the size of all weights together
+        stored = sum(size for name, size in found.items() if name.endswith(".safetensors") and "/" not in name)
+        whole = record.size.get("saved_bytes", stored) == stored
+        return (
+            None
+            if whole
+            else f"{model}/*.safetensors hold {stored:,} bytes, {record.size['saved_bytes']:,} were saved."
+        )
+    for name, size in noted.items():
+        if name not in found:
+            return f"{model / name} is gone."
+        if found[name] != size:
+            return f"{model / name} has {found[name]:,} bytes, {size} were saved."
+    return None
 
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
     """Holds a point for this process; waits, and says so once, while another process runs it.
 
-    The operating system lets go of the lock when a process ends, also if it was killed.
+    The operating system lets go of the lock when a process ends, also if it was killed. What such a process left
+    half-written is removed. RecordError if the folder cannot be locked or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
@@ -151,15 +185,24 @@ def occupied(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"{folder.name} is under way in {_owner(folder)}: waiting for it to end.", file=sys.stderr)
+            message = f"{folder.name} is under way in {_owner(folder)}: waiting for it to end."
+            print(printable(message), file=sys.stderr)
             lock.acquire(poll_interval=_POLL_SECONDS)
-        write_file(folder / _OWNER, f"process {os.getpid()} on {socket.gethostname()}")
     except (OSError, NotImplementedError) as error:
         lock.release()
         raise RecordError(
             f"Cannot lock {folder / _LOCK}: {error}. Put the sweep on a file system with locks: hydra.sweep.dir=FOLDER."
         ) from error
     try:
+        # Whoever holds the lock is the only one that writes here.
+        remove_leftovers(folder, older_than=0.0)
+        remove_scratch(folder / MODEL_FOLDER, older_than=0.0)
+        try:
+            write_file(folder / _OWNER, f"process {os.getpid()} on {socket.gethostname()}")
+        except OSError as error:
+            raise RecordError(
+                f"Cannot write {folder / _OWNER}: {error}. Free some space, or set hydra.sweep.dir."
+            ) from error
         yield
     finally:
         (folder / _OWNER).unlink(missing_ok=True)
@@ -168,8 +211,8 @@ def occupied(folder: Path) -> Iterator[None]:
 
 def _owner(folder: Path) -> str:
     try:
-        return (folder / _OWNER).read_text(encoding="utf-8")
-    except OSError:  # just taken, or just let go
+        return read_text(folder / _OWNER, most_bytes=_LONGEST_OWNER)
+    except (OSError, UnicodeDecodeError):  # just taken, or just let go
         return "another process"
 
 
@@ -250,7 +293,7 @@ def print_progress(folder: Path) -> None:
     plan = SweepPlan.read(folder.parent)
     # A sweeper that chooses its points knows more of them, and tells it itself.
     if plan is not None and plan.points is not None and (states := survey(folder.parent, plan)):
-        print(progress_line(states, folder.name, plan), file=sys.stderr, flush=True)
+        print(printable(progress_line(states, folder.name, plan)), file=sys.stderr, flush=True)
 
 
 def progress_line(states: Sequence[PointState], current: str, plan: SweepPlan) -> str:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from bs_exp.errors import RecordError
+from bs_exp.printable import printable, printable_data, shortened
 from bs_exp.records.pairs import PAIRS_FILE, PairTable, read_pairs
 from bs_exp.records.record import FILE_NAME, RunRecord, read_record
 from bs_exp.records.sweep import PLAN_FILE, SweepPlan
 
+# Folders below a link that leads out of the folders to report on: those of runs and of sweeps, and no more of a disk.
+_DEPTH_BEYOND = 1
+_Read = TypeVar("_Read", RunRecord, PairTable)
+_LONGEST_TEXT = 10_000
+_LONGEST_REASON = 500
+_MOST_REASONS = 10
+
 
 @dataclass(frozen=True)
 class Found:
-    """A record and the folder of its run, as given on the command line."""
+    """A record, all its texts printable, and the folder of its run, as given on the command line."""
 
     record: RunRecord
     folder: Path
@@ -60,37 +69,55 @@ def collect(folders: Sequence[Path]) -> Collection:
     for path in _files(folders):
         try:
             if path.name == FILE_NAME:
-                found.append(Found(read_record(path), path.parent))
+                found.append(Found(_printable(read_record(path)), path.parent))
             elif path.name == PLAN_FILE:
                 waiting += _waiting(path.parent)
             else:
-                pairs += read_pairs(path)
+                pairs += [_printable(table) for table in read_pairs(path)]
         except RecordError as error:
-            skipped.append(Skipped(path, str(error)))
+            skipped.append(Skipped(path, printable(shortened(str(error), _LONGEST_REASON))))
     if not found:
         raise RecordError(_nothing(folders, skipped))
     return Collection(tuple(sorted(found, key=_order)), tuple(skipped), tuple(waiting), tuple(pairs))
 
 
+def _printable(found: _Read) -> _Read:
+    """A record or table of pairs whose texts are safe in a terminal, an SVG file and a page, and short enough."""
+    texts = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("status", "folder")}
+    keep = {name for name, value in texts.items() if not isinstance(value, str | tuple | list | Mapping)}
+    keep |= {"values", "ratios", "layers"}  # numbers, by numbers
+    return replace(found, **{k: printable_data(v, _LONGEST_TEXT) for k, v in texts.items() if k not in keep})
+
+
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
+    tops = [folder.resolve() for folder in folders]
     seen: set[Path] = set()
+    beyond: dict[Path, int] = {}  # levels below a link that leads out of the folders
     for top in folders:
-        # Links are followed, because a sweep may link runs that another one has done already.
+        # Links are followed, because a sweep may link runs that another one has done already; but not far.
         for root, directories, files in os.walk(top, followlinks=True):
-            place = Path(root).resolve()
+            folder = Path(root)
+            place = folder.resolve()
             if place in seen:
                 directories.clear()
                 continue
             seen.add(place)
-            directories[:] = sorted(name for name in directories if not name.startswith("."))
-            yield from (Path(root) / name for name in (FILE_NAME, PLAN_FILE, PAIRS_FILE) if name in files)
+            if any(place.is_relative_to(other) for other in tops):
+                directories[:] = sorted(name for name in directories if not name.startswith("."))
+            else:
+                level = beyond[folder] = beyond.get(folder.parent, -1) + 1
+                within = level < _DEPTH_BEYOND
+                directories[:] = sorted(n for n in directories if within and not n.startswith("."))
+            yield from (folder / name for name in (FILE_NAME, PLAN_FILE, PAIRS_FILE) if name in files)
 
 
 def _nothing(folders: Sequence[Path], skipped: Sequence[Skipped]) -> str:
     places = ", ".join(map(str, folders))
     if not skipped:
         return f"There is no {FILE_NAME} below {places}. Run something first, as in python -m bs_exp sweeps=NAME."
-    reasons = "\n".join(f"  {item.path}: {item.reason}" for item in skipped)
+    reasons = "\n".join(f"  {item.path}: {item.reason}" for item in skipped[:_MOST_REASONS])
+    if len(skipped) > _MOST_REASONS:
+        reasons += f"\n  and {len(skipped) - _MOST_REASONS:,} more"
     return f"None of the records below {places} can be read:\n{reasons}"
 
 
@@ -103,4 +130,4 @@ def _waiting(sweep: Path) -> Iterator[Waiting]:
     plan = SweepPlan.read(sweep)
     for point in (plan.points if plan else None) or ():
         if not (sweep / point.folder / FILE_NAME).exists():
-            yield Waiting(sweep.name, point.settings)
+            yield Waiting(printable(sweep.name), printable_data(point.settings, _LONGEST_TEXT))

@@ -26,6 +26,7 @@ _PHASES: dict[str, str] = {
 _EVALUATE = "evaluate "
 # In milliseconds a stage says nothing.
 _SHORT = 0.05
+_MOST_STAGES = 60
 _SETTINGS = ("device", "dtype", "batch_size", "prompt_length", "generated_length")
 
 
@@ -242,12 +243,13 @@ def phases(point: ReportedRun) -> dict[str, float]:
 
 
 def stages(points: Sequence[ReportedRun]) -> list[str]:
-    """Stages that took time in some run, in the order in which runs meet them."""
-    return [
-        stage
-        for stage in dict.fromkeys(stage for point in points for stage in own_timings(point))
-        if any(own_timings(point).get(stage, 0.0) >= _SHORT for point in points)
-    ]
+    """Stages that took time in some run, in the order in which runs meet them: the 60 that took most in one run."""
+    longest: dict[str, float] = {}
+    for point in points:
+        for stage, seconds in own_timings(point).items():
+            longest[stage] = max(longest.get(stage, 0.0), seconds)
+    kept = sorted((stage for stage, seconds in longest.items() if seconds >= _SHORT), key=lambda s: -longest[s])
+    return [stage for stage in longest if stage in set(kept[:_MOST_STAGES])]
 
 
 def _sharing(section: Section, shared: Sequence[tuple[Series, SharedCost]], key: str) -> Table:

@@ -13,6 +13,8 @@ Flat = Mapping[str, Any]
 # What does not change a result, and what has a place of its own in the report.
 _ELSEWHERE = WITHOUT_EFFECT | {"objective", "retain_ratio", "model", "evaluation"}
 _TARGET = "_target_"
+# A study turns a few dials; of records that have nothing in common, the first settings are enough to tell them apart.
+_MOST_DIALS = 200
 # Written again in the node by interpolation; and what is evaluated, which changes no number by itself.
 _JUDGED_APART = ("evaluators", "parts")
 
@@ -57,7 +59,8 @@ def varying(families: Iterable[Sequence[Flat]]) -> list[str]:
     keys = dict.fromkeys(key for family in families for flat in family for key in flat)
     changing = [key for key in keys if any(len({_mark(flat, key) for flat in family}) > 1 for family in families)]
     kept: list[str] = []
-    for key in sorted(changing, key=lambda key: (not key.endswith(_TARGET), key.count("."), len(key), key)):
+    changing.sort(key=lambda key: (not key.endswith(_TARGET), key.count("."), len(key), key))
+    for key in changing[:_MOST_DIALS]:
         if not any(_repeats(key, other, families) for other in kept):
             kept.append(key)
     return kept

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.pairs import PairTable
 from bs_exp.reporting import cost, drawing, formats, ranks
 from bs_exp.reporting.drawing import Drawn
-from bs_exp.reporting.results import removed_title
+from bs_exp.reporting.results import MOST_HEADLINES, removed_title
 from bs_exp.reporting.study import ReportedRun, Section, Series, Study
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 # More lines than this cannot be told apart: then a colour is a method, and its dials are not named.
 _MOST_SERIES = 12
 _MOST_PANELS = 12
+_MOST_MATRICES = 64
 _MOST_PAIRS = 8
+_MOST_PHASES = 16
+# Letters of a legend: laying out text takes Matplotlib seconds per 10,000 of them.
+_LONGEST_LABEL = 120
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def looks(section: Section) -> dict[Series, Look]:
     for series in section.series:
         label = series.label if single else series.method
         i = labels.index(label)
-        shown = None if label in named else label
+        shown = None if label in named else formats.short(label, _LONGEST_LABEL)
         if series.completed:
             named.add(label)
         found[series] = Look(shown, drawing.colour(i), drawing.marker(i), drawing.dashes(i))
@@ -68,9 +73,9 @@ def section_figures(section: Section, key: str) -> Iterator[Drawn]:
         return
     styles = looks(section)
     ratios = {point.removed for series in section.series for point in series.completed}
-    for name in metrics.headlines(section.quality, section.main_metric):
+    for name in metrics.headlines(section.quality, section.main_metric)[:MOST_HEADLINES]:
         if len(ratios) > 1:  # no curve through one point
-            yield from _curve(section, name, styles, f"{key}-curve-{name.replace('/', '-')}")
+            yield from _curve(section, name, styles, f"{key}-curve-{formats.file_key(name)}")
     if section.main_metric is not None:
         yield from _pareto_size(section, section.main_metric, styles, f"{key}-pareto-size")
         for i, entries in enumerate(cost.speed_settings(section).items(), start=1):
@@ -95,7 +100,7 @@ def pair_figures(pairs: Sequence[PairTable]) -> list[Drawn]:
     for table in pairs:
         runs.setdefault(table.folder, []).append(table)
     parts = [
-        (folder.name if len(runs) > 1 else "", tables[i : i + _MOST_PAIRS])
+        (formats.short(printable(folder.name)) if len(runs) > 1 else "", tables[i : i + _MOST_PAIRS])
         for folder, tables in runs.items()
         for i in range(0, len(tables), _MOST_PAIRS)
     ]
@@ -117,6 +122,10 @@ def pareto_front(points: Sequence[tuple[float, float]], *, second_lower: bool) -
     return front
 
 
+def _title(name: str) -> str:
+    return formats.short(metrics.title(name), _LONGEST_LABEL)
+
+
 def _axes(figure: Figure, x: str, y: str) -> Axes:
     axes = figure.add_axes((0.125, 0.165, 0.845, 0.79))
     axes.set_xlabel(x)
@@ -126,7 +135,7 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
 
 def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) -> Iterator[Drawn]:
     figure = drawing.canvas()
-    axes = _axes(figure, "parameters removed (%)", metrics.title(name))
+    axes = _axes(figure, "parameters removed (%)", _title(name))
     values: list[float] = []
     for series, look in styles.items():
         points = [p for p in series.completed if formats.is_number(p.compressed.get(name))]
@@ -212,7 +221,7 @@ def _front(
     coordinates = [(cost, float(point.compressed[name])) for _, point, cost in entries]
     front = pareto_front(coordinates, second_lower=lower)
     figure = drawing.canvas()
-    axes = _axes(figure, label, metrics.title(name))
+    axes = _axes(figure, label, _title(name))
     axes.plot(
         [abs(coordinates[i][0]) for i in front],
         [coordinates[i][1] for i in front],
@@ -289,9 +298,10 @@ def _timings(section: Section, key: str) -> Iterator[Drawn]:
     names = [
         n for n in dict.fromkeys(n for spent in done for n in spent) if sum(s.get(n, 0.0) for s in done) > total / 1000
     ]
-    entries = [(series, _mean_phases(series, names)) for series in section.series if series.completed]
     if not names:
         return
+    names = _longest(names, done)
+    entries = [(series, _mean_phases(series, names)) for series in section.series if series.completed]
     entries = sorted(entries, key=lambda entry: sum(entry[1]))[-_MOST_SERIES:]
     figure = drawing.canvas(height=1.0 + 0.26 * len(entries))
     height = figure.get_size_inches()[1]
@@ -301,13 +311,13 @@ def _timings(section: Section, key: str) -> Iterator[Drawn]:
     starts = [0.0] * len(entries)
     for i, name in enumerate(names):
         widths = [spent[i] for _, spent in entries]
-        style: dict[str, Any] = {"color": drawing.colour(i), "label": name}
+        style: dict[str, Any] = {"color": drawing.colour(i), "label": formats.short(name, _LONGEST_LABEL)}
         style["hatch"] = None if i < len(drawing.COLOURS) else "////"
         axes.barh(
             range(len(entries)), widths, left=starts, height=0.68, edgecolor=drawing.PAPER, linewidth=0.6, **style
         )
         starts = [a + b for a, b in zip(starts, widths, strict=True)]
-    axes.set_yticks(range(len(entries)), [_short(series.label) for series, _ in entries])
+    axes.set_yticks(range(len(entries)), [formats.short(series.label) for series, _ in entries])
     axes.set_ylim(-0.6, len(entries) - 0.4)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds per run, mean over its ratios")
@@ -325,8 +335,10 @@ def _timings(section: Section, key: str) -> Iterator[Drawn]:
     )
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 30 else f"{label[:29]}…"
+def _longest(names: Sequence[str], spent: Sequence[Mapping[str, float]]) -> list[str]:
+    """The phases that take most of the time, as many as can be told apart, in the order they had."""
+    longest = sorted(names, key=lambda name: -sum(phases.get(name, 0.0) for phases in spent))[:_MOST_PHASES]
+    return [name for name in names if name in longest]
 
 
 def _mean_phases(series: Series, names: Sequence[str]) -> list[float]:
@@ -342,7 +354,7 @@ def _ranks(section: Section, key: str) -> Iterator[Drawn]:
         return
     shown = entries[:_MOST_PANELS]
     tables = [ranks.places(point) for _, point in shown]
-    matrices = list(dict.fromkeys(matrix for table in tables for matrix, _ in table))
+    matrices = list(dict.fromkeys(matrix for table in tables for matrix, _ in table))[:_MOST_MATRICES]
     layers = sorted({layer for table in tables for _, layer in table})
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
@@ -359,8 +371,8 @@ def _ranks(section: Section, key: str) -> Iterator[Drawn]:
         axes = grid[i // columns][i % columns]
         values = [[_kept(table.get((matrix, layer))) for layer in layers] for matrix in matrices]
         image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap=colours)
-        axes.set_title(_short(series.label), loc="left", pad=3)
-        axes.set_yticks(range(len(matrices)), matrices)
+        axes.set_title(formats.short(series.label), loc="left", pad=3)
+        axes.set_yticks(range(len(matrices)), [formats.short(matrix) for matrix in matrices])
         step = max(1, -(-len(layers) // 8))
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         axes.grid(visible=False)
@@ -413,7 +425,7 @@ def _pairs(tables: Sequence[PairTable], run: str, key: str) -> Drawn:
         axes = grid[i // columns][i % columns]
         values = [[math.nan if value is None else value for value in row] for row in table.values]
         image = axes.imshow(values, interpolation="nearest", vmin=-limit, vmax=limit, cmap=colours)
-        axes.set_title(table.matrix, loc="left", pad=3)
+        axes.set_title(formats.short(table.matrix), loc="left", pad=3)
         step = max(1, -(-len(table.layers) // 8))
         ticks, names = range(0, len(table.layers), step), [str(layer) for layer in table.layers[::step]]
         axes.set_xticks(ticks, names)
@@ -426,7 +438,7 @@ def _pairs(tables: Sequence[PairTable], run: str, key: str) -> Drawn:
     assert image is not None
     bar = figure.add_axes((0.4 / width, 0.42 / height, 1 - 0.5 / width, 0.1 / height))
     figure.colorbar(image, cax=bar, orientation="horizontal")
-    unit = f" ({tables[0].unit})" if tables[0].unit else ""
+    unit = f" ({formats.short(tables[0].unit)})" if tables[0].unit else ""
     bar.set_xlabel(f"loss with a shared basis minus loss apart{unit}", labelpad=2)
     return drawing.render(
         figure,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from bs_exp.records import metrics
 
 ABSENT = "-"
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.,+-]")
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -94,6 +97,17 @@ def setting(value: Any) -> str:
             return "{" + ", ".join(f"{key}: {setting(item)}" for key, item in value.items()) + "}"
         case _:
             return str(value)
+
+
+def file_key(name: str) -> str:
+    """A metric's name as a part of file names and of anchors: what is not plain becomes `-` and a hash."""
+    plain = _NOT_PLAIN.sub("-", name[:60])
+    return plain if plain == name.replace("/", "-") else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def short(label: str, most: int = 30) -> str:
+    """The label for a figure, which has room for few characters."""
+    return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def sentence(words: str) -> str:

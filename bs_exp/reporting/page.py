@@ -10,6 +10,7 @@ from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.record import Status
 from bs_exp.reporting import cost, formats, runs
@@ -148,7 +149,7 @@ def _details(point: ReportedRun) -> list[tuple[str, str]]:
     record = point.record
     error = record.error or {}
     facts = [
-        ("folder", str(point.folder)),
+        ("folder", printable(str(point.folder))),
         ("run", record.run_id),
         ("configuration", record.config_hash),
         ("sweep", f"{record.sweep.get('id')}, job {record.sweep.get('job')}" if record.sweep else ""),

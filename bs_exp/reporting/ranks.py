@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 from statistics import correlation
 
 from bs_exp.reporting import formats
@@ -17,6 +17,10 @@ _SPREAD = 0.02
 # Of a search with hundreds of trials, pairs say nothing.
 _MOST_PAIRS = 200
 _MOST_POINTS = 24
+# Of a table of ranks: 1,000 runs of a model with 80 layers have half of it.
+_MOST_CELLS = 1_000_000
+# A page with a wider table cannot be read, nor shown quickly.
+_MOST_LAYERS = 512
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,14 @@ def _table(section: Section, entries: Sequence[tuple[Series, ReportedRun]], key:
     layers = sorted({layer for planned in found for _, layer in planned})
     if not layers:
         return None
+    if len(layers) > _MOST_LAYERS:
+        note += f" The first {_MOST_LAYERS} of {len(layers):,} layers."
+        layers = layers[:_MOST_LAYERS]
+    fitting = _MOST_CELLS // len(layers)  # rows
+    counts = accumulate(len({matrix for matrix, _ in planned}) for planned in found)
+    if (shown := sum(count <= fitting for count in counts)) < len(entries):
+        note += f" The first {shown} of {len(entries)} runs."
+        entries, found = entries[:shown], found[:shown]
     columns = [Column("removed"), *series_columns(section), Column("matrix", numeric=False)]
     columns += [Column(f"layer {layer}") for layer in layers]
     rows = []

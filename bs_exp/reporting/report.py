@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bs_exp.errors import RecordError
-from bs_exp.files import read_text, write_file
+from bs_exp.files import read_text, remove_leftovers, write_file
 from bs_exp.reporting import cost, papers, ranks, results, runs, table
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.drawing import Drawn
@@ -19,6 +20,8 @@ from bs_exp.reporting.table import Table
 
 PAGE, TABLES_TEXT, TABLES_FOLDER, FIGURES_FOLDER = "index.html", "tables.md", "tables", "figures"
 _MADE = ".made.json"
+# What a report consists of; nothing else is removed because a list in the folder names it.
+_OURS = re.compile(r"index\.html|tables\.md|tables/[^/\0]+\.csv|(figures/)?[^/\0]+\.(svg|png)")
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,15 @@ def _figure_files(figures: Sequence[Drawn]) -> dict[str, bytes]:
 
 def _write(files: dict[str, bytes], out: Path) -> tuple[Path, ...]:
     """Writes the files, and removes those of an earlier report that this one does not make: they are out of date."""
+    folders = {(out / name).parent for name in files}
     try:
-        for folder in {(out / name).parent for name in files} - {out}:
+        for folder in folders - {out}:
             if folder.is_symlink():
                 raise RecordError(
                     f"{folder} is a link, through which nothing is written. Name another folder with --out."
                 )
+        for folder in folders:
+            remove_leftovers(folder)
         for name in _made_before(out) - files.keys():
             (out / name).unlink(missing_ok=True)
         for name, data in files.items():
@@ -111,15 +117,20 @@ def _write(files: dict[str, bytes], out: Path) -> tuple[Path, ...]:
             write_file(path, data)
         write_file(out / _MADE, json.dumps(sorted(files), indent=1) + "\n")
     except OSError as error:
-        raise RecordError(f"Cannot write the report to {out}: {error}. Name another folder with --out.") from error
+        raise RecordError(
+            f"Cannot write the report to {out}: {error}. Free some space, or name another folder with --out."
+        ) from error
     return tuple(out / name for name in files)
 
 
 def _made_before(out: Path) -> set[str]:
     try:
         names = json.loads(read_text(out / _MADE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return set()
+    if not isinstance(names, list):
         return set()
     # Never outside the folder, whatever the list says.
     inside = out.resolve()
-    return {name for name in names if isinstance(name, str) and (out / name).resolve().is_relative_to(inside)}
+    ours = (name for name in names if isinstance(name, str) and _OURS.fullmatch(name))
+    return {name for name in ours if (out / name).parent.resolve().is_relative_to(inside) and not (out / name).is_dir()}

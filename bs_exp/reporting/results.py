@@ -13,6 +13,8 @@ from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text
 
 # A search tries another ratio in every trial: as columns they would be a table of holes.
 _MOST_RATIOS = 12
+# Metrics with a table and a curve of their own; all are in the table of everything.
+MOST_HEADLINES = 24
 _STATUS = {Status.FAILED: "failed", Status.INTERRUPTED: "stopped", Status.RUNNING: "unfinished"}
 
 
@@ -21,8 +23,8 @@ def result_tables(section: Section, key: str) -> Iterator[Table]:
     if not section.quality:
         return
     if len(section.ratios) <= _MOST_RATIOS:
-        for name in metrics.headlines(section.quality, section.main_metric):
-            yield _by_ratio(section, name, f"{key}-{name.replace('/', '-')}")
+        for name in metrics.headlines(section.quality, section.main_metric)[:MOST_HEADLINES]:
+            yield _by_ratio(section, name, f"{key}-{formats.file_key(name)}")
     yield _everything(section, f"{key}-all")
 
 

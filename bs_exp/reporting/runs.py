@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import cost, formats
@@ -102,7 +103,7 @@ def all_runs(study: Study, places: list[Environment]) -> Table:
             Cell(commit[:10], value=commit),
             Cell(record.config_hash[:8], value=record.config_hash),
             text(record.started),
-            text(str(point.folder)),
+            text(printable(str(point.folder))),
         ]
         rows.append(Row(tuple(cells)))
     return _without_empty(Table("runs", "All runs", tuple(columns), tuple(rows), sortable=True))
@@ -140,7 +141,7 @@ def problems(study: Study) -> Iterator[Table]:
             "skipped",
             "Files that cannot be read",
             _words("file", "why"),
-            tuple(Row((text(str(item.path)), text(item.reason, style="wrap"))) for item in study.skipped),
+            tuple(Row((text(printable(str(item.path))), text(item.reason, style="wrap"))) for item in study.skipped),
             note="Nothing of them is in the tables.",
         )
     if study.repeats:

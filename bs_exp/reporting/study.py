@@ -32,9 +32,9 @@ class ReportedRun:
 
     @property
     def ratio(self) -> float | None:
-        """The retain ratio that was asked for; None if the configuration has none."""
+        """The retain ratio that was asked for, in (0, 1]; None if the configuration has none."""
         value = self.record.config.get("retain_ratio")
-        return float(value) if isinstance(value, int | float) else None
+        return float(value) if formats.is_number(value) and 0.0 < value <= 1.0 else None
 
     @property
     def removed(self) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bs_exp.printable import spreadsheet_cell
 from bs_exp.reporting import formats
 
 
@@ -72,11 +73,11 @@ def mark_best(cells: list[Cell], *, lowest: bool) -> list[Cell]:
 
 
 def to_csv(table: Table) -> str:
-    """The table as CSV, with exact values."""
+    """The table as CSV, with exact values; texts that a spreadsheet would take for formulas are marked as texts."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([column.title for column in table.columns])
-    writer.writerows([cell.exact for cell in row.cells] for row in table.rows)
+    writer.writerow([spreadsheet_cell(column.title) for column in table.columns])
+    writer.writerows([spreadsheet_cell(cell.exact) for cell in row.cells] for row in table.rows)
     return file.getvalue()
 
 

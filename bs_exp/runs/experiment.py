@@ -17,11 +17,13 @@ from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.size import measure_size
+from bs_exp.files import file_sizes
 from bs_exp.models.processor_files import processor_files
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
 from bs_exp.records import metrics as names
+from bs_exp.records.record import MODEL_FOLDER, SAVED_FILES
 from bs_exp.records.stages import Stage
 from bs_exp.runs import environment
 from bs_exp.runs.dense_cache import DenseStore
@@ -31,8 +33,6 @@ from bs_exp.runs.recorder import Recorder
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.workspace import Workspace
-
-MODEL_FOLDER = "model"
 
 # One number, or one per objective, in their order; None where nothing was measured.
 Objective = float | tuple[float, ...] | None
@@ -180,10 +180,15 @@ class Experiment:
         if not self.save_model:
             return
         with recorder.progress.stage(Stage.SAVE):
-            files = processor_files(dense.provenance)
-            folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER, files=files)
-        saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        recorder.update(size={**recorder.record.size, "saved_bytes": saved}, model_folder=MODEL_FOLDER)
+            carried = processor_files(dense.provenance)
+            folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER, files=carried)
+        files = file_sizes(folder)
+        saved = sum(size for name, size in files.items() if name.endswith(".safetensors") and "/" not in name)
+        recorder.update(
+            size={**recorder.record.size, "saved_bytes": saved},
+            model_folder=MODEL_FOLDER,
+            provenance={**recorder.record.provenance, SAVED_FILES: files},
+        )
 
 
 def _quiet_libraries() -> None:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from bs_exp.printable import printable, shortened
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import RunRecord
 from bs_exp.records.sweep import PointOutcome, PointState, duration, objectives, seconds, varying
 
 _PIPED_WIDTH = 100
+_LONGEST_MESSAGE = 500
 _FINISHED = (PointOutcome.COMPLETED, PointOutcome.KEPT)
 _UNFINISHED = tuple(outcome for outcome in PointOutcome if outcome not in _FINISHED)
 
@@ -33,14 +36,14 @@ def print_sweep(name: str, folder: Path, states: list[PointState], console: Cons
     for state in states:
         if state.outcome is PointOutcome.FAILED and state.record and state.record.error:
             message = str(state.record.error["message"]).splitlines()[0]
-            lines.append(f"failed   {state.point.folder}: {message}")
-    lines += [f"best     {line}" for line in _best(states)]
+            lines.append(printable(f"failed   {state.point.folder}: {shortened(message, _LONGEST_MESSAGE)}"))
+    lines += [printable(f"best     {line}") for line in _best(states)]
     counts = Counter(state.outcome for state in states)
     lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in PointOutcome if counts[o]))
     if any(state.outcome in _UNFINISHED for state in states):
         lines.append("resume   the same command again runs what is not completed, and nothing else")
-    lines.append(f"records  {folder}")
-    lines.append(f"report   bs-exp report {folder}")
+    lines.append(printable(f"records  {folder}"))
+    lines.append(printable(f"report   bs-exp report {folder}"))
     console.file.write("\n".join(lines) + "\n")
 
 
@@ -60,18 +63,18 @@ def _best(states: list[PointState]) -> Iterator[str]:
 
 
 def _table(name: str, states: list[PointState]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=name, title_style="bold", title_justify="left", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, title=printable(name), title_style="bold", title_justify="left", pad_edge=False)
     names = dict.fromkeys(name for state in states if state.record for name in objectives(state.record))
     table.add_column("point", overflow="fold")
     table.add_column("outcome", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(printable(name)), justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("folder", no_wrap=True)
     for state, label in zip(states, varying([s.point.settings for s in states]), strict=True):
         done = state.record if state.outcome in _FINISHED else None
         table.add_row(
-            Text(label),  # settings hold brackets, which are no markup
+            Text(printable(label)),  # settings hold brackets, which are no markup
             str(state.outcome),
             *(_number(done, name) for name in names),
             duration(seconds(done)) if done else "",

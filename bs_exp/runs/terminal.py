@@ -12,8 +12,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.record import FILE_NAME, RunRecord
 from bs_exp.types import RankPlan
@@ -53,7 +55,7 @@ class MetricRow:
         dense, compressed = (_value(v) + _error(e) for v, e in zip(self._values, self.error, strict=True))
         # A share of items changes by points: a relative change of an accuracy misleads.
         change = _points if metrics.is_accuracy(self.name) else _percent
-        return self.name, dense, compressed, change(self.dense, self.compressed)
+        return escape(printable(self.name)), dense, compressed, change(self.dense, self.compressed)
 
     @property
     def _values(self) -> tuple[Any, Any]:
@@ -70,9 +72,11 @@ def print_report(record: RunRecord, folder: Path, console: Console | None = None
     # Rich pads every line to the table's width; what is piped into a file should not end in blanks.
     lines = [line.rstrip() for line in table.get().splitlines()]
     for title, text in _facts(record):
-        lines += wrap(text, console.width, initial_indent=f"{title:<9}", subsequent_indent=" " * 9, **_WHOLE_WORDS)
+        lines += wrap(
+            printable(text), console.width, initial_indent=f"{title:<9}", subsequent_indent=" " * 9, **_WHOLE_WORDS
+        )
     # Paths are copied from here: never wrapped, whatever the width.
-    lines += [f"{title:<9}{path}" for title, path in _places(record, folder)]
+    lines += [printable(f"{title:<9}{path}") for title, path in _places(record, folder)]
     console.file.write("\n".join(lines) + "\n")
 
 
@@ -99,7 +103,7 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _table(record: RunRecord) -> Table:
-    title = f"{record.name}: {record.status}"
+    title = escape(printable(f"{record.name}: {record.status}"))
     table = Table(box=SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False)
     table.add_column("", overflow="fold")
     for column in ("dense", "compressed", "change"):

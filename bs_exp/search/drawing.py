@@ -5,6 +5,7 @@ Optuna's own plots set a style for all later figures, and draw three objectives 
 
 from __future__ import annotations
 
+import io
 from itertools import accumulate, combinations
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from bs_exp.search.folder import write_files
 from bs_exp.search.results import Results
 
 _LABELS = 12  # The numbers of more trials would overlap.
@@ -20,7 +22,10 @@ _BLUE, _GREY = "#0072B2", "#9a9a9a"  # Distinct in grey, and for colour-blind re
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draws the results as front.png and .svg, or history.png and .svg; nothing if no trial is completed."""
+    """Draws the results as front.png and .svg, or history.png and .svg; nothing if no trial is completed.
+
+    Raises SearchError if they cannot be written.
+    """
     if not results.completed:
         return []
     pairs = list(combinations(range(len(results.objectives)), 2)) or [(0, 0)]
@@ -36,10 +41,13 @@ def draw(results: Results, folder: Path) -> list[Path]:
         ax.legend(frameon=False, fontsize="small")
     figure.suptitle(results.study, fontsize="medium")
     name = "front" if results.is_front else "history"
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
+    files: dict[str, bytes] = {}
+    for kind in ("png", "svg"):
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, dpi=150)
+        files[f"{name}.{kind}"] = file.getvalue()
+    write_files(folder, files)
+    return [folder / file for file in files]
 
 
 def _front(ax: Axes, results: Results, x: int, y: int) -> None:

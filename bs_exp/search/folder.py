@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.errors import SearchError
-from bs_exp.files import write_file
+from bs_exp.files import read_text, write_file
 from bs_exp.search.storage import file_of, locked, shown
 from bs_exp.search.study import Identity, differences
 
@@ -51,8 +51,8 @@ def signed(folder: Path, *, study: str, storage: str | None, identity: Identity)
             write_files(folder, {FILE_NAME: json.dumps(ours, indent=2) + "\n"})
 
 
-def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes texts by file name, each whole or not at all. Raises SearchError."""
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes contents by file name, each whole or not at all. Raises SearchError."""
     for name, content in files.items():
         try:
             write_file(folder / name, content)
@@ -74,7 +74,7 @@ def _beside(storage: str | None, folder: Path) -> str:
 def _read(path: Path) -> dict[str, Any] | None:
     """The content of study.json; None if there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         return {"study_name": found["study_name"], "storage": found["storage"], "identity": dict(found["identity"])}
     except FileNotFoundError:
         return None

@@ -16,6 +16,7 @@ import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from bs_exp.printable import printable, spreadsheet_cell
 from bs_exp.search.folder import write_files
 from bs_exp.search.study import ERROR, FOLDER, METRICS, OVERRIDES, REPEATS
 
@@ -130,7 +131,9 @@ def save(results: Results, folder: Path) -> None:
         }
         for point in results.best
     ]
-    header = _BEST_HEADER.format(study=results.study, what=", ".join(f"{d} {name}" for name, d in wanted.items()))
+    header = _BEST_HEADER.format(
+        study=printable(results.study), what=printable(", ".join(f"{d} {name}" for name, d in wanted.items()))
+    )
     files = {
         "trials.csv": _csv(results, results.points, folder),
         "best.yaml": header + yaml.safe_dump(best, sort_keys=False, width=120, allow_unicode=True),
@@ -146,11 +149,13 @@ def _csv(results: Results, points: Iterable[TrialSummary], folder: Path) -> str:
     params = list(dict.fromkeys(key for point in results.points for key in point.params))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["trial", "state", *results.objectives, *params, "seconds", "folder", "repeats", "error"])
+    header = ["trial", "state", *results.objectives, *params, "seconds", "folder", "repeats", "error"]
+    writer.writerow([spreadsheet_cell(title) for title in header])
     for point in points:
         values = point.values or [""] * len(results.objectives)
         cells = [point.params.get(key, "") for key in params]
         seconds = "" if point.seconds is None else f"{point.seconds:.1f}"
         where = point.folder_beside(folder)
-        writer.writerow([point.number, point.state, *values, *cells, seconds, where, point.repeats, point.error])
+        row = [point.number, point.state, *values, *cells, seconds, where, point.repeats, point.error]
+        writer.writerow([spreadsheet_cell(cell) for cell in row])
     return file.getvalue()

@@ -19,6 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
 from bs_exp.errors import ConfigError, SearchError
+from bs_exp.printable import printable
 from bs_exp.records.sweep import duration
 from bs_exp.search.drawing import draw
 from bs_exp.search.folder import signed
@@ -249,7 +250,7 @@ def _values(results: Results, values: Sequence[float]) -> str:
 
 def say(line: str) -> None:
     """One line on stderr, at once: stdout holds the results alone."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

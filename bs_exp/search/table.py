@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bs_exp.printable import printable
 from bs_exp.search.results import Results
 
 _PIPED_WIDTH = 80
@@ -29,15 +30,18 @@ def print_results(results: Results, places: Sequence[tuple[str, Path | str]]) ->
     done, failed = len(results.completed), results.failed
     what = "Pareto front" if results.is_front else "best trials"
     # The title stands by itself: above a narrow table it would be wrapped.
-    lines = [f"{results.study}: {what} of {done} completed{f', {len(failed)} failed' if failed else ''}"]
+    lines = [f"{printable(results.study)}: {what} of {done} completed{f', {len(failed)} failed' if failed else ''}"]
     lines += [line.rstrip() for line in table.get().splitlines()]
-    lines += [f"failed   trial {p.number}: {shorten(str(p.error).splitlines()[0], 160)}" for p in failed[:_FAILURES]]
+    lines += [
+        printable(f"failed   trial {p.number}: {shorten(str(p.error).splitlines()[0], 160)}")
+        for p in failed[:_FAILURES]
+    ]
     if len(failed) > _FAILURES:
         lines.append(f"failed   {len(failed) - _FAILURES} more, see trials.csv")
     # Paths and commands are copied from here: never wrapped, whatever the width.
-    lines += [f"{title:<9}{place}" for title, place in places]
+    lines += [printable(f"{title:<9}{place}") for title, place in places]
     if results.best:
-        lines.append(f"again    {results.best[0].command}")
+        lines.append(printable(f"again    {results.best[0].command}"))
     console.file.write("\n".join(lines) + "\n")
 
 
@@ -45,13 +49,13 @@ def _table(results: Results) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("trial", justify="right", no_wrap=True)
     for name in results.objectives:
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(escape(printable(name)), justify="right", no_wrap=True)
     table.add_column("parameters", overflow="fold")
     falling = results.directions[0] == "maximize"
     best = sorted(results.completed, key=lambda point: point.values[0], reverse=falling)[:_ROWS]
     for point in results.best if results.is_front else best:
         params = " ".join(f"{key}={_number(value)}" for key, value in point.params.items())
-        table.add_row(str(point.number), *map(_number, point.values), escape(params))
+        table.add_row(str(point.number), *map(_number, point.values), escape(printable(params)))
     return table
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bs_exp.cli.explain import explain
 from bs_exp.records.record import RecordError, RunRecord, Status, read_record
 
 Cli = Callable[..., Any]
@@ -75,6 +76,36 @@ def test_bad_setting_leaves_a_record(
     assert record.error is not None
     assert stage is None or record.error["stage"] == stage
     assert "Traceback" in record.error["traceback"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/abs", "a/b", ".hidden", "a\\\\b", "x" * 300])
+def test_a_name_that_leaves_its_folder_is_refused_at_once(cli: Cli, tiny: Tiny, tmp_path: Path, name: str) -> None:
+    done = cli(*tiny, f"name='{name}'")
+    assert done.status == 1
+    assert done.err.startswith("error: name must be a plain name") and len(done.err.splitlines()) == 1
+    assert "hydra.run.dir=DIR" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_leaves_its_folder_is_refused_in_a_sweep(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    done = cli(*tiny, "name='../../x'", "retain_ratio=0.5,0.6", "-m")
+    assert done.status == 1
+    assert "error: name must be a plain name" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_escape_codes_of_settings_do_not_reach_the_terminal(cli: Cli, tiny: Tiny) -> None:
+    done = cli(*tiny, "calibration.files=['a\x1b[2J\x07.txt']", "hydra.run.dir=out")
+    assert done.status == 1
+    assert "\\x1b[2J\\x07" in done.err and not set(done.out + done.err) & set("\x1b\x07")
+
+
+def test_a_full_disk_names_the_file_that_was_open() -> None:
+    # As in Hydra's own writes.
+    with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "w", encoding="utf-8") as file:
+        file.write("x" * 100_000)
+    message = explain(caught.value)
+    assert "the disk is full while writing /dev/full" in message and "hydra.run.dir=DIR" in message
 
 
 def test_slip_is_answered_before_torch_is_imported(tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_finished_points_run_again_where_that_is_asked_for(cli: Cli, tiny: Tiny)
     assert "1 kept" in cli(*command, "save_model=true").out
 
 
+def test_a_point_whose_model_was_cut_is_run_again(cli: Cli, tiny: Tiny) -> None:
+    command = [*tiny, "retain_ratio=0.9,0.8", "save_model=true", "-m"]
+    assert cli(*command).status == 0
+    first = _records(_sweep_folder(Path.cwd()))
+    weights = next(_sweep_folder(Path.cwd()).glob("*/model/model.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    again = cli(*command)
+    assert again.status == 0 and f"{len(whole) - 8:,} bytes, {len(whole)} were saved" in again.err
+    assert weights.read_bytes() == whole
+    started = [first[ratio].started != record.started for ratio, record in _records(_sweep_folder(Path.cwd())).items()]
+    assert sorted(started) == [False, True]
+
+
 @pytest.mark.parametrize(
     ("more", "name"),
     [

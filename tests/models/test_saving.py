@@ -330,6 +330,14 @@ def test_a_save_that_fails_leaves_what_was_there(dense: Dense, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next(dense: Dense, tmp_path: Path) -> None:
+    left = tmp_path / ".model-0abc_xyz"
+    (left / "new").mkdir(parents=True)
+    os.utime(left, (0, 0))
+    save_model(dense("llama").module, dense("llama").tokenizer, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_folder_that_is_no_model_is_not_overwritten(dense: Dense, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="no model folder"):

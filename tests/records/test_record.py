@@ -320,3 +320,53 @@ def test_tracker_is_closed_whatever_happens(recorder: Recorder, error: BaseExcep
         recorder.track(tracker)
         raise error
     assert tracker.finished == status
+
+
+def _flips(content: bytes) -> list[bytes]:
+    """The content with one bit changed, for every seventh bit of it."""
+    return [
+        content[: i // 8] + bytes([content[i // 8] ^ 1 << i % 8]) + content[i // 8 + 1 :]
+        for i in range(0, 8 * len(content), 7)
+    ]
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    small = replace(
+        _record(tmp_path), command=(), versions={}, hardware={}, source=None, metrics={"dense": {"ppl/a": 3.5}}
+    )
+    path = write_record(small, tmp_path)
+    content = path.read_bytes()
+    noticed = 0
+    for flipped in _flips(content):
+        path.write_bytes(flipped)
+        try:
+            assert read_record(path) == small
+        except RecordError as error:
+            noticed += 1
+            assert str(path) in str(error)
+    assert noticed > len(content)  # of 8 / 7 flips per byte; blanks do not count
+
+
+def test_an_edit_by_hand_is_explained_and_can_be_kept(tmp_path: Path) -> None:
+    path = write_record(replace(_record(tmp_path), objective=12.5), tmp_path)
+    text = path.read_text().replace('"objective": 12.5', '"objective": 11.5')
+    path.write_text(text)
+    with pytest.raises(RecordError, match=r'(?s)record\.json.*does not fit its checksum.*removes its line "checksum"'):
+        read_record(path)
+    *lines, last, end = text.splitlines()
+    assert last.lstrip().startswith('"checksum"')
+    path.write_text("\n".join([*lines[:-1], lines[-1].removesuffix(","), end]))
+    assert read_record(path).objective == 11.5
+
+
+def test_records_without_a_checksum_are_read(tmp_path: Path) -> None:
+    record = _record(tmp_path)
+    (tmp_path / FILE_NAME).write_text(json.dumps(record.to_dict()))
+    assert read_record(tmp_path) == record
+
+
+def test_order_and_blanks_do_not_count(tmp_path: Path) -> None:
+    record = _record(tmp_path)
+    data = json.loads(write_record(record, tmp_path).read_text())
+    (tmp_path / FILE_NAME).write_text(json.dumps(dict(reversed(data.items())), indent=7))
+    assert read_record(tmp_path) == record

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from bs_exp.errors import RecordError
-from bs_exp.records.record import FILE_NAME, RunRecord, Status, write_record
+from bs_exp.records.record import FILE_NAME, SAVED_FILES, RunRecord, Status, write_record
 from bs_exp.records.sweep import (
     PLAN_FILE,
     PointOutcome,
@@ -246,3 +246,66 @@ def test_the_table_names_every_point_and_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("value", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2.0 h")])
 def test_durations_are_read_at_a_glance(value: float, text: str) -> None:
     assert duration(value) == text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("model.safetensors", b"123", "model.safetensors has 3 bytes, 5 were saved"),
+        ("model.safetensors", None, "model.safetensors is gone"),
+        ("config.json", b"", "config.json has 0 bytes, 2 were saved"),
+        ("sub/tokenizer.json", None, "sub/tokenizer.json is gone"),
+    ],
+)
+def test_a_point_whose_saved_model_is_cut_is_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes | None, complaint: str
+) -> None:
+    files = {"model.safetensors": b"12345", "config.json": b"{}", "sub/tokenizer.json": b"[]"}
+    for name, data in files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(data)
+    noted = {SAVED_FILES: {name: len(data) for name, data in files.items()}}
+    write_record(_record(model_folder="model", provenance=noted), tmp_path)
+    assert finished_record(tmp_path, "hash", with_model=True) is not None
+    (tmp_path / "model" / file).unlink()
+    if content is not None:
+        (tmp_path / "model" / file).write_bytes(content)
+    assert finished_record(tmp_path, "hash", with_model=True) is None
+    assert complaint in capsys.readouterr().err
+    assert finished_record(tmp_path, "hash", with_model=False) is not None
+
+
+def test_of_an_earlier_version_the_weights_together_are_compared(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"12345")
+    write_record(_record(model_folder="model", size={"saved_bytes": 5}), tmp_path)
+    assert finished_record(tmp_path, "hash", with_model=True) is not None
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"123")
+    assert finished_record(tmp_path, "hash", with_model=True) is None
+
+
+def test_who_holds_a_point_removes_what_killed_processes_left_in_it(tmp_path: Path) -> None:
+    (tmp_path / ".record.json.0123456789abcdef.tmp").write_text("half")
+    (tmp_path / ".model-abcdefgh" / "new").mkdir(parents=True)
+    with occupied(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".owner"]
+
+
+@pytest.mark.parametrize("name", [".lock", ".owner"])
+def test_a_link_in_a_point_is_not_written_through(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (tmp_path / "point").mkdir()
+    (tmp_path / "point" / name).symlink_to(mine)
+    try:
+        with occupied(tmp_path / "point"):
+            pass
+    except RecordError:
+        assert name == ".lock"
+    assert mine.read_text() == "precious"
+
+
+def test_a_plan_names_folders_of_its_sweep_alone(tmp_path: Path) -> None:
+    _plan("../elsewhere").write(tmp_path)
+    with pytest.raises(RecordError, match=r"points\[0\]\.folder begins with a dot"):
+        SweepPlan.read(tmp_path)
