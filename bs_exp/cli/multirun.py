@@ -16,7 +16,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import hash_of
+from bs_exp.cli.config import check_root, hash_of
+from bs_exp.errors import ConfigError
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, point_folder, shown_settings, survey
 from bs_exp.runs.sweep_table import print_sweep
@@ -42,7 +43,19 @@ _current = _Current()
 
 
 class SweepCallback(Callback):
-    """Writes down what a sweep is about to run. Named in `conf/config.yaml`; holds nothing: jobs get copies of it."""
+    """What is done before a run or a sweep has a folder: settings of the root are checked, points written down.
+
+    Named in `conf/config.yaml`; holds nothing: jobs get copies of it.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ends a single run that a setting of the root forbids; with `debug` it is left to end as others do."""
+        try:
+            check_root(config)
+        except (ConfigError, OmegaConfBaseException) as error:
+            if not config.debug:
+                # Hydra makes a warning of every Exception of a callback. `main` shows the cause.
+                raise SystemExit(1) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep's folder for all jobs, and announces its points."""
