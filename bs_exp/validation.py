@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
@@ -69,6 +70,8 @@ def check_names(setting: str, value: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple; ConfigError if they are no list of texts (one text would be taken letter by letter)."""
     if isinstance(value, str) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{setting} must be a list of names, as in [q,k,v], got {value!r}.")
+    if twice := [name for name, count in Counter(value).items() if count > 1]:
+        raise ConfigError(f"{setting} names {twice[0]} twice, got {list(value)}; take one of them out.")
     return tuple(value)
 
 
@@ -82,9 +85,10 @@ def check_retain_ratio(ratio: float) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """ConfigError unless the seed fits into 32 bits, which NumPy's legacy generator takes."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed must be between 0 and {2**32 - 1}, got {seed}.")
+    """ConfigError unless the seed is a whole number of 32 bits: NumPy's legacy generator takes no more."""
+    check_at_least(0, seed=seed)
+    if seed >= 2**32:
+        raise ConfigError(f"seed must be at most {2**32 - 1}, got {seed}.")
 
 
 def check_objective(objective: str | Sequence[str] | None) -> None:

@@ -56,6 +56,8 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return f"{cause.full_key} does not exist{where}. {list_options('Keys there', str(cause.key), keys)}"
         case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
             return _explain(cause)
+        case OmegaConfBaseException() if "is not Optional" in str(error):
+            return f"{error.full_key} must not be null: give it a value, as in {error.full_key}=VALUE."
         case OmegaConfBaseException():
             return f"{error.full_key}: {str(error).splitlines()[0]}."
         case OverrideParseException():
@@ -68,7 +70,9 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
                 "Without one, points run one after the other."
             )
         case HydraException():
-            return str(error)
+            return _group_without_option(arguments or ()) or str(error)
+        case ValueError() if nameless := [argument for argument in arguments or () if argument.startswith("=")]:
+            return _not_understood(nameless[0], "The key is missing.")
         case ValueError() if empty := _group_without_option(arguments or ()):
             return empty
         case SystemExit():
@@ -113,12 +117,14 @@ def _not_understood(override: str, message: str) -> str:
 
 
 def _group_without_option(arguments: Sequence[str]) -> str | None:
-    """What to say of `GROUP=null`, which Hydra refuses without naming it; None if no group has been given it."""
-    for group, sign, option in (argument.partition("=") for argument in arguments):
+    """What to say of `GROUP=null` and `~GROUP`, which Hydra refuses without naming it; None if no group has been given it."""
+    for argument in arguments:
+        name, sign, option = argument.partition("=")
+        group = name.removeprefix("~")
         folder = root_folder() / "conf" / group
-        if sign and option in ("null", "") and group and folder.is_dir():
+        if group and folder.is_dir() and ((sign and option in ("null", "")) or name != group):
             known = list_options(f"Options of {group}", "none", [path.stem for path in folder.glob("[!_]*.yaml")])
-            return f"{group}={option}: a group needs one of its options. {known}"
+            return f"{argument}: a group needs one of its options. {known}"
     return None
 
 

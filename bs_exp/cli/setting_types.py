@@ -7,7 +7,6 @@ of others. Its own checks, of ranges and of what belongs together, come after.
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import sys
 import types
@@ -24,8 +23,19 @@ from bs_exp.cli.explain import list_options
 from bs_exp.validation import is_number, shown
 
 _TARGET = "_target_"
+_SCALARS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "names"),
+    types.NoneType: ("null", "null"),
+}
+_STRATEGY = ("a strategy with its _target_ (an option of its group)", "strategies with their _target_")
 _LISTS = (list, tuple, Sequence)
 _MAPPINGS = (dict, Mapping)
+# References of references: more than this is a circle.
+_MOST_JUMPS = 20
+_MOST_WHOLE = 2**63 - 1
 # A value that is another setting's; not a relative key, a resolver, or one with text around it.
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
@@ -46,23 +56,40 @@ class _Parameter:
     required: bool
 
 
-def wrong_settings(cfg: DictConfig, key: str) -> tuple[WrongSetting, ...]:
+def wrong_settings(node: DictConfig, key: str, written: Any) -> tuple[WrongSetting, ...]:
     """The settings of the node at `key`, and of strategies inside it, whose values are not of the constructors' types.
 
-    Unknown and missing settings count too. Values of types that plain data cannot have (protocols) are not looked at,
-    nor what cannot be imported. A value taken from another key (`${evaluation.limit}`) is reported under that key.
+    `written` is the whole configuration as plain data with its references, of which the full keys are told.
+
+    Unknown and missing settings count too. Types that plain data cannot have are not looked at, nor what cannot be
+    imported; a protocol stands for any strategy. A value taken from another key
+    (`${evaluation.limit}`) is reported under that one.
     """
-    values = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)
-    return tuple(_wrong_inside(values, key, OmegaConf.to_container(cfg, resolve=False)))
+    return tuple(_wrong_inside(OmegaConf.to_container(node, resolve=True), key, written))
 
 
 def check_kind(key: str, value: Any, hint: Any) -> WrongSetting | None:
     """What is wrong with a value for a setting of this type; None if it fits, or the type is none of plain data."""
     if _fits(value, hint):
         return None
-    plain = is_number(value) or isinstance(value, bool)
-    quotes = f" In quotes it is text: \"{key}='{shown(value)}'\"." if plain and _fits("", hint) else ""
-    return WrongSetting(key, f"{key} must be {_told(hint)}, got {shown(value)}.{quotes}")
+    hints = ""
+    if (is_number(value) or isinstance(value, bool)) and _fits("", hint):
+        hints = f" In quotes it is text: \"{key}='{shown(value)}'\"."
+    elif isinstance(value, int) and abs(value) > _MOST_WHOLE and _fits(0, hint):
+        hints = f" At most {_MOST_WHOLE} can be counted."
+    return WrongSetting(key, f"{key} must be {_told(hint)}, got {shown(value)}.{hints}")
+
+
+def _wrong_kinds(key: str, value: Any, hint: Any) -> Iterator[WrongSetting]:
+    """As `check_kind`, but element by element of a mapping."""
+    members = get_args(hint) if _is_union(hint) else (hint,)
+    of = next(((get_args(member) or (Any, Any))[1] for member in members if _outer(member) in _MAPPINGS), None)
+    if isinstance(value, dict) and of is not None and _TARGET not in value:
+        if _is_plain(of):
+            for name, inner in value.items():
+                yield from _wrong_kinds(f"{key}.{name}", inner, of)
+    elif wrong := check_kind(key, value, hint):
+        yield wrong
 
 
 def _wrong_inside(value: Any, key: str, config: Any) -> Iterator[WrongSetting]:
@@ -70,7 +97,7 @@ def _wrong_inside(value: Any, key: str, config: Any) -> Iterator[WrongSetting]:
         if isinstance(value.get(_TARGET), str):
             yield from _wrong_arguments(value, key, config)
         for name, inner in value.items():
-            yield from _wrong_inside(inner, _source(config, f"{key}.{name}"), config)
+            yield from _wrong_inside(inner, source_key(config, f"{key}.{name}"), config)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _wrong_inside(inner, f"{key}.{index}", config)
@@ -83,13 +110,13 @@ def _wrong_arguments(node: Mapping[Any, Any], key: str, config: Any) -> Iterator
         return
     given = {str(name): value for name, value in node.items() if not _is_hydras(str(name))}
     for name, value in given.items():
-        place = _source(config, f"{key}.{name}")
+        place = source_key(config, f"{key}.{name}")
         if name not in parameters:
             yield WrongSetting(
                 place, f"{key}.{name} does not exist. {list_options('Settings there', name, parameters)}"
             )
-        elif wrong := check_kind(place, value, parameters[name].hint):
-            yield wrong
+        else:
+            yield from _wrong_kinds(place, value, parameters[name].hint)
     for name, parameter in parameters.items():
         if parameter.required and name not in given:
             yield WrongSetting(
@@ -98,17 +125,20 @@ def _wrong_arguments(node: Mapping[Any, Any], key: str, config: Any) -> Iterator
             )
 
 
-def _source(config: Any, key: str) -> str:
-    """The key from which a setting takes its value: itself, or the end of a chain of `${...}`."""
-    seen: set[str] = set()
-    while key not in seen:
-        seen.add(key)
-        value = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+def source_key(config: Any, key: str) -> str:
+    """The key from which a setting takes its value: its own, or where chains of `${...}` on the way to it lead.
+
+    `config` is the whole configuration as plain data, not resolved.
+    """
+    done: list[str] = []
+    value, left, jumps = config, key.split("."), 0
+    while left:
+        done.append(left.pop(0))
+        value = value.get(done[-1]) if isinstance(value, dict) else None
         reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-        key = reference[1] if reference else key
-    return key
+        if reference and jumps < _MOST_JUMPS:
+            done, value, left, jumps = [], config, [*reference[1].split("."), *left], jumps + 1
+    return ".".join(done)
 
 
 def _is_hydras(name: str) -> bool:
@@ -167,15 +197,17 @@ def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
 
 
+def _is_protocol(hint: Any) -> bool:
+    return isinstance(hint, type) and bool(getattr(hint, "_is_protocol", False))
+
+
 def _is_plain(hint: Any) -> bool:
-    """Whether values of this type are plain data, so that they can be checked."""
-    if _is_union(hint):
-        return all(_is_plain(member) for member in get_args(hint))
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
+    """Whether it can be checked that a value is of this type: plain data all through, or a strategy's protocol."""
+    if _is_union(hint) or _outer(hint) in (*_LISTS, *_MAPPINGS):
+        return all(_is_plain(member) for member in get_args(hint) if member is not Ellipsis)
+    if get_origin(hint) is Literal or (isinstance(hint, type) and issubclass(hint, StrEnum)):
         return True
-    if get_origin(hint) is Literal or hint in (int, float, bool, str, types.NoneType):
-        return True
-    return _outer(hint) in (*_LISTS, *_MAPPINGS)
+    return _is_protocol(hint) or hint in _SCALARS
 
 
 def _outer(hint: Any) -> Any:
@@ -183,25 +215,31 @@ def _outer(hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; True for all types that are none of plain data. Whole numbers are numbers."""
+    """Whether a value is of a type; True for all types that cannot be checked. Whole numbers are numbers."""
+    if _outer(hint) in _MAPPINGS:
+        of = (get_args(hint) or (Any, Any))[1]
+        return isinstance(value, dict) and (not _is_plain(of) or all(_fits(inner, of) for inner in value.values()))
+    if _outer(hint) in _LISTS:
+        return _fits_list(value, hint)
     if not _is_plain(hint):
         return True
     if _is_union(hint):
         return any(_fits(value, member) for member in get_args(hint))
     if get_origin(hint) is Literal:
         return any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint))
-    if _outer(hint) in _MAPPINGS:
-        of = (get_args(hint) or (Any, Any))[1]
-        return isinstance(value, dict) and all(_fits(inner, of) for inner in value.values())
-    if _outer(hint) in _LISTS:
-        return _fits_list(value, hint)
     if hint is float:
-        return is_number(value) and not math.isnan(value)
+        return is_number(value) and value == value and not (_is_whole(value) and abs(value) > sys.float_info.max)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return _is_whole(value) and abs(value) <= _MOST_WHOLE
+    if _is_protocol(hint):
+        return isinstance(value, dict) and _TARGET in value
     if issubclass(hint, StrEnum):
         return value in [member.value for member in hint]
     return isinstance(value, hint)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _fits_list(value: Any, hint: Any) -> bool:
@@ -212,7 +250,7 @@ def _fits_list(value: Any, hint: Any) -> bool:
         return False
     if _is_fixed(hint):
         return len(value) == len(of) and all(map(_fits, value, of))
-    return not of or all(_fits(inner, of[0]) for inner in value)
+    return not of or not _is_plain(of[0]) or all(_fits(inner, of[0]) for inner in value)
 
 
 def _is_fixed(hint: Any) -> bool:
@@ -220,39 +258,21 @@ def _is_fixed(hint: Any) -> bool:
     return _outer(hint) is tuple and bool(get_args(hint)) and get_args(hint)[-1] is not Ellipsis
 
 
-def _told(hint: Any) -> str:
-    """A type in a user's words: `a whole number or null`."""
+def _told(hint: Any, *, several: bool = False) -> str:
+    """A type in a user's words, of one value (`a whole number or null`) or of several (`whole numbers`)."""
     if _is_union(hint):
-        members = [_told(member) for member in get_args(hint)]
+        members = [_told(member, several=several) for member in get_args(hint)]
         return f"{', '.join(members[:-1])} or {members[-1]}"
-    if (allowed := _allowed(hint)) is not None:
-        return allowed[0] if len(allowed) == 1 else f"one of {', '.join(allowed)}"
-    if _outer(hint) in (*_LISTS, *_MAPPINGS):
-        return f"a {_told_many(hint).replace('lists', 'list', 1).replace('mappings', 'mapping', 1)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return words[hint]
-
-
-def _told_many(hint: Any) -> str:
-    """Several values of a type, in a user's words: `whole numbers`."""
-    if _is_union(hint):
-        return " or ".join(_told_many(member) for member in get_args(hint))
-    if (allowed := _allowed(hint)) is not None:
-        return f"any of {', '.join(allowed)}"
-    of = get_args(hint)
+    if get_origin(hint) is Literal or (isinstance(hint, type) and issubclass(hint, StrEnum)):
+        allowed = [str(getattr(value, "value", value)) for value in (get_args(hint) or hint)]
+        return allowed[0] if len(allowed) == 1 else f"{'any' if several else 'one'} of {', '.join(allowed)}"
+    of = [_told(member, several=True) for member in get_args(hint) if _is_plain(member)]
     if _outer(hint) in _MAPPINGS:
-        return f"mappings of {_told_many(of[0])} to {_told_many(of[1])}" if of and _is_plain(of[1]) else "mappings"
+        return f"{'mappings' if several else 'a mapping'}{f' of {of[0]} to {of[1]}' if len(of) > 1 else ''}"
     if _outer(hint) in _LISTS:
+        start = "lists" if several else "a list"
         if _is_fixed(hint):
-            return f"lists of {len(of)} {_told_many(of[0]) if len(set(of)) == 1 else 'values'}"
-        return f"lists of {_told_many(of[0])}" if of and _is_plain(of[0]) else "lists"
-    return {int: "whole numbers", float: "numbers", bool: "true or false", str: "names"}.get(hint, "null")
-
-
-def _allowed(hint: Any) -> list[str] | None:
-    """The values of a type that lists them; None for other types."""
-    if get_origin(hint) is Literal:
-        return [shown(value).strip("'") for value in get_args(hint)]
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return [member.value for member in hint]
-    return None
+            return f"{start} of {len(of)} {of[0] if len(set(of)) == 1 else 'values'}"
+        return f"{start}{f' of {of[0]}' if of else ''}"
+    one, many = _STRATEGY if _is_protocol(hint) else _SCALARS[hint]
+    return many if several else one
