@@ -149,8 +149,8 @@ def check_root(cfg: DictConfig) -> None:
 def _check_name(name: str) -> None:
     if not name.strip() or "\0" in name or ".." in Path(name).parts or Path(name).is_absolute():
         raise ConfigError(
-            f"name must be the name of a folder below outputs/runs, without .., got {shown(name)}. Other places are set "
-            "by hydra.run.dir=DIR."
+            f"name must be the name of a folder below outputs/runs, without .., got {shown(name)}. Other places are "
+            "set by hydra.run.dir=DIR."
         )
 
 
@@ -197,7 +197,8 @@ def _missing(node: Any, key: str = "") -> list[str]:
 def _make(cfg: DictConfig, written: Any, key: str) -> Any:
     """The strategy at a key; what its constructor refuses comes back with the full key of the dial.
 
-    `written` is the configuration as plain data, with its references. Values of another type than the constructor's are refused whether or not it looks; where it does, in its own words.
+    `written` is the configuration as plain data, with its references. Values of another type than the constructor's
+    are refused whether or not it looks; where it does, in its own words.
     """
     node = OmegaConf.select(cfg, key)
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):

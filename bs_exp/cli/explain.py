@@ -72,7 +72,7 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
         case HydraException():
             return _group_without_option(arguments or ()) or str(error)
         case ValueError() if nameless := [argument for argument in arguments or () if argument.startswith("=")]:
-            return _not_understood(nameless[0], "The key is missing.")
+            return f"{nameless[0]!r} is not understood; settings have the form key=value, and its key is missing."
         case ValueError() if empty := _group_without_option(arguments or ()):
             return empty
         case SystemExit():
@@ -117,7 +117,7 @@ def _not_understood(override: str, message: str) -> str:
 
 
 def _group_without_option(arguments: Sequence[str]) -> str | None:
-    """What to say of `GROUP=null` and `~GROUP`, which Hydra refuses without naming it; None if no group has been given it."""
+    """What to say of `GROUP=null` and `~GROUP`, which Hydra refuses without naming them; None if neither is given."""
     for argument in arguments:
         name, sign, option = argument.partition("=")
         group = name.removeprefix("~")
