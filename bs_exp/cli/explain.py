@@ -23,6 +23,10 @@ from bs_exp.errors import BsExpError
 
 # What the system says where no folder or file can be made.
 _UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR})
+# What pathlib raises for links in a circle, and for ~NAME.
+_LOOP = re.compile(r"Symlink loop from '(.+)'")
+_NO_HOME = "Could not determine home directory"
+_RUN_FOLDERS = frozenset({"hydra.run.dir", "hydra.sweep.dir"})
 # What Hydra says of a launcher or sweeper whose package is not there.
 _MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
 # In a node, but no dials.
@@ -63,7 +67,14 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
         case OverrideParseException():
             return _not_understood(str(error.override), str(error.message))
         case InstantiationException() if cause is not None:
-            return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
+            key = str(error).splitlines()[-1].removeprefix("full_key: ")
+            return str(cause) if str(cause).startswith(f"{key}.") else f"{key}: {cause}"
+        case RuntimeError() if looped := _LOOP.match(str(error)):
+            return f"{looped[1]} is a link that leads back to itself: name the folder or file itself, or make it anew."
+        case RuntimeError() if str(error).startswith(_NO_HOME):
+            return (
+                "a path begins with ~ and a name that no user has here, so there is no home folder: write it in full."
+            )
         case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
             return (
                 f"{missing[1]} is not installed. Launchers come with an extra: pip install '.[cluster]'. "
@@ -77,7 +88,7 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return empty
         case SystemExit():
             return f"told to stop ({error.code})."
-        case OSError() if error.errno in _UNWRITABLE and error.filename:
+        case OSError() if error.filename and (error.errno in _UNWRITABLE or _was_asked_for(error, arguments or ())):
             return (
                 f"cannot write {error.filename}: {error.strerror}. Runs and caches go into ./outputs: start in a "
                 "folder that can be written, or set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and "
@@ -93,6 +104,12 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return f"{type(error).__name__}: {error}"
         case _:
             return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
+
+
+def _was_asked_for(error: OSError, arguments: Sequence[str]) -> bool:
+    """Whether the file of an error is the folder that the arguments set for a run or a sweep, or in it."""
+    folders = [value for key, _, value in (a.partition("=") for a in arguments) if key in _RUN_FOLDERS and value]
+    return any(str(error.filename).startswith(folder) for folder in folders)
 
 
 def _was_interrupted(error: BaseException) -> bool:

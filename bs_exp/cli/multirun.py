@@ -62,6 +62,13 @@ class SweepCallback(Callback):
         _fix_folder(config)
         folder = Path(config.hydra.sweep.dir)
         points = _grid(config)
+        if points is not None and not points:
+            empty = ", ".join(str(o) for o in config.hydra.overrides.task if "(" in str(o)) or "its settings"
+            # As in on_run_start: an Exception would become a warning.
+            raise SystemExit(1) from ConfigError(
+                f"the sweep has no points: {empty} gives no value. range(FROM,TO,STEP) ends before TO; name values, as "
+                "in retain_ratio=0.8,0.5."
+            )
         plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points)
         plan.write(folder)
         _current.folder, _current.plan = folder, plan

@@ -168,7 +168,7 @@ def _parameters(target: Any) -> dict[str, _Parameter] | None:
             for field in fields(target)
             if field.init
         }
-    function = target.__init__ if isinstance(target, type) else target
+    function = inspect.getattr_static(target, "__init__") if isinstance(target, type) else target
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
