@@ -151,7 +151,9 @@ def main() -> None:
         else:
             sys.argv[1:] = for_hydra(sys.argv[1:])
             run()
-    except SystemExit:
+    except SystemExit as end:
+        if end.__cause__ is not None:  # a setting was refused before the run had a folder
+            _errors.show(end.__cause__)
         raise
     except BaseException as error:  # the outermost frame: nothing is swallowed, the process ends here
         _errors.show(error)

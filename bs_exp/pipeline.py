@@ -43,7 +43,7 @@ from bs_exp.protocols import (
     Update,
     Whitening,
 )
-from bs_exp.rank_budget import check_retain_ratio, make_plan, share_out
+from bs_exp.rank_budget import make_plan, share_out
 from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
@@ -57,6 +57,7 @@ from bs_exp.types import (
     TokenWindows,
     WeightGroup,
 )
+from bs_exp.validation import check_retain_ratio
 from bs_exp.workspace import Workspace
 
 STRATEGIES = ("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")

@@ -21,6 +21,7 @@ from torch import Tensor
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.types import PlannedGroup, RankPlan, Spectrum, WeightGroup
+from bs_exp.validation import check_retain_ratio
 
 Item = TypeVar("Item")
 
@@ -146,15 +147,6 @@ def turning_point(low: float, high: float, is_low: Callable[[float], bool]) -> t
             break
         low, high = (middle, high) if is_low(middle) else (low, middle)
     return low, high
-
-
-def check_retain_ratio(ratio: float) -> None:
-    """Raises ConfigError unless the ratio lies in (0, 1]."""
-    if not 0.0 < ratio <= 1.0:
-        raise ConfigError(
-            f"retain_ratio must be above 0 and at most 1 (the share of the targeted parameters to keep), got {ratio}. "
-            "A compression ratio of 20 % is retain_ratio=0.8."
-        )
 
 
 def least_parameters(group: WeightGroup, layout: Layout, lowest: float = 0.0) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 from bs_exp.errors import ConfigError
 
 _SMALLEST_STEP = 0.001
+_LONGEST_SHOWN = 100
+_MOST_SHOWN = 50
 
 
 def check_choice(setting: str, value: str, allowed: Sequence[str]) -> None:
@@ -66,7 +70,37 @@ def check_names(setting: str, value: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple; ConfigError if they are no list of texts (one text would be taken letter by letter)."""
     if isinstance(value, str) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{setting} must be a list of names, as in [q,k,v], got {value!r}.")
+    if twice := [name for name, count in Counter(value).items() if count > 1]:
+        raise ConfigError(f"{setting} names {twice[0]} twice, got {list(value)}; take one of them out.")
     return tuple(value)
+
+
+def check_retain_ratio(ratio: float) -> None:
+    """ConfigError unless the ratio lies in (0, 1]."""
+    if not 0.0 < ratio <= 1.0:
+        raise ConfigError(
+            f"retain_ratio must be above 0 and at most 1 (the share of the targeted parameters to keep), got {ratio}. "
+            "A compression ratio of 20 % is retain_ratio=0.8."
+        )
+
+
+def check_seed(seed: int) -> None:
+    """ConfigError unless the seed is a whole number of 32 bits: NumPy's legacy generator takes no more."""
+    check_at_least(0, seed=seed)
+    if seed >= 2**32:
+        raise ConfigError(f"seed must be at most {2**32 - 1}, got {seed}.")
+
+
+def check_objective(objective: str | Sequence[str] | None) -> None:
+    """ConfigError unless the objective is None, a name, or a list of different names."""
+    names = [objective] if isinstance(objective, str | None) else objective
+    if objective is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+        raise ConfigError(f"objective must be the name of a metric, a list of names, or null, got {shown(objective)}.")
+    if len(set(names)) < max(len(names), 1):
+        raise ConfigError(
+            f"objective must name a metric, or several different ones, got {list(names)}; null is the first "
+            "perplexity, or cosine where there is none."
+        )
 
 
 def is_number(value: object) -> bool:
@@ -77,3 +111,16 @@ def is_number(value: object) -> bool:
 def is_plain(value: object) -> bool:
     """Whether a value given in place of a strategy is plain data instead of an object made from a `_target_`."""
     return value is None or isinstance(value, str | int | float | list | tuple | dict)
+
+
+def shown(value: object) -> str:
+    """A setting's value as it is written in settings (null, true, [a, b]), long ones shortened to 100 characters."""
+    if isinstance(value, str):
+        text = repr(value)
+    elif isinstance(value, Mapping):
+        text = "{" + ", ".join(f"{name}: {shown(inner)}" for name, inner in islice(value.items(), _MOST_SHOWN)) + "}"
+    elif isinstance(value, list | tuple):
+        text = "[" + ", ".join(shown(inner) for inner in value[:_MOST_SHOWN]) + "]"
+    else:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."

@@ -24,7 +24,7 @@ from bs_exp.rank_budget import check_affordable, make_plan, share_out
 from bs_exp.search.storage import answering, open_storage
 from bs_exp.search.study import Wording, check_identity, find_study, open_study
 from bs_exp.types import RankPlan, Statistic, WeightGroup
-from bs_exp.validation import check_at_least, check_choice
+from bs_exp.validation import check_at_least, check_choice, check_seed
 
 _SAMPLERS = ("gp", "tpe", "cmaes")
 _UNITS = ("block", "matrix")
@@ -73,7 +73,8 @@ class BayesianSearch:
 
     def __post_init__(self) -> None:
         check_at_least(1, trials=self.trials)
-        check_at_least(0, startup_trials=self.startup_trials, seed=self.seed)
+        check_at_least(0, startup_trials=self.startup_trials)
+        check_seed(self.seed)
         check_choice("sampler", self.sampler, _SAMPLERS)
         check_choice("unit", self.unit, _UNITS)
         check_choice("pruning", self.pruning, _PRUNING)

@@ -8,7 +8,6 @@ from typing import ClassVar
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.rank_budget import (
-    check_retain_ratio,
     largest_rank,
     make_plan,
     nearest_ranks,
@@ -16,6 +15,7 @@ from bs_exp.rank_budget import (
     spectrum_choices,
 )
 from bs_exp.types import RankPlan, Statistic, WeightGroup
+from bs_exp.validation import check_retain_ratio
 
 
 @dataclass(frozen=True, kw_only=True)

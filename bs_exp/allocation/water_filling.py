@@ -11,7 +11,6 @@ from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.rank_budget import (
     at_price,
     check_affordable,
-    check_retain_ratio,
     least_parameters,
     make_plan,
     parameter_budget,
@@ -19,7 +18,7 @@ from bs_exp.rank_budget import (
     spend,
 )
 from bs_exp.types import RankPlan, Statistic, WeightGroup
-from bs_exp.validation import check_at_least, check_share, is_number
+from bs_exp.validation import check_at_least, check_retain_ratio, check_share, is_number
 
 
 @dataclass(frozen=True, kw_only=True)

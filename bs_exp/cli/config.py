@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.explain import INTERNAL_KEYS, list_options
+from bs_exp.cli.setting_types import source_key, wrong_settings
 from bs_exp.errors import ConfigError
 from bs_exp.files import name_fault
 from bs_exp.records.inputs import CODE, FILES, file_stamps
@@ -31,6 +33,7 @@ from bs_exp.records.record import RunRecord
 from bs_exp.records.settings import WITHOUT_EFFECT
 from bs_exp.records.sweep import point_folder, shown_settings
 from bs_exp.source_code import targets_code
+from bs_exp.validation import check_objective, check_retain_ratio, check_seed, shown
 
 if TYPE_CHECKING:
     from bs_exp.runs.dense_cache import DenseStore
@@ -90,35 +93,37 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
 
     `dense` is shared by the points of a sweep; without one, nothing is.
     """
-    _check_complete(cfg)
+    check_root(cfg)
 
     from bs_exp.cache import Cache
     from bs_exp.pipeline import Recipe
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
+    # Before anything is built: Hydra resolves references in the configuration itself.
+    make = partial(_make, cfg, OmegaConf.to_container(cfg, resolve=False))
     recipe = Recipe(
-        calibration=_make(cfg, "calibration.set"),
-        sharing=_make(cfg, "sharing"),
-        whitening=_make(cfg, "whitening"),
-        importance=_make(cfg, "importance"),
-        allocation=_make(cfg, "allocation"),
-        layout=_make(cfg, "layout"),
-        schedule=_make(cfg, "schedule"),
-        update=_make(cfg, "update"),
+        calibration=make("calibration.set"),
+        sharing=make("sharing"),
+        whitening=make("whitening"),
+        importance=make("importance"),
+        allocation=make("allocation"),
+        layout=make("layout"),
+        schedule=make("schedule"),
+        update=make("update"),
         retain_ratio=cfg.retain_ratio,
     )
     experiment = Experiment(
-        model=_make(cfg, "model"),
+        model=make("model"),
         recipe=recipe,
-        evaluators={name: _make(cfg, f"evaluation.evaluators.{name}") for name in _parts(cfg.evaluation)},
-        analysis=_make(cfg, "analysis"),
-        tracker=_make(cfg, "tracking"),
+        evaluators={name: make(f"evaluation.evaluators.{name}") for name in _parts(cfg)},
+        analysis=make("analysis"),
+        tracker=make("tracking"),
         cache=Cache(None if cfg.cache.dir is None else Path(cfg.cache.dir).expanduser().absolute()),
         seed=cfg.seed,
         objective=_objective(cfg.objective),
         save_model=cfg.save_model,
-        selection=_make(cfg, "selection"),
+        selection=make("selection"),
         dense=dense or DenseStore(),
     )
     # Now that it is loaded: from here on its source counts as it is, whatever is edited while this process lives.
@@ -136,11 +141,19 @@ def _plain_name(name: Any) -> str:
     return str(name)
 
 
-def _objective(value: Any) -> str | tuple[str, ...] | None:
-    names = value if isinstance(value, ListConfig) else [value]
-    if value is not None and not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"objective must be the name of a metric, a list of names, or null, got {value!r}.")
-    return tuple(value) if isinstance(value, ListConfig) else value
+def _objective(value: Any) -> Any:
+    plain = _plain(value)
+    return tuple(plain) if isinstance(plain, list) else plain
+
+
+def check_root(cfg: DictConfig) -> None:
+    """ConfigError for settings that are missing or unknown at the root, and for the root's own; torch stays away."""
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in INTERNAL_KEYS])
+    _check_complete(own)
+    check_retain_ratio(own.retain_ratio)
+    check_seed(own.seed)
+    check_objective(_objective(own.objective))
+    _parts(own)
 
 
 def _check_complete(cfg: DictConfig) -> None:
@@ -152,16 +165,23 @@ def _check_complete(cfg: DictConfig) -> None:
     _plain_name(cfg.name)
 
 
-def _parts(evaluation: DictConfig) -> list[str]:
+def _parts(cfg: DictConfig) -> list[str]:
     """Names of the evaluators that are to run, in the order of the option file."""
-    names = [str(name) for name in evaluation.evaluators]
-    if evaluation.parts is None:
+    evaluators, parts = (OmegaConf.select(cfg, f"evaluation.{key}") for key in ("evaluators", "parts"))
+    if not isinstance(evaluators, DictConfig):
+        raise ConfigError(f"evaluation.evaluators must be a mapping of names to evaluators, got {shown(evaluators)}.")
+    names = [str(name) for name in evaluators]
+    if parts is None:
         return names
-    if unknown := [str(part) for part in evaluation.parts if part not in names]:
+    if not isinstance(parts, ListConfig):
+        raise ConfigError(
+            f"evaluation.parts must be a list of names or null, got {shown(parts)}. Parts: {', '.join(names)}."
+        )
+    if unknown := [str(part) for part in parts if part not in names]:
         raise ConfigError(
             f"evaluation.parts: {unknown[0]} is no part of this evaluation. {list_options('Parts', unknown[0], names)}"
         )
-    return [name for name in names if name in evaluation.parts]
+    return [name for name in names if name in parts]
 
 
 def _missing(node: Any, key: str = "") -> list[str]:
@@ -177,21 +197,49 @@ def _missing(node: Any, key: str = "") -> list[str]:
             return []
 
 
-def _make(cfg: DictConfig, key: str) -> Any:
-    """The strategy at a key; errors of its constructor are raised with the full key of the dial."""
+def _make(cfg: DictConfig, written: Any, key: str) -> Any:
+    """The strategy at a key; what its constructor refuses comes back with the full key of the dial.
+
+    `written` is the configuration as plain data, with its references. Values of another type than the constructor's
+    are refused whether or not it looks; where it does, in its own words.
+    """
+    node = OmegaConf.select(cfg, key)
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(
+            f"{key} must be a strategy, with the import path of its class as {key}._target_, got "
+            f"{shown(_plain(node))}. The options in conf/{key.split('.')[0]} are examples."
+        )
+    wrong = wrong_settings(node, key, written)
+    try:
+        made = _built(cfg, written, key)
+    except (ConfigError, InstantiationException) as error:
+        if wrong and not any(str(error).startswith(f"{setting.key} ") for setting in wrong):
+            raise ConfigError(wrong[0].message) from error
+        raise
+    if wrong:
+        raise ConfigError(wrong[0].message)
+    return made
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _built(cfg: DictConfig, written: Any, key: str) -> Any:
     try:
         return instantiate(OmegaConf.select(cfg, key), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
+        group = key.split(".")[0]
         if isinstance(cause, ConfigError):
-            group, dial = key.split(".")[0], str(cause).split(" ")[0]
+            dial, _, told = str(cause).partition(" ")
             if dial.startswith(f"{group}."):
                 raise cause from error
             # Of a strategy within another (update.updates.recover), Hydra tells the whole key.
             inner = str(error).splitlines()[-1].removeprefix("full_key: ")
-            for place in (group, inner):
-                if dial in (OmegaConf.select(cfg, place) or {}):
-                    raise ConfigError(f"{place}.{cause}") from error
+            if dial.split(".")[0].rstrip(":") in (OmegaConf.select(cfg, inner) or {}):
+                place = source_key(written, f"{inner}.{dial}")
+                raise ConfigError(f"{place} {told}") from error
             raise ConfigError(f"{group}: {cause}") from error
         if isinstance(cause, TypeError | AttributeError | ValueError) and "unexpected keyword" not in str(cause):
             dials = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)

@@ -25,6 +25,10 @@ from bs_exp.errors import BsExpError
 
 # What the system says where no folder or file can be made.
 _UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR})
+# What pathlib raises for links in a circle, and for ~NAME.
+_LOOP = re.compile(r"Symlink loop from '(.+)'")
+_NO_HOME = "Could not determine home directory"
+_RUN_FOLDERS = frozenset({"hydra.run.dir", "hydra.sweep.dir"})
 # What Hydra says of a launcher or sweeper whose package is not there.
 _MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
 # In a node, but no dials.
@@ -60,24 +64,35 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return _explain(cause)
         case OmegaConfBaseException() if (refused := _refused(error)) is not None:
             return str(refused)
+        case OmegaConfBaseException() if "is not Optional" in str(error):
+            return f"{error.full_key} must not be null: give it a value, as in {error.full_key}=VALUE."
         case OmegaConfBaseException():
             return f"{error.full_key}: {str(error).splitlines()[0]}."
         case OverrideParseException():
             return _not_understood(str(error.override), str(error.message))
         case InstantiationException() if cause is not None:
-            return f"{str(error).splitlines()[-1].removeprefix('full_key: ')}: {cause}"
+            key = str(error).splitlines()[-1].removeprefix("full_key: ")
+            return str(cause) if str(cause).startswith(f"{key}.") else f"{key}: {cause}"
+        case RuntimeError() if looped := _LOOP.match(str(error)):
+            return f"{looped[1]} is a link that leads back to itself: name the folder or file itself, or make it anew."
+        case RuntimeError() if str(error).startswith(_NO_HOME):
+            return (
+                "a path begins with ~ and a name that no user has here, so there is no home folder: write it in full."
+            )
         case RuntimeError() if missing := _MISSING_PLUGIN.match(str(error)):
             return (
                 f"{missing[1]} is not installed. Launchers come with an extra: pip install '.[cluster]'. "
                 "Without one, points run one after the other."
             )
         case HydraException():
-            return str(error)
+            return _group_without_option(arguments or ()) or str(error)
+        case ValueError() if nameless := [argument for argument in arguments or () if argument.startswith("=")]:
+            return f"{nameless[0]!r} is not understood; settings have the form key=value, and its key is missing."
         case ValueError() if empty := _group_without_option(arguments or ()):
             return empty
         case SystemExit():
             return f"told to stop ({error.code})."
-        case OSError() if error.errno in _UNWRITABLE and error.filename:
+        case OSError() if error.filename and (error.errno in _UNWRITABLE or _was_asked_for(error, arguments or ())):
             return (
                 f"cannot write {error.filename}: {error.strerror}. Runs and caches go into ./outputs: start in a "
                 "folder that can be written, or set hydra.run.dir=DIR (of a sweep: hydra.sweep.dir=DIR) and "
@@ -94,6 +109,12 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return f"{type(error).__name__}: {error}"
         case _:
             return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
+
+
+def _was_asked_for(error: OSError, arguments: Sequence[str]) -> bool:
+    """Whether the file of an error is the folder that the arguments set for a run or a sweep, or in it."""
+    folders = [value for key, _, value in (a.partition("=") for a in arguments) if key in _RUN_FOLDERS and value]
+    return any(str(error.filename).startswith(folder) for folder in folders)
 
 
 def _was_interrupted(error: BaseException) -> bool:
@@ -136,12 +157,14 @@ def _not_understood(override: str, message: str) -> str:
 
 
 def _group_without_option(arguments: Sequence[str]) -> str | None:
-    """What to say of `GROUP=null`, which Hydra refuses without naming it; None if no group has been given it."""
-    for group, sign, option in (argument.partition("=") for argument in arguments):
+    """What to say of `GROUP=null` and `~GROUP`, which Hydra refuses without naming them; None if neither is given."""
+    for argument in arguments:
+        name, sign, option = argument.partition("=")
+        group = name.removeprefix("~")
         folder = root_folder() / "conf" / group
-        if sign and option in ("null", "") and group and folder.is_dir():
+        if group and folder.is_dir() and ((sign and option in ("null", "")) or name != group):
             known = list_options(f"Options of {group}", "none", [path.stem for path in folder.glob("[!_]*.yaml")])
-            return f"{group}={option}: a group needs one of its options. {known}"
+            return f"{argument}: a group needs one of its options. {known}"
     return None
 
 

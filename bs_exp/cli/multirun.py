@@ -16,7 +16,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import hash_of
+from bs_exp.cli.config import check_root, hash_of
+from bs_exp.errors import ConfigError
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, point_folder, shown_settings, survey
@@ -43,13 +44,32 @@ _current = _Current()
 
 
 class SweepCallback(Callback):
-    """Writes the plan of a sweep before it runs. Named in `conf/config.yaml`; has no state, since jobs get copies."""
+    """What is done before a run or a sweep has a folder: settings of the root are checked, points written down.
+
+    Named in `conf/config.yaml`; holds nothing: jobs get copies of it.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ends a single run that a setting of the root forbids; with `debug` it is left to end as others do."""
+        try:
+            check_root(config)
+        except (ConfigError, OmegaConfBaseException) as error:
+            if not config.debug:
+                # Hydra makes a warning of every Exception of a callback. `main` shows the cause.
+                raise SystemExit(1) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep's folder for all jobs, and announces its points."""
         _fix_folder(config)
         folder = Path(config.hydra.sweep.dir)
         points = _grid(config)
+        if points is not None and not points:
+            empty = ", ".join(str(o) for o in config.hydra.overrides.task if "(" in str(o)) or "its settings"
+            # As in on_run_start: an Exception would become a warning.
+            raise SystemExit(1) from ConfigError(
+                f"the sweep has no points: {empty} gives no value. range(FROM,TO,STEP) ends before TO; name values, as "
+                "in retain_ratio=0.8,0.5."
+            )
         plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points)
         plan.write(folder)
         _current.folder, _current.plan = folder, plan

@@ -16,7 +16,7 @@ from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_feeding, feeder
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
-from bs_exp.validation import check_at_least, check_choice
+from bs_exp.validation import check_at_least, check_choice, check_seed
 
 Order: TypeAlias = Literal["sequential", "random"]
 Tail: TypeAlias = Literal["drop", "keep"]
@@ -225,7 +225,7 @@ class CalibrationSet:
 
     def __post_init__(self) -> None:
         check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)
-        check_at_least(0, seed=self.seed)
+        check_seed(self.seed)
         check_choice("order", self.order, get_args(Order))
         check_special_tokens(self.special_tokens)
         check_feeding(self._feeding)

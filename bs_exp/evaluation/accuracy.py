@@ -27,7 +27,7 @@ from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_task
 from bs_exp.records import metrics as names
 from bs_exp.types import LoadedModel, Task
-from bs_exp.validation import check_at_least
+from bs_exp.validation import check_at_least, check_seed
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -54,6 +54,7 @@ class Accuracy:
             raise ConfigError("tasks is empty; name at least one, or leave the accuracy evaluator out.")
         check_at_least(1, batch_size=self.batch_size)
         check_at_least(0, num_fewshot=self.num_fewshot)
+        check_seed(self.seed)
         if self.limit is not None and self.limit <= 0:
             raise ConfigError(f"limit must be positive, or null to take all items, got {self.limit}.")
         for folder in folders:

@@ -19,7 +19,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_task
 from bs_exp.records import metrics
 from bs_exp.types import LoadedModel, Task
-from bs_exp.validation import check_at_least
+from bs_exp.validation import check_at_least, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class Throughput:
             repeats=self.repeats,
         )
         check_at_least(0, warmup=self.warmup)
+        check_seed(self.seed)
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`throughput/prefill_tok_s` and `throughput/decode_tok_s` with their `_min` and `_max`, peak memory, settings.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.architecture import trunks
 from bs_exp.types import Feeding, LoadedModel, Target, Task
-from bs_exp.validation import check_at_least, check_choice
+from bs_exp.validation import check_choice, check_seed
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the model."""
@@ -105,7 +105,7 @@ def check_feeding(feeding: Feeding) -> None:
         if not 0.0 < value < 1.0:
             raise ConfigError(f"{name} must be above 0 and below 1, got {value}.")
     check_choice("target", feeding.target, get_args(Target))
-    check_at_least(0, seed=feeding.seed)
+    check_seed(feeding.seed)
 
 
 def check_task(model: LoadedModel, what: str, *allowed: Task) -> None:

@@ -32,6 +32,7 @@ from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
+from bs_exp.validation import check_objective, check_seed
 from bs_exp.workspace import Workspace
 
 # One number, or one per objective, in their order; None where nothing was measured.
@@ -63,14 +64,8 @@ class Experiment:
         check_members("tracking", self.tracker)
         for evaluator in self.evaluators.values():
             check_members("evaluator", evaluator)
-        # NumPy's legacy generator takes 32 bits.
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be between 0 and {2**32 - 1}, got {self.seed}.")
-        if isinstance(self.objective, tuple) and len(set(self.objective)) < max(len(self.objective), 1):
-            raise ConfigError(
-                f"objective must name a metric, or several different ones, got {list(self.objective)}; null is the "
-                "first perplexity, or cosine where there is none."
-            )
+        check_seed(self.seed)
+        check_objective(self.objective)
 
     def run(self, recorder: Recorder) -> Objective:
         """The objective, for a sweeper; everything else goes into the record."""

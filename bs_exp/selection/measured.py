@@ -12,7 +12,7 @@ from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.protocols import Contest, PlanObjective
 from bs_exp.types import TokenWindows
-from bs_exp.validation import check_at_least, check_choice, check_share, is_plain
+from bs_exp.validation import check_choice, check_seed, check_share, is_plain
 
 PARTS = ("sharing", "whitening", "importance", "allocation", "layout", "schedule")
 _ROUNDS = ("single", "all")
@@ -64,7 +64,7 @@ class MeasuredSelection:
         if not isinstance(self.recalibrate, bool):
             raise ConfigError(f"recalibrate must be true or false, got {self.recalibrate!r}.")
         check_choice("rounds", self.rounds, _ROUNDS)
-        check_at_least(0, seed=self.seed)
+        check_seed(self.seed)
         check_share(holdout=self.holdout)
         if self.holdout == 0.0:
             raise ConfigError("holdout must be above 0: candidates are compared on windows that none of them has seen.")

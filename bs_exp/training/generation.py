@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
 from bs_exp.types import LoadedModel, Task
-from bs_exp.validation import check_at_least
+from bs_exp.validation import check_at_least, check_seed
 from bs_exp.workspace import Workspace
 
 KIND = "generated"
@@ -29,7 +29,8 @@ class GenerationSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        check_at_least(0, generated_windows=self.generated_windows, seed=self.seed)
+        check_at_least(0, generated_windows=self.generated_windows)
+        check_seed(self.seed)
         check_at_least(1, prompt_length=self.prompt_length, generation_batch=self.generation_batch)
 
 

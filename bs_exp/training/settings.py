@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.validation import check_at_least, check_choice, check_number, check_positive, check_share
+from bs_exp.validation import check_at_least, check_choice, check_number, check_positive, check_seed, check_share
 
 SCHEDULES = ("cosine", "linear", "constant")
 AUTOCAST = ("none", "bfloat16")
@@ -44,7 +44,8 @@ class TrainerSettings:
     seed: int
 
     def __post_init__(self) -> None:
-        check_at_least(0, steps=self.steps, seed=self.seed)
+        check_at_least(0, steps=self.steps)
+        check_seed(self.seed)
         check_at_least(1, batch_size=self.batch_size, accumulation=self.accumulation)
         check_at_least(1, evaluate_every=self.evaluate_every, patience=self.patience)
         check_choice("schedule", self.schedule, SCHEDULES)

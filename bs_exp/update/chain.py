@@ -20,7 +20,7 @@ from bs_exp.workspace import Workspace
 class UpdateChain:
     """Each update starts from the factors that the one before left; in the order of `updates`, null ones left out."""
 
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Update | None]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "updates", {name: u for name, u in self.updates.items() if u is not None})
@@ -32,12 +32,16 @@ class UpdateChain:
             raise ConfigError("updates is empty: name some, or use update=none.")
 
     @property
+    def _kept(self) -> Mapping[str, Update]:
+        return {name: update for name, update in self.updates.items() if update is not None}
+
+    @property
     def reads_windows(self) -> bool:
         """Whether one of the updates reads the calibration windows."""
-        return any(update.reads_windows for update in self.updates.values())
+        return any(update.reads_windows for update in self._kept.values())
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
-        for update in self.updates.values():
+        for update in self._kept.values():
             update.check(dense, data)
 
     def apply(
@@ -50,6 +54,6 @@ class UpdateChain:
     ) -> Mapping[str, Any]:
         """What each update reports, by its name."""
         report = {}
-        for name, update in self.updates.items():
+        for name, update in self._kept.items():
             report[name] = dict(update.apply(compressed, dense, plan, data, workspace))
         return {"strategy": "chain", **report}

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bs_exp.cli.config import result_settings
 from bs_exp.cli.explain import explain
+from bs_exp.cli.setting_types import check_kind, wrong_settings
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import read_record
@@ -55,6 +56,17 @@ class OptunaSweeper(Sweeper):
     ) -> None:
         from bs_exp.search.search import SearchSettings
 
+        for name, value, hint in (
+            ("n_trials", n_trials, int),
+            ("n_jobs", n_jobs, int),
+            ("direction", direction, str | Sequence[str]),
+            ("storage", storage, str | None),
+            ("study_name", study_name, str),
+            ("max_failure_rate", max_failure_rate, float),
+        ):
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            if wrong := check_kind(f"hydra.sweeper.{name}", plain, hint):
+                raise ConfigError(wrong.message)
         self._settings = SearchSettings(
             n_trials=n_trials,
             n_jobs=n_jobs,
@@ -91,6 +103,8 @@ class OptunaSweeper(Sweeper):
         space = parse_space({str(key): value for key, value in params.items()}, arguments, parser)
         # Misspelt settings are found here, before there is a study.
         config = self._compose(space.overrides(self._somewhere(space)))
+        if wrong := wrong_settings(self._sampler, "hydra.sweeper.sampler", {}):
+            raise ConfigError(wrong[0].message)
         with ignoring_experimental():
             sampler = instantiate(self._sampler, _convert_="all")
         search = Search(
