@@ -226,12 +226,9 @@ def only_factors_change(compressed: PreTrainedModel, dense: LoadedModel, update:
 
 
 def _stored(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the model stores, by name; adapters that an update keeps beside the factors do not count."""
-    if "peft_config" in vars(module):
-        from bs_exp.models.adapters import without_adapters  # imports peft, which others need not wait for
-
-        module = without_adapters(module)
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+    """Shapes by name of all that the model stores, adapters left out: an update may keep them beside the factors."""
+    tensors = module.state_dict(keep_vars=True).items()
+    return {name: tuple(tensor.shape) for name, tensor in tensors if ".lora_" not in name}
 
 
 def _tensors(statistics: GroupStatistics) -> Iterator[tuple[str, Tensor]]:

@@ -51,9 +51,9 @@ save_model=null => must not be null
 force=x => 'x' | bool
 name=null => must not be null
 name=[a] => ['a']
-name=../../x => without .. | got '../../x' | hydra.run.dir=DIR
-name=/x => without .. | got '/x'
-name='' => without .. | got ''
+name=../../x => a plain name | '../../x' | hydra.run.dir=DIR
+name=/x => a plain name | '/x'
+name='' => a plain name | ''
 cache.dir=[a] => ['a']
 cache.dirr=x => does not exist | Did you mean dir?
 cache=5 => value: 5
@@ -153,7 +153,7 @@ allocation=manual allocation.by_layer=5 => a list of numbers or null, got 5
 allocation=manual allocation.by_layer=[] => is empty
 allocation=manual allocation.by_layer=[1,x] => got 'x'
 allocation=manual allocation.by_type=5 => a mapping of names to numbers or null, got 5
-allocation=manual +allocation.by_type.zz=1 => zz | no matrix type
+allocation=manual allocation.by_type.q=x => got 'x' for q
 allocation=manual allocation.by_depth=[nan] => finite numbers | got nan
 allocation=smooth allocation.smoothness=-1 => at least 0 | got -1
 allocation=smooth allocation.relative=null => true or false, got null
@@ -165,7 +165,7 @@ allocation=dipsvd_heuristic allocation.sign=minus => paper, code, got 'minus'
 allocation=water_filling allocation.multiple=1.5 => a whole number | got 1.5
 allocation=water_filling allocation.layer_bounds=5 => {0:[0.9,1.0]} | got 5
 allocation=water_filling allocation.layer_bounds={a:[0,1]} => layers by their numbers | got 'a'
-allocation=water_filling allocation.layer_bounds={0:[1]} => [least, most] | got [1]
+allocation=water_filling allocation.layer_bounds={0:[1]} => a list of 2 numbers, got [1]
 allocation=loss_threshold allocation.max_loss=x => a number or null, got 'x'
 allocation=loss_threshold allocation.max_loss=-1 => above 0 | got -1
 allocation=uniform allocation.fill=5 => true or false, got 5
@@ -210,7 +210,7 @@ evaluation.sequence_length=1 => at least 2, got 1
 evaluation.stride=9999 => at most sequence_length (64), got 9999
 evaluation.tail=half => drop, keep, got 'half'
 evaluation.batch_size=null => a whole number, got null
-evaluation.special_tokens=maybe => true or false, got 'maybe'
+evaluation.special_tokens=maybe => per_window, got 'maybe'
 evaluation.corpora=5 => a mapping of names to strategies | got 5
 evaluation.corpora.text=null => a strategy | got null
 evaluation=perplexity evaluation.corpora.python_docs.split=tuesday => heldout, calibration, train, got 'tuesday'

@@ -47,7 +47,6 @@ def test_typo_stops_before_any_work(cli: Cli, tiny: Tiny, tmp_path: Path, slip: 
 @pytest.mark.parametrize(
     ("slip", "message", "stage"),
     [
-        ("retain_ratio=0", "error: retain_ratio must be", "configure"),
         ("sharing.group_size=0", "error: sharing.group_size must be", "configure"),
         ("sharing.group_size=9", "error: ", None),
         ("evaluation.files=[absent.txt]", "error: ", "perplexity (dense)"),

@@ -49,7 +49,7 @@ def plugin(tmp_path: Path) -> Path:
     (tmp_path / "code" / "my_helper.py").write_text(REVERSED, encoding="utf-8")
     (tmp_path / "conf" / "whitening").mkdir(parents=True)
     (tmp_path / "conf" / "whitening" / "mine.yaml").write_text(
-        "_target_: my_whitening.GramWhitening\nridge: 1.0e-6\n", encoding="utf-8"
+        "_target_: my_whitening.GramWhitening\nridge: 1.0e-12\n", encoding="utf-8"
     )
     return tmp_path
 
