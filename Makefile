@@ -16,9 +16,9 @@ CODE := bs_exp bs_exp_autoload.py tests tools
 
 # CI sets this variable; slow tests are left out elsewhere.
 ifdef CI
-MARKERS := not gpu and not network
+MARKERS := not gpu and not network and not chaos
 else
-MARKERS := not slow and not gpu and not network
+MARKERS := not slow and not gpu and not network and not chaos
 endif
 
 .DEFAULT_GOAL := help
