@@ -118,7 +118,7 @@ def test_searches_by_command(
     tmp_path: Path, tiny: tuple[str, ...], storage: str, campaign: Callable[[str, float], Campaign]
 ) -> None:
     """The records of the runs and the study say the same, and every point of the grid is there once."""
-    kind = storage[-7:].lstrip("y.")
+    kind = "on SQLite" if "sqlite" in storage else "on a journal"
     found = campaign(f"killed commands {kind}", 0.06)
     for case in found.cases(50):
         folder = tmp_path / str(case)
@@ -149,7 +149,9 @@ def test_searches_by_command(
         for trial in done:
             record = records(folder / "sweep").get(Path(trial.user_attrs["folder"]).name)
             if not isinstance(record, RunRecord) or record.objective != trial.value:
-                lost.append(f"trial {trial.number} has {trial.value}, its record {getattr(record, 'objective', record)}")
+                lost.append(
+                    f"trial {trial.number} has {trial.value}, its record {getattr(record, 'objective', record)}"
+                )
         found.count(f"search {case}", tried=kills, lost=lost, other=other)
         found.details["searches"] += 1
     assert not found.faults, "\n".join(found.faults)

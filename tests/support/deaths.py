@@ -1,4 +1,4 @@
-"""Processes that are killed at chosen events: before a file is touched, in the middle of a write, in a step of a search.
+"""Processes killed at chosen events: before a file is touched, in the middle of a write, in a step of a search.
 
 A server that has imported everything forks them, so that hundreds cost little. What they run is the program itself.
 """
@@ -6,15 +6,18 @@ A server that has imported everything forks them, so that hundreds cost little. 
 from __future__ import annotations
 
 import fcntl
+import io
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -90,7 +93,7 @@ class BeforeFile:
 
 @dataclass(frozen=True)
 class InsideWrite:
-    """Killed by the kernel in the first write that would make any file larger than `size` bytes: it is cut off there."""
+    """Killed by the kernel in the first write that would make any file larger than `size` bytes, and cut off there."""
 
     size: int
 
@@ -189,9 +192,39 @@ def _step(frame: FrameType | None) -> str | None:
     return next((step for name, step in _STEPS.items() if name in names), None)
 
 
-def start_command(arguments: Sequence[str], folder: Path, log: Path, death: Death | None = None) -> BaseProcess:
+class Command:
+    """The command line in a process of its own. What it prints goes through a pipe, which knows no full disk."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, log: Path, death: Death | None) -> None:
+        reader, writer = _SERVER.Pipe(duplex=False)
+        self._process = _start(_command, tuple(arguments), folder.absolute(), writer, death)
+        writer.close()
+        self._copier = threading.Thread(target=_copy, args=(reader, log), daemon=True)
+        self._copier.start()
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.exitcode
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the end, and for all that was printed."""
+        self._process.join(timeout)
+        if self.exitcode is not None:
+            self._copier.join(10)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _copy(reader: Connection, log: Path) -> None:
+    with reader, log.open("ab", buffering=0) as file:
+        while part := os.read(reader.fileno(), 65536):
+            file.write(part)
+
+
+def start_command(arguments: Sequence[str], folder: Path, log: Path, death: Death | None = None) -> Command:
     """Starts the command line in a folder; what it prints is added to `log`."""
-    return _start(_command, tuple(arguments), folder.absolute(), log, death)
+    return Command(arguments, folder, log, death)
 
 
 def start_worker(folder: Path, storage: str, sampler: str, seconds: float, death: Death | None = None) -> BaseProcess:
@@ -205,7 +238,7 @@ def _start(target: Any, *arguments: Any) -> BaseProcess:
     return process
 
 
-def end(process: BaseProcess, seconds: float) -> int | None:
+def end(process: BaseProcess | Command, seconds: float) -> int | None:
     """The exit code of a process; None, and it is killed, if it has not ended after `seconds`."""
     process.join(seconds)
     if process.exitcode is None:
@@ -215,22 +248,23 @@ def end(process: BaseProcess, seconds: float) -> int | None:
     return process.exitcode
 
 
-def _command(arguments: tuple[str, ...], folder: Path, log: Path, death: Death | None) -> None:
+def _command(arguments: tuple[str, ...], folder: Path, writer: Connection, death: Death | None) -> None:
     os.chdir(folder)
-    _print_to(log)
+    _print_to(writer.fileno())
     sys.argv = ["bs_exp", *arguments]
     if death is not None:
         death.arm(folder)
     main()
 
 
-def _print_to(log: Path) -> None:
-    """Sends what the process prints to a pipe's end or a file; line by line, as nothing else survives a kill."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+def _print_to(descriptor: int) -> None:
+    """Sends what the process prints there; line by line, since what a buffer holds does not survive a kill."""
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8")
-    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8")
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(stream, "w", closefd=False), encoding="utf-8", line_buffering=True)
+        for stream in (1, 2)
+    )
 
 
 def space_of(sampler: str) -> Mapping[str, BaseDistribution]:
@@ -266,7 +300,7 @@ def make_sampler(name: str) -> BaseSampler:
 
 def _take_part(folder: Path, storage: str, sampler: str, seconds: float, death: Death | None) -> None:
     """Leaves `ran-POINT-...` when a run of a point ends, and `twice-POINT-...` if another process was running it."""
-    _print_to(folder / "log")
+    _print_to(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     def run(point: Mapping[str, Any]) -> tuple[float, ...]:

@@ -15,14 +15,14 @@ POINTS = 4
 _VARYING = ("throughput/", "cost/")
 
 
-def sweep_command(tiny: tuple[str, ...], *more: str) -> list[str]:
-    """Four points with saved models, in the folders `sweep` and `cache`."""
+def sweep_command(tiny: tuple[str, ...], *more: str, ratios: str = "0.8,0.5") -> list[str]:
+    """Two points with saved models per ratio, in the folders `sweep` and `cache`."""
     return [
         "-m",
         *tiny,
         "model.layers=2",
         "experiment=svd_llm,basis_sharing",
-        "retain_ratio=0.8,0.5",
+        f"retain_ratio={ratios}",
         "save_model=true",
         "cache.dir=cache",
         "hydra.sweep.dir=sweep",
