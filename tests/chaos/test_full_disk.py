@@ -8,13 +8,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from bs_exp.reporting.report import PAGE
-from bs_exp.search.storage import open_storage
+from bs_exp.search.storage import file_of, open_storage
 from tests.support.campaign import Campaign
 from tests.support.deaths import FullDisk, end, start_command
 from tests.support.sweeps import differences, digests, search_command, signature, sweep_command
@@ -92,9 +93,14 @@ def _unclear(code: int | None, said: str) -> list[str]:
     return [f"{', '.join(wrong)}: {said[-800:]}"] if wrong else []
 
 
-def _completed(place: str) -> dict[int, tuple[object, ...]]:
-    """The completed trials of a study: number, parameters, values."""
-    storage = open_storage(place, setting="storage")
+def _completed(place: str, copy: Path) -> dict[int, tuple[dict[str, Any], list[float]]]:
+    """The completed trials of a study: number, parameters, values. Read from a copy: opening a study may mend it."""
+    file = file_of(place)
+    assert file is not None
+    copy.mkdir()
+    for path in file.parent.glob(f"{file.name}*"):
+        shutil.copy(path, copy)
+    storage = open_storage(place.replace(str(file.parent), str(copy)), setting="storage")
     names = optuna.get_all_study_names(storage)
     trials = optuna.load_study(study_name=names[0], storage=storage).trials if names else []
     return {t.number: (t.params, t.values) for t in trials if t.state is TrialState.COMPLETE}
@@ -103,8 +109,8 @@ def _completed(place: str) -> dict[int, tuple[object, ...]]:
 def _check(place: str, folder: Path, sweep: Path, storage: str, expected: dict[str, object]) -> list[str]:
     """What was lost of a sweep, or of a search, that has ended."""
     if place in ("journal", "sqlite"):
-        done = _completed(storage)
-        ratios = sorted(params["retain_ratio"] for params, _ in done.values())  # type: ignore[index]
+        done = _completed(storage, folder / "at-the-end")
+        ratios = sorted(params["retain_ratio"] for params, _ in done.values())
         return [] if ratios == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9] else [f"the points {ratios} are completed"]
     return differences(signature(sweep), expected)
 
@@ -156,7 +162,7 @@ def _fill(
         before = signature(sweep)
         if disk is not None:
             disk.make_room()
-        done = _completed(storage) if place in ("journal", "sqlite") and code == 1 else {}
+        done = _completed(storage, folder / "before") if place in ("journal", "sqlite") and code == 1 else {}
         code = end(start_command(command, folder, log), SECONDS)
         other = [*unclear, *([f"with space: {code}: {log.read_text()[-800:]}"] if code else [])]
         lost = [f"file {name} of somebody else" for name in others if digests(root / "others") != others]
@@ -166,7 +172,7 @@ def _fill(
             lost += differences(before, expected, whole=False) if place not in ("journal", "sqlite") else []
             lost += _check(place, folder, sweep, storage, expected)
         if done:
-            now = _completed(storage)
+            now = _completed(storage, folder / "after")
             lost += [
                 f"trial {number} was completed and is no more" for number in done if now.get(number) != done[number]
             ]

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import optuna
@@ -15,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bs_exp.errors import SearchError
 from bs_exp.search.storage import file_of, open_storage
+from bs_exp.search.study import REPEATS
 from tests.support.campaign import Campaign
 from tests.support.deaths import (
     ENUMERATING,
@@ -35,6 +37,8 @@ KILLS = 200
 KILLS_EACH = 5
 # A database makes its tables first, which takes seconds: it has every third search.
 PLACES = ("{}/study.journal", "{}/study.journal", "sqlite:///{}/study.db")
+# Propose a point a second time by themselves: a child equal to its parent, the same end of an interval.
+REPEATING = ("nsga2", "gp")
 # Ten minutes pass until a silent process of another host is given up: here nobody waits.
 LIMBO = 90.0
 POINTS = {(n, c) for n in (0, 1, 2) for c in "ab"}
@@ -68,8 +72,15 @@ def _lost(folder: Path, place: str, sampler: str, kills: int) -> list[str]:
     if len(done) != 6:
         lost.append(f"{len(done)} trials are completed, not 6")
     lost += [f"trial {t.number} has {t.values}" for t in done if t.values != [value_of(t.params)]]
+    # The point of a dropped trial is run again by one other trial.
+    repeats = Counter(trial.user_attrs[REPEATS] for trial in trials if REPEATS in trial.user_attrs)
+    lost += [f"trial {number} is repeated {count} times" for number, count in repeats.items() if count > 1]
+    dropped = {trial.number for trial in trials if trial.state is TrialState.FAIL}
+    lost += [f"trial {number} failed, and is not repeated" for number in dropped - repeats.keys()]
+    lost += [f"trial {number} is repeated and did not fail" for number in repeats.keys() - dropped]
     points = Counter(tuple(trial.params.values()) for trial in done)
-    lost += [f"point {point} is there {count} times" for point, count in points.items() if count > 1]
+    if sampler not in REPEATING:
+        lost += [f"point {point} is there {count} times" for point, count in points.items() if count > 1]
     if sampler in ENUMERATING:
         lost += [f"point {point} is missing" for point in POINTS - points.keys()]
     lost += [f"two processes at once had {path.name}" for path in folder.glob("twice-*")]
@@ -83,12 +94,12 @@ def _campaign(campaign: Campaign, folder: Path, place: str, sampler: str, worker
     """Processes that are killed and started again until `most` were killed; then all end. Returns the kills."""
     draw, kills, other = campaign.draw, 0, list[str]()
 
-    def start() -> tuple[Death | None, float]:
+    processes: list[tuple[BaseProcess, Death | None]] = []
+
+    def start() -> None:
         death = _death(draw, place) if kills < most else None
         processes.append((start_worker(folder, place, sampler, 0.02, death), death))
-        return death, time.monotonic()
 
-    processes: list[tuple] = []  # type: ignore[type-arg]
     for _ in range(workers):
         start()
     limit = time.monotonic() + LIMBO * 2

@@ -107,9 +107,11 @@ def test_sweeps(
         if code := end(start_command(command, folder, folder / "log"), SECONDS):
             other.append(f"the last start ended with {code}: {(folder / 'log').read_text()[-600:]}")
         lost += differences(signature(folder / "sweep"), undisturbed)
+        # Elsewhere they are removed a day later: another process may be about to rename them.
+        other += [f"{name} is left in a point" for point in (folder / "sweep").iterdir() for name in leftovers(point)]
         found.count(f"sweep {case}", tried=kills, lost=dict.fromkeys(lost), other=other)
         found.details["sweeps"] += 1
-        found.details["temporary files left"] += len(leftovers(folder))
+        found.details["temporary files that stay for a day"] += len(leftovers(folder))
     assert not found.faults, "\n".join(found.faults)
 
 
