@@ -3,12 +3,15 @@
 #   PYTHON       interpreter, 3.11 or newer                         make demo PYTHON=python3.12
 #   TORCH_INDEX  extra package index for torch, such as the one of its CPU builds
 #   JOBS         processes that run tests side by side                make test JOBS=8
-#   ARGS         more arguments for `demo` and `test`               make demo ARGS="retain_ratio=0.6"
+#   ARGS         more arguments for `demo`, `test` and `chaos`      make demo ARGS="retain_ratio=0.6"
+#   CHAOS_SECONDS, CHAOS_SEED   time and seed of all campaigns      make chaos CHAOS_SECONDS=120
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 JOBS ?= 2
+CHAOS_SECONDS ?= 900
+CHAOS_SEED ?= 0
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -16,13 +19,13 @@ CODE := bs_exp bs_exp_autoload.py tests tools
 
 # CI sets this variable; slow tests are left out elsewhere.
 ifdef CI
-MARKERS := not gpu and not network
+MARKERS := not gpu and not network and not chaos
 else
-MARKERS := not slow and not gpu and not network
+MARKERS := not slow and not gpu and not network and not chaos
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep-demo smoke test check fix lock clean
+.PHONY: help demo sweep-demo smoke test chaos check fix lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +43,12 @@ smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
 
 test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "$(MARKERS)" $(ARGS)
+
+# Campaigns bound themselves by CHAOS_SECONDS; a case under way is finished, what hangs is stopped after 20 minutes.
+chaos: $(INSTALLED)  ## kill sweeps and searches, fill disks, damage files; a table of what was lost (at most 20 minutes)
+	rm -rf outputs/chaos
+	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) OMP_NUM_THREADS=1 \
+	  timeout --kill-after=10 1200 $(BIN)/python -m pytest -m chaos tests/chaos -q $(ARGS)
 
 check: $(INSTALLED)  ## format, lint, strict types and tests
 	$(BIN)/ruff format --check $(CODE)

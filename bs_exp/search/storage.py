@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ _LOCK = ".study.lock"
 _ATTEMPTS = 5
 # How every line of a journal begins. Inside of a string of JSON its quotes would be escaped.
 _BEGIN = b'{"op_code":'
+# How every line ends: with the CRC-32 of the same line without it. Optuna reads over it; lines of others have none.
+_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"}')
 
 
 def open_storage(place: str | None, *, setting: str) -> BaseStorage:
@@ -46,8 +50,8 @@ def open_storage(place: str | None, *, setting: str) -> BaseStorage:
         return JournalStorage(_Journal(path, setting))
     except OSError as error:
         raise SearchError(f"{setting}={path} cannot be opened: {error}. Give another place.") from error
-    except (ValueError, KeyError) as error:
-        raise SearchError(f"{setting}={path} is damaged ({error}). Move it away, or give another place.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise SearchError(f"{setting}={path} is damaged ({error!r}). Move it away, or give another place.") from error
 
 
 def shown(place: str | None) -> str:
@@ -127,8 +131,9 @@ def exclusive(storage: BaseStorage, place: str | None, folder: Path) -> Iterator
 class _Journal(JournalFileBackend):
     """A journal file that survives processes that were killed, or ran out of disk space, while they wrote a line.
 
-    An unfinished last line was never confirmed to its writer: it is cut off before the next line is written. The lock
-    ends with its process, whereas Optuna's own stays for half a minute.
+    An unfinished last line was never confirmed to its writer: it is cut off before the next line is written. Every line
+    has a checksum, which is compared when the file is opened. The lock ends with its process, whereas Optuna's own
+    stays for half a minute.
     """
 
     def __init__(self, path: Path, setting: str) -> None:
@@ -140,14 +145,14 @@ class _Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Writes the logs at the end of the file. Raises StorageInternalError if that fails."""
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        lines = b"".join(_line(log) for log in logs)
         try:
             with self._mutex, self._path.open("rb+") as file:
                 end = file.seek(0, os.SEEK_END)
                 if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                     file.seek(0)
                     file.seek(file.truncate(file.read().rfind(b"\n") + 1))
-                file.write(lines.encode())
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, NotImplementedError) as error:
@@ -163,11 +168,33 @@ class _Journal(JournalFileBackend):
             raise SearchError(
                 f"{name} is a file, but no journal of a study. Give a new file; an SQLite file is sqlite:///{self._path}."
             )
-        whole = [line[max(line.rfind(_BEGIN), 0) :] for line in lines]
-        for line in whole:
+        whole = [part for line in lines for part in _whole_lines(line)]
+        if (found := _CHECKSUM.search(unfinished)) and found.end() >= len(unfinished) - 1:
+            # All of it is there but its end, which is not there or was changed.
+            whole, unfinished = [*whole, unfinished[: found.end()]], b""
+        for number, line in enumerate(whole, 1):
             json.loads(line)
+            if (found := _CHECKSUM.search(line)) and _crc32(line[: found.start()] + b"}") != found[1]:
+                raise ValueError(f"line {number} does not fit its checksum: the disk or a transfer changed it")
         if whole != lines:
             write_file(self._path, b"\n".join([*whole, unfinished]))
+
+
+def _whole_lines(line: bytes) -> list[bytes]:
+    """The lines that stand in one: the last, and earlier ones as far as they are there to their checksum."""
+    *earlier, last = re.split(b"(?=" + re.escape(_BEGIN) + b")", line)
+    return [*(part[: found.end()] for part in earlier if (found := _CHECKSUM.search(part))), last]
+
+
+def _line(log: Mapping[str, Any]) -> bytes:
+    """A line of a journal, with its checksum at the end."""
+    line = json.dumps(log, separators=(",", ":")).encode()
+    return line[:-1] + b',"crc32":"' + _crc32(line) + b'"}\n'
+
+
+def _crc32(content: bytes) -> bytes:
+    """CRC-32 in eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}".encode()
 
 
 def _make_folder(path: Path, setting: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
@@ -175,6 +176,32 @@ def test_a_line_that_was_changed_is_no_unfinished_one(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match=r"study\.journal is damaged.*Move it away"):
         search(tmp_path, n_trials=4).run(Runner())
     assert (tmp_path / "study.journal").read_bytes() == b"".join(lines)
+
+
+def test_a_flipped_bit_in_any_line_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    whole = study_of_three(tmp_path)
+    expected = [(trial.state, trial.params, trial.values) for trial in trials(tmp_path)]
+    draw, noticed = random.Random(0), 0
+    for _ in range(200):
+        place = draw.randrange(len(whole))
+        flipped = whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        (tmp_path / "study.journal").write_bytes(flipped)
+        try:
+            assert [(trial.state, trial.params, trial.values) for trial in trials(tmp_path)] == expected
+        except SearchError:
+            noticed += 1
+    assert noticed > 150
+
+
+def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
+    """Those of earlier versions, and of Optuna itself."""
+    lines = study_of_three(tmp_path).splitlines()
+    expected = [(trial.state, trial.params, trial.values) for trial in trials(tmp_path)]
+    for line in lines:
+        assert re.fullmatch(rb'\{"op_code":.*,"crc32":"[0-9a-f]{8}"\}', line)
+    older = [re.sub(rb',"crc32":"[0-9a-f]{8}"\}$', b"}", line) + b"\n" for line in lines]
+    (tmp_path / "study.journal").write_bytes(b"".join(older))
+    assert [(trial.state, trial.params, trial.values) for trial in trials(tmp_path)] == expected
 
 
 def test_a_full_disk_under_two_workers(tmp_path: Path) -> None:

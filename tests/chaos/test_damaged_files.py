@@ -1,0 +1,239 @@
+"""Files with a flipped bit, or cut off: noticed, or without any effect; never another result without a word."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bs_exp.cache import Cache
+from bs_exp.errors import BsExpError, RecordError
+from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.models.tiny import tiny_random
+from bs_exp.records.record import RunRecord, read_record
+from bs_exp.search.storage import open_storage
+from tests.support.campaign import Campaign
+from tests.support.deaths import end, start_command
+from tests.support.factorised import compressed_twin
+from tests.support.searches import Runner, search
+from tests.support.sweeps import POINTS, differences, records, signature, sweep_command
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
+Start = Callable[[str, float], Campaign]
+SECONDS = 240.0
+WEIGHTS = "model.safetensors"
+# What Transformers and safetensors raise for files that they cannot read.
+_REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+
+
+@pytest.fixture(scope="module")
+def swept(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished sweep: `cache` and `sweep`."""
+    folder = tmp_path_factory.mktemp("swept")
+    assert end(start_command(sweep_command(tiny), folder, folder / "log"), SECONDS) == 0
+    assert len(signature(folder / "sweep")) == POINTS
+    return folder
+
+
+def damage(whole: bytes, draw: random.Random, *, start: int = 0) -> tuple[bytes, str]:
+    """The content with one bit flipped, or cut off, somewhere behind `start`; and what was done."""
+    place = draw.randrange(start, len(whole))
+    if draw.random() < 0.3:
+        return whole[:place], f"cut at byte {place} of {len(whole)}"
+    bit = draw.randrange(8)
+    return whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :], f"bit {bit} of byte {place} flipped"
+
+
+def test_cache_files(tmp_path: Path, swept: Path, campaign: Start) -> None:
+    found = campaign("damaged cache files", 0.03)
+    files = sorted((swept / "cache").rglob("*.safetensors"))
+    for case in found.cases(20_000):
+        whole = found.draw.choice(files)
+        content, what = damage(whole.read_bytes(), found.draw)
+        path = tmp_path / whole.parent.name / whole.name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        # The second is a process's own look at the file that it used before.
+        entry = Cache(tmp_path).find(whole.parent.name, whole.stem)
+        lost = []
+        if entry is not None:
+            with safe_open(whole, framework="pt") as file:
+                same = all(torch.equal(entry.tensor(name), file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            lost = [] if same else ["it was used, with other numbers"]
+        found.count(f"{case}: {whole.parent.name}, {what}", lost=lost)
+        found.details["harmless" if entry is not None else "noticed"] += 1
+    assert not found.faults, "\n".join(found.faults)
+
+
+def test_records(tmp_path: Path, swept: Path, campaign: Start) -> None:
+    found = campaign("damaged records", 0.03)
+    files = sorted((swept / "sweep").glob("*/record.json"))
+    for case in found.cases(20_000):
+        whole = found.draw.choice(files)
+        content, what = damage(whole.read_bytes(), found.draw)
+        path = tmp_path / whole.name
+        path.write_bytes(content)
+        lost, outcome = list[str](), "harmless"
+        try:
+            # As data: NaN is no other value than NaN.
+            if repr(read_record(path)) != repr(read_record(whole)):
+                lost.append("it was read, with other content")
+        except RecordError:
+            outcome = "noticed"
+        found.count(f"{case}: {what}", lost=lost)
+        found.details[outcome] += 1
+    assert not found.faults, "\n".join(found.faults[:20])
+
+
+def test_journals(tmp_path: Path, campaign: Start) -> None:
+    """A cut journal holds the trials before; from one with a flipped bit nothing else is read."""
+    found = campaign("damaged journals", 0.03)
+    search(tmp_path / "whole", n_trials=4).run(Runner())
+    whole = (tmp_path / "whole" / "study.journal").read_bytes()
+
+    def read(path: Path) -> list[object]:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = open_storage(str(path), setting="storage")
+        study = optuna.load_study(study_name="study", storage=storage)
+        times = [(t.datetime_start, t.datetime_complete) for t in study.trials]
+        trials = [(t.number, t.state, t.params, t.values, t.user_attrs, t.distributions) for t in study.trials]
+        return [*zip(trials, times, strict=True)]
+
+    expected = read(tmp_path / "whole" / "study.journal")
+    for case in found.cases(20_000):
+        content, what = damage(whole, found.draw)
+        path = tmp_path / str(case) / "study.journal"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        lost, other, outcome = list[str](), list[str](), "harmless"
+        try:
+            trials = read(path)
+            if "cut" in what:
+                outcome = "continued"
+                # The last trial that is there may lack what was stored of it later.
+                if trials[:-1] != expected[: max(0, len(trials) - 1)]:
+                    lost.append("other trials were read")
+            elif trials != expected:
+                lost.append("it was read, with other content")
+        except BsExpError:
+            outcome = "noticed"
+        except KeyError as error:
+            if "cut" in what and not path.read_bytes().count(b"\n"):
+                outcome = "empty"  # cut in its first line: no study yet, it is made again
+            else:
+                other.append(f"unexpected {error!r}")
+        found.count(f"{case}: {what}", lost=lost, other=other)
+        found.details[outcome] += 1
+        shutil.rmtree(path.parent)
+    assert not found.faults, "\n".join(found.faults[:20])
+
+
+def _load(folder: Path) -> dict[str, Tensor] | None:
+    """The tensors of a model as plain Transformers loads it; None if it refuses, or says that some are missing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except _REFUSALS:
+        return None
+    told = any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    return None if told else dict(model.state_dict())
+
+
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    bits = {torch.float32: torch.int32}
+    return found.keys() == expected.keys() and all(
+        tensor.dtype == found[name].dtype
+        and torch.equal(
+            tensor.view(bits.get(tensor.dtype, tensor.dtype)), found[name].view(bits.get(tensor.dtype, tensor.dtype))
+        )
+        for name, tensor in expected.items()
+    )
+
+
+def test_saved_models(tmp_path: Path, swept: Path, campaign: Start) -> None:
+    """Cuts, and bits of the header and of pivots. A bit of a weight is another weight: that is counted apart."""
+    found = campaign("damaged models", 0.05)
+    transformers.logging.set_verbosity_error()
+    compressed_twin(tiny_random("llama"), PivotedLayout()).save_pretrained(tmp_path / "pivoted")
+    folders = [tmp_path / "pivoted", *sorted(path.parent for path in (swept / "sweep").glob("*/model/config.json"))]
+    wholes = {folder: _load(folder) for folder in folders}
+    for case in found.cases(2000):
+        folder = found.draw.choice(folders)
+        expected = wholes[folder]
+        assert expected is not None
+        whole = (folder / WEIGHTS).read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        kept = sorted(kept_bytes(whole))
+        content, what = damage(whole, found.draw)
+        in_weights = False
+        if "cut" not in what:
+            match found.draw.randrange(3):
+                case 0 if kept:
+                    place = found.draw.choice(kept)
+                    content, what = _flip(whole, place, found.draw), f"a bit of byte {place}, of pivots, flipped"
+                case 1:
+                    in_weights = not any(content[place] != whole[place] for place in (*range(start), *kept))
+                case _:
+                    place = found.draw.randrange(start)
+                    content, what = _flip(whole, place, found.draw), f"a bit of byte {place}, of the header, flipped"
+        copy = tmp_path / str(case)
+        shutil.copytree(folder, copy)
+        (copy / WEIGHTS).write_bytes(content)
+        loaded = _load(copy)
+        shutil.rmtree(copy)
+        if in_weights:
+            found.details["not counted: bits of weights, which nothing notices" if loaded else "noticed"] += 1
+            continue
+        lost = [] if loaded is None or _same(loaded, expected) else ["it was loaded, with other tensors"]
+        found.count(f"{case}: {folder.name}, {what}", lost=lost)
+        found.details["noticed" if loaded is None else "harmless"] += 1
+    assert not found.faults, "\n".join(found.faults[:20])
+
+
+def _flip(whole: bytes, place: int, draw: random.Random) -> bytes:
+    return whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+
+
+def kept_bytes(whole: bytes) -> Iterator[int]:
+    """The places of all bytes of pivots in a safetensors file."""
+    size = int.from_bytes(whole[:8], "little")
+    for name, tensor in json.loads(whole[8 : 8 + size]).items():
+        if name.endswith("pivots"):
+            first, last = tensor["data_offsets"]
+            yield from range(8 + size + first, 8 + size + last)
+
+
+def test_a_sweep_goes_on_from_damaged_files(
+    tmp_path: Path, tiny: tuple[str, ...], swept: Path, campaign: Start
+) -> None:
+    """Some files of its cache and its records are damaged; it finds what it found, or keeps what it need not touch."""
+    found = campaign("sweeps on damaged files", 0.05)
+    expected = signature(swept / "sweep")
+    for case in found.cases(50):
+        folder = tmp_path / str(case)
+        shutil.copytree(swept, folder)
+        files = sorted([*(folder / "cache").rglob("*.safetensors"), *(folder / "sweep").glob("*/record.json")])
+        for path in found.draw.sample(files, 6):
+            content, _ = damage(path.read_bytes(), found.draw)
+            path.write_bytes(content)
+        code = end(start_command(sweep_command(tiny), folder, folder / "log"), SECONDS)
+        other = [f"exit code {code}: {(folder / 'log').read_text()[-800:]}"] if code else []
+        found.count(f"sweep {case}", tried=6, lost=differences(signature(folder / "sweep"), expected), other=other)
+        found.details["points run again"] += sum(
+            isinstance(record, RunRecord) and record.process != read_record(swept / "sweep" / name).process
+            for name, record in records(folder / "sweep").items()
+        )
+        shutil.rmtree(folder)
+    assert not found.faults, "\n".join(found.faults)
