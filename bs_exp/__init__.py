@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING, Any
 import bs_exp_autoload
 
 if TYPE_CHECKING:
+    from bs_exp.api import Compression, compress, evaluate, load, strategy
     from bs_exp.models.modeling_basis_sharing import PivotedLinear, SharedLinear
     from bs_exp.models.saving import save_model
     from bs_exp.models.surgery import to_dense
 
-__all__ = ["PivotedLinear", "SharedLinear", "save_model", "to_dense"]
+__all__ = [
+    "Compression",
+    "PivotedLinear",
+    "SharedLinear",
+    "compress",
+    "evaluate",
+    "load",
+    "save_model",
+    "strategy",
+    "to_dense",
+]
 
 _HOMES = {
+    **dict.fromkeys(("Compression", "compress", "evaluate", "load", "strategy"), "bs_exp.api"),
     "PivotedLinear": "bs_exp.models.modeling_basis_sharing",
     "SharedLinear": "bs_exp.models.modeling_basis_sharing",
     "save_model": "bs_exp.models.saving",

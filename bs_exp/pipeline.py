@@ -241,7 +241,12 @@ def compress(
     with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
         report = recipe.update.apply(module, dense, plan, data, workspace)
     return CompressedModel(
-        module=module, plan=plan, calibration=data.windows.provenance, rounds=tuple(rounds[1:]), update=report
+        module=module,
+        plan=plan,
+        calibration=data.windows.provenance,
+        rounds=tuple(rounds[1:]),
+        update=report,
+        spectra=decompositions.spectra,
     )
 
 

@@ -518,3 +518,4 @@ class CompressedModel:
     calibration: Mapping[str, Any]
     rounds: tuple[float, ...]
     update: Mapping[str, Any] = field(default_factory=dict)
+    spectra: tuple[Spectrum, ...] = ()

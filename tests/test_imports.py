@@ -23,7 +23,7 @@ STRATEGIES = (
     "tracking",
 )
 # Besides `cli/`.
-KNOW_HYDRA = {"bs_exp.search.space", "bs_exp.__main__"}
+KNOW_HYDRA = {"bs_exp.search.space", "bs_exp.__main__", "bs_exp.api"}
 # From the ground up: a room may import rooms of earlier floors only (and its own files).
 FLOORS = (
     {"errors", "files", "printable", "types"},
@@ -38,7 +38,7 @@ FLOORS = (
     {"analysis", "pipeline"},
     {"benchmarks", "runs", "testing"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "api"},
 )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from bs_exp.source_code import targets_code
 from bs_exp.validation import check_objective, check_retain_ratio, check_seed, shown
 
 if TYPE_CHECKING:
+    from bs_exp.pipeline import Recipe
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
@@ -96,26 +97,13 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     check_root(cfg)
 
     from bs_exp.cache import Cache
-    from bs_exp.pipeline import Recipe
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
-    # Before anything is built: Hydra resolves references in the configuration itself.
-    make = partial(_make, cfg, OmegaConf.to_container(cfg, resolve=False))
-    recipe = Recipe(
-        calibration=make("calibration.set"),
-        sharing=make("sharing"),
-        whitening=make("whitening"),
-        importance=make("importance"),
-        allocation=make("allocation"),
-        layout=make("layout"),
-        schedule=make("schedule"),
-        update=make("update"),
-        retain_ratio=cfg.retain_ratio,
-    )
+    make = maker(cfg)
     experiment = Experiment(
         model=make("model"),
-        recipe=recipe,
+        recipe=build_recipe(cfg, make),
         evaluators={name: make(f"evaluation.evaluators.{name}") for name in _parts(cfg)},
         analysis=make("analysis"),
         tracker=make("tracking"),
@@ -129,6 +117,29 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     # Now that it is loaded: from here on its source counts as it is, whatever is edited while this process lives.
     targets_code(_settings(cfg))
     return experiment
+
+
+def maker(cfg: DictConfig) -> Callable[[str], Any]:
+    """Makes the strategy at a key of the configuration; to be had before anything is built from it."""
+    # Hydra resolves references in the configuration itself.
+    return partial(_make, cfg, OmegaConf.to_container(cfg, resolve=False))
+
+
+def build_recipe(cfg: DictConfig, make: Callable[[str], Any]) -> Recipe:
+    """The strategies of the compression, and the share of parameters to keep."""
+    from bs_exp.pipeline import Recipe
+
+    return Recipe(
+        calibration=make("calibration.set"),
+        sharing=make("sharing"),
+        whitening=make("whitening"),
+        importance=make("importance"),
+        allocation=make("allocation"),
+        layout=make("layout"),
+        schedule=make("schedule"),
+        update=make("update"),
+        retain_ratio=cfg.retain_ratio,
+    )
 
 
 def _plain_name(name: Any) -> str:

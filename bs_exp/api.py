@@ -1,0 +1,288 @@
+"""bs_exp in Python: the presets, options and defaults of the command line, for a model that may be in memory.
+
+Settings are composed from the same option files, so nothing is typed twice; Hydra is left as it was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from hydra import compose as compose_config
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bs_exp import pipeline
+from bs_exp.cache import Cache
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.config import build_recipe, check_root, maker
+from bs_exp.cli.explain import explain
+from bs_exp.corpora.given_texts import GivenTexts
+from bs_exp.corpora.text_files import TextFiles
+from bs_exp.corpora.windows import CalibrationSet, max_positions
+from bs_exp.errors import ConfigError
+from bs_exp.evaluation.size import measure_size
+from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
+from bs_exp.models.loading import assemble
+from bs_exp.models.saving import save_model
+from bs_exp.models.surgery import is_factorised, twin
+from bs_exp.progress import Progress
+from bs_exp.protocols import Corpus
+from bs_exp.records.stages import Stage
+from bs_exp.reporting import formats
+from bs_exp.types import Architecture, LoadedModel, RankPlan, Spectrum, Task
+from bs_exp.workspace import Workspace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Texts: TypeAlias = str | Path | Sequence[str]
+"""Documents in memory, or the path of a text file."""
+
+# The option that judges a model of each task by its own loss.
+_EVALUATIONS = {Task.CAUSAL_LM: "perplexity", Task.MASKED_LM: "encoder", Task.SEQ2SEQ_LM: "seq2seq"}
+
+
+class Loaded(NamedTuple):
+    """A model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Compression:
+    """A compressed model and how it came about.
+
+    `plan` has the groups with their ranks, `spectra` the singular values of every group in its metric and the loss of
+    each component, `size` the counts of `measure_size`, `seconds` the time by stage.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: RankPlan
+    spectra: tuple[Spectrum, ...]
+    size: Mapping[str, float]
+    update: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def save(self, folder: str | Path) -> Path:
+        """The folder, which plain `from_pretrained` loads; see `bs_exp.save_model`."""
+        return save_model(self.model, self.tokenizer, folder)
+
+    def report(self) -> str:
+        """What was kept, the ranks by matrix type, and the seconds by stage, as text."""
+        kept, whole = self.size["retain_ratio"], self.size["model_retain_ratio"]
+        lines = [
+            f"kept      {kept:.1%} of the targeted parameters (asked: {self.plan.requested_ratio:.1%}), "
+            f"{whole:.1%} of the model; {formats.size(self.size['bytes'])} of {formats.size(self.size['dense_bytes'])}",
+            f"loss      {self.plan.predicted_loss:.4g} predicted ({self.plan.groups[0].loss_unit.value})",
+        ]
+        by_type: dict[str, list[str]] = {}
+        for planned in self.plan.groups:
+            layers = "-".join(
+                str(layer) for layer in dict.fromkeys((planned.group.layers[0], planned.group.layers[-1]))
+            )
+            rank = "dense" if planned.rank is None else str(planned.rank)
+            by_type.setdefault(planned.group.matrix, []).append(f"{layers}: {rank}")
+        lines += [f"{matrix:<10}{', '.join(ranks)}" for matrix, ranks in by_type.items()]
+        lines.append(
+            "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items() if value >= 0.05)
+        )
+        return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
+
+    def plot(self) -> Figure:
+        """The share of the loss that is left at every rank, a line per group, beside the ranks of the plan."""
+        from bs_exp.reporting.drawing import canvas, colour, house_style
+
+        with house_style():
+            figure = canvas(width=9.0)
+            left, right = figure.subplots(1, 2)
+            types = list(dict.fromkeys(spectrum.group.matrix for spectrum in self.spectra))
+            for spectrum in self.spectra:
+                tail = spectrum.energies.flip(0).cumsum(0).flip(0)
+                shares = (tail / tail[0].clamp_min(torch.finfo(tail.dtype).tiny)).tolist()
+                place = types.index(spectrum.group.matrix)
+                ranks = [rank / spectrum.group.full_rank for rank in range(len(shares))]
+                label = spectrum.group.matrix if spectrum.group.layers[0] == 0 else None
+                left.plot(ranks, shares, color=colour(place), linewidth=0.8, label=label)
+            left.set(
+                xlabel="rank, as a share of the full rank", ylabel="loss that is left", yscale="log", ylim=(1e-6, 1.0)
+            )
+            left.legend(fontsize="small")
+            for planned in self.plan.groups:
+                rank = planned.group.full_rank if planned.rank is None else planned.rank
+                for layer in planned.group.layers:
+                    right.plot(layer, rank, "o", color=colour(types.index(planned.group.matrix)), markersize=4)
+            right.set(xlabel="layer", ylabel="rank (dense: full rank)", ylim=(0, None))
+            return figure
+
+
+def compress(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Texts | None = None,
+    *,
+    data: str | None = None,
+    preset: str = "basis_sharing",
+    retain_ratio: float = 0.8,
+    overrides: Iterable[str] = (),
+    cache_dir: str | Path | None = None,
+    quiet: bool = False,
+) -> Compression:
+    """A model compressed by a preset of the command line; the given model stays as it is, untouched weights are shared.
+
+    `model` is a model in memory (then with its `tokenizer`), a folder, or a name on the hub. It is calibrated on
+    `texts`, or on the text of a calibration option (`data="wikitext2"`), or as the preset says. `overrides` are
+    settings as the command line takes them (`"sharing.group_size=3"`). Windows longer than the model's context are
+    shortened, which a note says. Statistics and decompositions are kept in `cache_dir`; None keeps them in memory for
+    this call.
+    Raises ConfigError for settings that do not exist or do not fit, ModelError and DataError for what cannot be read.
+    """
+    settings = [f"experiment={preset}", f"retain_ratio={retain_ratio}", "tracking=none", *_model_settings(model)]
+    if texts is not None:
+        settings += ["calibration=text", "calibration.files=[given]", "calibration.num_sequences=all"]
+    elif data is not None:
+        settings.append(f"calibration={data}")
+    cfg = _compose([*settings, *overrides])
+    check_root(cfg)
+    make, progress = maker(cfg), Progress(quiet=quiet)
+    recipe = build_recipe(cfg, make)
+    if isinstance(model, PreTrainedModel):
+        dense = _in_memory(model, tokenizer)
+    else:
+        with progress.stage(Stage.LOAD):
+            dense = make("model").load()
+    calibration: Any = recipe.calibration
+    if texts is not None:
+        calibration = replace(calibration, corpus=_corpus(texts))
+    recipe = replace(recipe, calibration=_fitting(calibration, dense, progress))
+    workspace = Workspace(Cache(None if cache_dir is None else Path(cache_dir).expanduser().absolute()), progress)
+    workspace.cache.check()
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)
+        prepared = pipeline.prepare(dense, recipe, progress)
+        made = pipeline.compress(dense, recipe, workspace, prepared)
+    return Compression(
+        model=made.module,
+        tokenizer=dense.tokenizer,
+        plan=made.plan,
+        spectra=made.spectra,
+        size=measure_size(prepared.dense, made, made.plan),
+        update=made.update,
+        calibration=made.calibration,
+        seconds=dict(progress.timings),
+        notes=tuple(progress.notes),
+    )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Texts] | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    overrides: Iterable[str] = (),
+) -> dict[str, float | str]:
+    """Metrics by name: the perplexity on each of the `texts` (`ppl/NAME`), and the accuracy on `tasks` of lm-eval.
+
+    Windows are as long as the option file says (`overrides=["evaluation.sequence_length=256"]`) or as the model's
+    context, if that is shorter. Raises ConfigError if there is nothing to measure, or the model has no loss.
+    """
+    loaded = _in_memory(model, tokenizer)
+    if not texts and not tasks:
+        raise ConfigError("evaluate needs texts, as in {'val': texts}, or tasks, as in tasks=['arc_easy'].")
+    found: dict[str, float | str] = {}
+    if texts:
+        if loaded.task not in _EVALUATIONS:
+            raise ConfigError(f"{type(model).__name__} has no head, and so no perplexity: compare its hidden states.")
+        cfg = _compose([f"evaluation={_EVALUATIONS[loaded.task]}", "tracking=none", *overrides])
+        judge = maker(cfg)(f"evaluation.evaluators.{next(iter(cfg.evaluation.evaluators))}")
+        limit = max_positions(loaded)
+        length = judge.sequence_length if limit is None else min(judge.sequence_length, limit)
+        corpora = {name: _corpus(given) for name, given in texts.items()}
+        judge = replace(judge, corpora=corpora, sequence_length=length)
+        judge.check(loaded)
+        found |= judge.evaluate(loaded)
+    if tasks:
+        named = f"evaluation.tasks=[{','.join(tasks)}]"
+        judge = maker(_compose(["evaluation=full", "tracking=none", named, *overrides]))(
+            "evaluation.evaluators.accuracy"
+        )
+        judge.check(loaded)
+        found |= judge.evaluate(loaded)
+    return found
+
+
+def load(folder: str | Path) -> Loaded:
+    """The compressed (or dense) model of a folder, in evaluation mode, and its tokenizer."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    auto = find_auto_class(config, own_code=False)
+    if auto is None:
+        raise ConfigError(f"{folder} is of no kind that bs_exp knows: model type {config.model_type!r}.")
+    return Loaded(auto.loader.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+
+
+def strategy(option: str, **settings: Any) -> Any:
+    """The strategy of an option file, such as `strategy("whitening=gram", ridge=1e-9)`: its defaults are the file's.
+
+    Raises ConfigError for an option or a setting that does not exist.
+    """
+    group = option.partition("=")[0]
+    given = [f"{group}.{name}={value}" for name, value in settings.items()]
+    return maker(_compose([option, *given]))(group)
+
+
+def _compose(settings: Sequence[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(root_folder() / "conf"), version_base="1.3"):
+            return compose_config("config", list(settings))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, settings)) from error
+
+
+def _model_settings(model: PreTrainedModel | str | Path) -> list[str]:
+    if isinstance(model, PreTrainedModel):
+        return []
+    if Path(model).expanduser().is_dir():
+        return ["model=local", f"model.path='{Path(model).expanduser()}'"]
+    return ["model=hub", f"model.name='{model}'"]
+
+
+def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    """A twin in evaluation mode that shares all weights: modes, hooks and flags of the given model stay as they are."""
+    if tokenizer is None:
+        raise ConfigError("A model in memory needs its tokenizer: compress(model, tokenizer, texts).")
+    name = type(model).__name__
+    auto = next((auto for auto in AUTO_CLASSES if auto.has([name])), None)
+    if auto is None:
+        raise ConfigError(f"{name} is of no kind that can be compressed (model type {model.config.model_type!r}).")
+    if is_factorised(model):  # judged, and not compressed again: no matrices are looked for
+        nothing = Architecture(family=str(model.config.model_type), matrices=())
+        return LoadedModel(twin(model).eval(), tokenizer, nothing, {"source": "memory", "name": name}, auto.task)
+    return assemble(twin(model), tokenizer, None, source="memory", name=name, task=auto.task)
+
+
+def _corpus(texts: Texts) -> Corpus:
+    return TextFiles(files=[str(texts)]) if isinstance(texts, str | Path) else GivenTexts(texts=texts)
+
+
+def _fitting(calibration: Any, dense: LoadedModel, progress: Progress) -> Any:
+    """The calibration with windows that fit the model's context."""
+    limit = max_positions(dense)
+    if not isinstance(calibration, CalibrationSet) or limit is None or calibration.sequence_length <= limit:
+        return calibration
+    progress.note(
+        f"calibration windows of {limit:,} tokens instead of {calibration.sequence_length:,}: the model's context"
+    )
+    return replace(calibration, sequence_length=limit)

@@ -1,0 +1,124 @@
+"""bs_exp from Python: the same results as the command line, and nothing changed that is the caller's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from transformers import AutoModelForCausalLM
+
+import bs_exp
+from bs_exp.errors import ConfigError, DataError
+from bs_exp.models.tiny import tiny_random
+from bs_exp.records.record import read_record
+from bs_exp.whitening.gram import GramWhitening
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+SHORT = ["calibration.sequence_length=64"]
+
+
+@pytest.fixture(scope="module")
+def documents(texts: Path) -> list[str]:
+    return [(texts / name).read_text() for name in ("A.txt", "B.txt")]
+
+
+def test_a_model_in_memory_stays_as_it_is(documents: list[str]) -> None:
+    dense = tiny_random()
+    model = dense.module.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    result = bs_exp.compress(model, dense.tokenizer, documents, overrides=SHORT, quiet=True)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not GlobalHydra.instance().is_initialized()
+    assert result.model is not model and 0.7 < result.size["retain_ratio"] <= 0.8
+    assert result.model.get_input_embeddings().weight is model.get_input_embeddings().weight
+    assert {spectrum.group for spectrum in result.spectra} == {planned.group for planned in result.plan.groups}
+    report = result.report()
+    assert "of the targeted parameters (asked: 80.0%)" in report and "q         0" in report
+
+
+@pytest.mark.parametrize("preset", ["svd_llm", "basis_sharing"])
+def test_it_is_what_the_command_line_makes(cli: Callable[..., Any], texts: Path, tmp_path: Path, preset: str) -> None:
+    dense = tiny_random()
+    dense.module.save_pretrained(tmp_path / "dense")
+    dense.tokenizer.save_pretrained(tmp_path / "dense")
+    dials = ["calibration.sequence_length=64", "calibration.order=sequential"]
+    done = cli(
+        "model=local", f"model.path={tmp_path}/dense", f"experiment={preset}", "retain_ratio=0.6", "calibration=text",
+        f"calibration.files=[{texts}/A.txt]", "calibration.num_sequences=all", *dials, "evaluation=smoke",
+        "tracking=none", "save_model=true", "hydra.run.dir=out",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    for given in (dense.module, tmp_path / "dense"):
+        found = bs_exp.compress(
+            given, dense.tokenizer, texts / "A.txt", preset=preset, retain_ratio=0.6, overrides=dials, quiet=True
+        )
+        plan = {key: value for key, value in (read_record(Path("out")).plan or {}).items() if key != "rounds"}
+        assert found.plan.to_dict() == plan
+        saved = AutoModelForCausalLM.from_pretrained("out/model").state_dict()
+        assert all(torch.equal(value, saved[name]) for name, value in found.model.state_dict().items())
+
+
+def test_windows_are_clipped_to_the_model_with_a_note(documents: list[str]) -> None:
+    dense = tiny_random()
+    dense.module.config.max_position_embeddings = 48
+    result = bs_exp.compress(dense.module, dense.tokenizer, documents, preset="svd_llm", quiet=True)
+    assert result.calibration["sequence_length"] == 48
+    assert result.notes[0] == "calibration windows of 48 tokens instead of 512: the model's context"
+
+
+def test_saved_and_loaded_and_judged(documents: list[str], tmp_path: Path) -> None:
+    dense = tiny_random()
+    result = bs_exp.compress(dense.module, dense.tokenizer, documents, overrides=SHORT, quiet=True)
+    loaded = bs_exp.load(result.save(tmp_path / "model"))
+    dials = ["evaluation.sequence_length=64", "evaluation.max_windows=2"]
+    values = [
+        bs_exp.evaluate(model, loaded.tokenizer, {"mine": documents}, overrides=dials)["ppl/mine"]
+        for model in (result.model, loaded.model, dense.module)
+    ]
+    assert values[0] == values[1] != values[2]
+    accuracy = bs_exp.evaluate(loaded.model, loaded.tokenizer, tasks=["docs_cloze"], overrides=["evaluation.limit=4"])
+    assert 0.0 <= float(accuracy["acc/docs_cloze"]) <= 1.0
+
+
+def test_a_strategy_has_the_defaults_of_its_file() -> None:
+    assert bs_exp.strategy("whitening=gram") == GramWhitening(ridge=1e-12)
+    assert bs_exp.strategy("whitening=gram", ridge=0.5) == GramWhitening(ridge=0.5)
+
+
+def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: Path) -> None:
+    model, tokenizer = tiny_random().module, tiny_random().tokenizer
+    for arguments, dials, message in (
+        ((model,), {}, "needs its tokenizer"),
+        (
+            (model, tokenizer, documents),
+            {"preset": "svd_lm"},
+            r"experiment=svd_lm does not exist\. Did you mean svd_llm\?",
+        ),
+        ((model, tokenizer, documents), {"overrides": ["sharing.size=3"]}, r"sharing\.size does not exist"),
+        ((model, tokenizer, documents), {"retain_ratio": 1.5}, r"retain_ratio must be above 0 and at most 1"),
+        ((model, tokenizer, [1, 2]), {}, "texts must be a list of texts"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            bs_exp.compress(*arguments, **dials, quiet=True)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no text in them"):
+        bs_exp.compress(model, tokenizer, ["", " "], quiet=True)
+    with pytest.raises(ConfigError, match="needs texts"):
+        bs_exp.evaluate(model, tokenizer)
+
+
+def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert (tmp_path / "spectra.png").stat().st_size > 10_000 and (tmp_path / "compressed" / "config.json").exists()
+    assert float(names["found"]["ppl/mine"]) > 1.0 and names["whitening"] == GramWhitening(ridge=1e-9)
