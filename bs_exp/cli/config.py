@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.dials import with_dials
 from bs_exp.cli.explain import INTERNAL_KEYS, list_options
 from bs_exp.cli.setting_types import source_key, wrong_settings
 from bs_exp.errors import ConfigError
@@ -122,7 +123,8 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
 def maker(cfg: DictConfig) -> Callable[[str], Any]:
     """Makes the strategy at a key of the configuration; to be had before anything is built from it."""
     # Hydra resolves references in the configuration itself.
-    return partial(_make, cfg, OmegaConf.to_container(cfg, resolve=False))
+    filled = with_dials(cfg)
+    return partial(_make, filled, OmegaConf.to_container(filled, resolve=False))
 
 
 def build_recipe(cfg: DictConfig, make: Callable[[str], Any]) -> Recipe:

@@ -125,6 +125,11 @@ def _wrong_arguments(node: Mapping[Any, Any], key: str, config: Any) -> Iterator
             )
 
 
+def parameter_names(target: str) -> set[str]:
+    """What the constructor or function at an import path takes by name; empty if it takes any, or cannot be known."""
+    return set(_parameters(_imported(target)) or ())
+
+
 def source_key(config: Any, key: str) -> str:
     """The key from which a setting takes its value: its own, or where chains of `${...}` on the way to it lead.
 

@@ -15,7 +15,7 @@ _ELSEWHERE = WITHOUT_EFFECT | {"objective", "retain_ratio", "model", "evaluation
 _TARGET = "_target_"
 # A study turns a few dials; of records that have nothing in common, the first settings are enough to tell them apart.
 _MOST_DIALS = 200
-# Written again in the node by interpolation; and what is evaluated, which changes no number by itself.
+# What is evaluated, which changes no number by itself.
 _JUDGED_APART = ("evaluators", "parts")
 
 

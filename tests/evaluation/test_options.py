@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from bs_exp.cli.dials import with_dials
 from bs_exp.corpora.hub_dataset import HubDataset
 from bs_exp.corpora.python_docs import PythonDocs
 from bs_exp.corpora.text_files import TextFiles
@@ -40,12 +41,12 @@ def _needed(group: str, option: str) -> list[str]:
 
 
 def _evaluators(*overrides: str) -> dict[str, Any]:
-    made: dict[str, Any] = instantiate(_compose(*overrides).evaluation.evaluators, _convert_="all")
+    made: dict[str, Any] = instantiate(with_dials(_compose(*overrides)).evaluation.evaluators, _convert_="all")
     return made
 
 
 def _calibration(*overrides: str) -> CalibrationSet:
-    made = instantiate(_compose(*overrides).calibration.set, _convert_="all")
+    made = instantiate(with_dials(_compose(*overrides)).calibration.set, _convert_="all")
     assert isinstance(made, CalibrationSet)
     return made
 
@@ -185,13 +186,34 @@ def test_every_corpus_option_is_a_full_manual_page(option: str) -> None:
     assert set(node) - {"_target_"} == {field.name for field in dataclasses.fields(get_class(node._target_))}
 
 
-@pytest.mark.parametrize(
-    "evaluator",
-    ["perplexity", "accuracy", "throughput", "similarity", "masked_perplexity", "seq2seq_perplexity"],
-)
-def test_every_field_of_an_evaluator_is_a_dial(evaluator: str) -> None:
-    node = OmegaConf.load(CONF / "evaluation" / f"_{evaluator}.yaml").evaluators[evaluator]
-    fields = {field.name for field in dataclasses.fields(get_class(node._target_))}
-    raw = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(raw, dict) and set(raw) - {"_target_"} == fields
-    assert all(re.fullmatch(r"\$\{evaluation\.\w+\}", str(raw[name])) for name in fields)
+@pytest.mark.parametrize("option", [*_options("evaluation")])
+def test_every_field_of_an_evaluator_is_a_dial(option: str) -> None:
+    cfg = with_dials(_compose(f"+evaluation={option}", *_needed("evaluation", option)))
+    written = OmegaConf.to_container(cfg.evaluation.evaluators, resolve=False)
+    assert isinstance(written, dict) and written
+    for node in written.values():
+        fields = {field.name for field in dataclasses.fields(get_class(node["_target_"]))}
+        assert set(node) - {"_target_"} == fields
+        assert all(re.fullmatch(r"\$\{evaluation\.\w+\}", str(node[name])) for name in fields)
+
+
+def test_what_an_evaluator_sets_by_itself_is_not_the_groups_dial() -> None:
+    own = "+evaluation.evaluators.perplexity.stride=7"
+    made = _evaluators("+evaluation=full", "evaluation.stride=5", own)
+    assert made["perplexity"].stride == 7
+    assert made["perplexity"].batch_size == made["accuracy"].batch_size
+
+
+def test_an_evaluator_of_others_is_handed_the_dials_that_it_names() -> None:
+    cfg = _compose("+evaluation=full", "evaluation.batch_size=3")
+    node = {"_target_": f"{__name__}._Foreign", "limit": 1}
+    OmegaConf.update(cfg, "evaluation.evaluators.foreign", node, force_add=True)
+    made = instantiate(with_dials(cfg).evaluation.evaluators.foreign)
+    assert made == _Foreign(batch_size=3, limit=1, unknown="own")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Foreign:
+    batch_size: int
+    limit: int | None
+    unknown: str = "own"
