@@ -1,7 +1,7 @@
 """The dials of a group, handed to the strategies inside its option.
 
-An option of `evaluation` holds several evaluators, and one of `calibration` its windows; what they share stands once, as
-a dial of the group (`evaluation.batch_size`). Each is handed the dials that its constructor has a parameter for.
+An option of `evaluation` holds several evaluators, one of `calibration` its windows; what they share stands once, as a
+dial of the group (`evaluation.batch_size`). Each is handed the dials that its constructor has a parameter for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def with_dials(cfg: DictConfig) -> DictConfig:
 def _strategies(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     """Group and full key of each strategy that takes the dials of its group."""
     several = OmegaConf.select(cfg, "evaluation.evaluators")
-    inside = [f"evaluation.evaluators.{name}" for name in several] if isinstance(several, DictConfig) else []
+    inside = [f"evaluation.evaluators.{name!s}" for name in several] if isinstance(several, DictConfig) else []
     for key in ("calibration.set", *inside):
         node = OmegaConf.select(cfg, key)
         if isinstance(node, DictConfig) and isinstance(node.get("_target_"), str):
