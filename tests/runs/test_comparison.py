@@ -47,5 +47,5 @@ def test_a_method_that_fails_is_a_row_and_a_message(cli: Cli, tiny: tuple[str, .
     assert done.status == 1
     rows = _rows(done.out)
     assert rows["sharing.group_size=9"] == ["failed"] and len(rows["sharing.group_size=2"]) == 5
-    assert re.search(r"^failed   \w+: .*group_size", done.out, re.MULTILINE)
+    assert re.search(r"^failed   \S+: .*group_size", done.out, re.MULTILINE)
     assert "resume   the same command again" in done.out
