@@ -30,8 +30,8 @@ endif
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(INSTALLED)  ## compress the embedded model and compare it with the dense one
-	$(BIN)/python -m bs_exp $(ARGS)
+demo: $(INSTALLED)  ## four methods at one budget on the embedded model, compared with the dense one: a minute
+	$(BIN)/python -m bs_exp demo $(ARGS)
 
 sweep-demo: $(INSTALLED)  ## four methods at four ratios on the embedded model, and a page that compares them
 	$(BIN)/python -m bs_exp sweeps=sweep_demo hydra.sweep.dir=outputs/sweeps/sweep_demo $(ARGS)

@@ -11,15 +11,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 _FLAGS = ("-m", "--multirun")
+# A first word that stands for a setting.
+_WORDS = {"demo": "sweeps=demo"}
 # Behind the sign of an assignment, a quote, or where an element of a list begins.
 _HOME = re.compile(r"(?<=[=\[,'\"])~(?=[/'\"]|$)")
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:
-    """Flags without a value first, wherever they stood (argparse wants settings in one run), and `~/` expanded.
+    """`demo` as its sweep, flags without a value first (argparse wants settings in one run), and `~/` expanded.
 
     A shell expands `~` in the beginning of a word alone, and Hydra's grammar has another use for it.
     """
+    arguments = [*(_WORDS.get(first, first) for first in arguments[:1]), *arguments[1:]]
     flags = [argument for argument in arguments if argument in _FLAGS]
     others = [argument for argument in arguments if argument not in _FLAGS]
     return flags + [_HOME.sub(str(Path.home()), argument) if "=" in argument else argument for argument in others]

@@ -21,6 +21,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, point_folder, shown_settings, survey
+from bs_exp.runs.comparison import print_comparison
 from bs_exp.runs.sweep_table import print_sweep
 
 _FOLDER = "hydra.sweep.dir"
@@ -38,6 +39,8 @@ class _Current:
 
     folder: Path | None = None
     plan: SweepPlan | None = None
+    compare: bool = False
+    closing: str = ""
 
 
 _current = _Current()
@@ -46,8 +49,12 @@ _current = _Current()
 class SweepCallback(Callback):
     """What is done before a run or a sweep has a folder: settings of the root are checked, points written down.
 
-    Named in `conf/config.yaml`; holds nothing: jobs get copies of it.
+    Named in `conf/config.yaml`. With `compare`, the table at the end compares methods with the dense model, and
+    `closing` is printed below it. Jobs get copies of it.
     """
+
+    def __init__(self, compare: bool = False, closing: str = "") -> None:
+        self.compare, self.closing = compare, closing
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Ends a single run that a setting of the root forbids; with `debug` it is left to end as others do."""
@@ -73,6 +80,7 @@ class SweepCallback(Callback):
         plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points)
         plan.write(folder)
         _current.folder, _current.plan = folder, plan
+        _current.compare, _current.closing = self.compare, self.closing
         if points is not None:
             kept = sum(state.outcome is PointOutcome.KEPT for state in survey(folder, plan))
             again = f", {kept} of them finished before" if kept else ""
@@ -89,7 +97,10 @@ def end_sweep() -> None:
 
     OF_SWEEP.forget()
     if plan.points is not None and (states := survey(folder, plan)):
-        print_sweep(plan.name, folder, states)
+        if _current.compare:
+            print_comparison(plan.name, folder, states, _current.closing)
+        else:
+            print_sweep(plan.name, folder, states)
 
 
 def _fix_folder(config: DictConfig) -> None:

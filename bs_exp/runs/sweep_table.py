@@ -19,32 +19,43 @@ from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import RunRecord
 from bs_exp.records.sweep import PointOutcome, PointState, duration, objectives, seconds, varying
 
+FINISHED = (PointOutcome.COMPLETED, PointOutcome.KEPT)
 _PIPED_WIDTH = 100
 _LONGEST_MESSAGE = 500
-_FINISHED = (PointOutcome.COMPLETED, PointOutcome.KEPT)
-_UNFINISHED = tuple(outcome for outcome in PointOutcome if outcome not in _FINISHED)
 
 
 def print_sweep(name: str, folder: Path, states: list[PointState], console: Console | None = None) -> None:
     """Prints one row per point, errors, the best point, the count by outcome, and where the records lie."""
     console = console or Console(highlight=False)
+    counts = Counter(state.outcome for state in states)
+    lines = [
+        *table_lines(_table(name, states), console),
+        *(printable(f"best     {line}") for line in _best(states)),
+        f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in PointOutcome if counts[o]),
+        *problems(states),
+        printable(f"records  {folder}"),
+        printable(f"report   bs-exp report {folder}"),
+    ]
+    console.file.write("\n".join(lines) + "\n")
+
+
+def table_lines(table: Table, console: Console) -> list[str]:
+    """The lines of a table, without the blanks to its width at their ends; a pipe's width is set."""
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
     with console.capture() as capture:
-        console.print(_table(name, states))
-    lines = [line.rstrip() for line in capture.get().splitlines()]
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def problems(states: list[PointState]) -> Iterator[str]:
+    """The error of each failed point, and how to go on if any point is not finished."""
     for state in states:
         if state.outcome is PointOutcome.FAILED and state.record and state.record.error:
             message = str(state.record.error["message"]).splitlines()[0]
-            lines.append(printable(f"failed   {state.point.folder}: {shortened(message, _LONGEST_MESSAGE)}"))
-    lines += [printable(f"best     {line}") for line in _best(states)]
-    counts = Counter(state.outcome for state in states)
-    lines.append(f"points   {len(states)}: " + ", ".join(f"{counts[o]} {o}" for o in PointOutcome if counts[o]))
-    if any(state.outcome in _UNFINISHED for state in states):
-        lines.append("resume   the same command again runs what is not completed, and nothing else")
-    lines.append(printable(f"records  {folder}"))
-    lines.append(printable(f"report   bs-exp report {folder}"))
-    console.file.write("\n".join(lines) + "\n")
+            yield printable(f"failed   {state.point.folder}: {shortened(message, _LONGEST_MESSAGE)}")
+    if any(state.outcome not in FINISHED for state in states):
+        yield "resume   the same command again runs what is not completed, and nothing else"
 
 
 def _best(states: list[PointState]) -> Iterator[str]:
@@ -52,7 +63,7 @@ def _best(states: list[PointState]) -> Iterator[str]:
     labels = varying([state.point.settings for state in states])
     values: dict[str, list[tuple[float, str]]] = {}
     for state, label in zip(states, labels, strict=True):
-        if state.record is not None and state.outcome in _FINISHED:
+        if state.record is not None and state.outcome in FINISHED:
             for name, value in objectives(state.record).items():
                 if math.isfinite(value):
                     values.setdefault(name, []).append((value, label or state.point.folder))
@@ -72,7 +83,7 @@ def _table(name: str, states: list[PointState]) -> Table:
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("folder", no_wrap=True)
     for state, label in zip(states, varying([s.point.settings for s in states]), strict=True):
-        done = state.record if state.outcome in _FINISHED else None
+        done = state.record if state.outcome in FINISHED else None
         table.add_row(
             Text(printable(label)),  # settings hold brackets, which are no markup
             str(state.outcome),
