@@ -16,7 +16,7 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp import pipeline
 from bs_exp.cache import Cache
@@ -29,6 +29,7 @@ from bs_exp.corpora.windows import CalibrationSet, max_positions
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
+from bs_exp.models.checkpoint import reading
 from bs_exp.models.loading import assemble
 from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import is_factorised, twin
@@ -223,14 +224,18 @@ def evaluate(
 
 
 def load(folder: str | Path) -> Loaded:
-    """The compressed (or dense) model of a folder, in evaluation mode, and its tokenizer."""
-    import transformers
+    """The compressed (or dense) model of a folder, in evaluation mode, and its tokenizer.
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    Raises ModelError for a folder that is incomplete or damaged, ConfigError for a model of another kind.
+    """
+    remedy = "Name a folder that bs_exp.save_model or save_pretrained wrote; copy it again if it is damaged."
+    with reading("model", str(folder), lambda error: remedy):
+        config = AutoConfig.from_pretrained(folder)
     auto = find_auto_class(config, own_code=False)
     if auto is None:
         raise ConfigError(f"{folder} is of no kind that bs_exp knows: model type {config.model_type!r}.")
-    return Loaded(auto.loader.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+    with reading("model", str(folder), lambda error: remedy):
+        return Loaded(auto.loader.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
 
 
 def strategy(option: str, **settings: Any) -> Any:

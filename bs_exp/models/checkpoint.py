@@ -6,16 +6,14 @@ a weight of the blocks that the model has no place for.
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -38,10 +36,6 @@ from bs_exp.models.auto_classes import AutoClass, find_auto_class
 from bs_exp.types import Task
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-
-# What transformers and the libraries below it raise for files that are missing, cut off, unknown or do not fit.
-_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError)
-
 
 _ATTENTION = re.compile(r"attn_implementation|attention implementation|flash.?att|flex.?att", re.IGNORECASE)
 
@@ -163,14 +157,8 @@ class Checkpoint:
             )
         return auto
 
-    @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except _READ_ERRORS as error:
-            raise ModelError(
-                f"Cannot read the {what} of {self.place}: {type(error).__name__}: {error}\n{self._remedy(error)}"
-            ) from error
+    def _reading(self, what: str) -> AbstractContextManager[None]:
+        return reading(what, self.place, self._remedy)
 
     def _remedy(self, error: Exception) -> str:
         """What to do about an error: another kind of attention where that is what fails, else the checkpoint's hint."""
@@ -180,6 +168,19 @@ class Checkpoint:
                 "null, sdpa or eager."
             )
         return self.hint
+
+
+@contextmanager
+def reading(what: str, place: str, remedy: Callable[[Exception], str]) -> Iterator[None]:
+    """Has every error of the libraries that read a checkpoint become a ModelError, which ends with the `remedy` for it.
+
+    These build what files say, so a damaged one can make them raise anything (tokenizers raises bare Exceptions).
+    """
+    try:
+        yield
+    except Exception as error:
+        message = f"Cannot read the {what} of {place}: {type(error).__name__}: {error}\n{remedy(error)}"
+        raise ModelError(message) from error
 
 
 def _belongs_to_blocks(name: str, module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ they are used.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -589,6 +590,7 @@ class BasisSharingConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         splits: Sequence[Mapping[str, Any]] = (),
+        crc32: Mapping[str, str] | None = None,
         **unknown: object,
     ):
         if format_version != FORMAT_VERSION:
@@ -608,6 +610,8 @@ class BasisSharingConfig(QuantizationConfigMixin):
         self.groups = [dict(group) for group in groups]
         if splits:
             self.splits = _checked_splits(splits)
+        if crc32 is not None:
+            self.crc32 = _checked_sums(crc32)
 
 
 class BasisSharingQuantizer(HfQuantizer):
@@ -618,6 +622,8 @@ class BasisSharingQuantizer(HfQuantizer):
     quantization_config: BasisSharingConfig
     # What arranged the factors, in the process that compressed the model; a folder holds its name alone.
     arranged_by: Any = None
+    # The files of weights that the model is loaded from.
+    files_read: tuple[str, ...] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if int(transformers.__version__.split(".")[0]) < 5:
@@ -633,6 +639,7 @@ class BasisSharingQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.files_read = tuple(kwargs.get("checkpoint_files") or ())
         for split in getattr(self.quantization_config, "splits", ()):
             (name,) = _local_names(model, {"members": [split["module"]]})
             dense = model.get_submodule(name)
@@ -703,6 +710,8 @@ class BasisSharingQuantizer(HfQuantizer):
         for group in self.quantization_config.groups:
             _settle(_factorised(model, _local_names(model, group)), group)
             group.pop(CHECKSUM, None)  # there while saving only: what is trained on may change what is kept
+        # Last: what is missing or does not fit is told by its name.
+        _check_files(self.files_read, vars(self.quantization_config).pop(FILE_CHECKSUMS, {}))
         if _is_own_auto_map(getattr(model.config, "auto_map", None)):
             del model.config.auto_map  # there while saving only: what is made of this config may have no such file
         # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
@@ -776,24 +785,31 @@ class BasisSharingQuantizer(HfQuantizer):
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """As the model's class saves it, with a copy of this file and the `auto_map` through which Auto classes find it."""
+    """As the model's class saves it, with a copy of this file and the `auto_map` through which Auto classes find it.
+
+    At last config.json gets the checksums of what was written. An upload in the same call (`push_to_hub=True`) comes
+    before that; `model.push_to_hub(...)`, which saves first, takes them along.
+    """
     save = type(model).save_pretrained
-    # A model of custom code brings its own auto_map, which must stay; of one with adapters, these alone are saved.
-    own_code = model.is_remote_code() or getattr(model, "_hf_peft_config_loaded", False)
-    if own_code or not model.should_save_on_this_rank(kwargs.get("is_main_process", True)):
-        with _checksums(model):
-            save(model, save_directory, *args, **kwargs)
-        return
-    # Before the rest, which may end with an upload of the folder.
     folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(__file__, folder / f"{REMOTE_MODULE}.py")
-    model.config.auto_map = auto_map(model)
+    is_writer = model.should_save_on_this_rank(kwargs.get("is_main_process", True))
+    # Of a model with adapters these alone are saved: neither its weights nor its configuration.
+    if not is_writer or getattr(model, "_hf_peft_config_loaded", False):
+        save(model, save_directory, *args, **kwargs)
+        return
+    own_code = model.is_remote_code()  # it brings an auto_map, which must stay
+    if not own_code:
+        # Before the rest, which may end with an upload of the folder.
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, folder / f"{REMOTE_MODULE}.py")
+        model.config.auto_map = auto_map(model)
     try:
         with _checksums(model):
             save(model, save_directory, *args, **kwargs)
     finally:
-        del model.config.auto_map
+        if not own_code:
+            del model.config.auto_map
+    _write_file_checksums(folder)
 
 
 # What a compressed model does otherwise than its class, which refuses a change of dtype to any quantized model.
@@ -836,6 +852,63 @@ def _checksum(layer: FactorisedLinear) -> str | None:
     for name in sorted(kept):
         value = zlib.crc32(canonical(kept[name].cpu()).reshape(-1).view(torch.uint8).numpy().tobytes(), value)
     return f"{value:08x}"
+
+
+# In the quantization_config of a saved config.json: CRC-32 by the name of each file of weights, as 8 hex digits, and
+# that of config.json itself. Here and not in the files: whoever saves a model writes config.json anew, so none is old.
+FILE_CHECKSUMS = "crc32"
+_CONFIG_FILE = "config.json"
+_BLOCK = 2**20
+
+
+def _write_file_checksums(folder: Path) -> None:
+    path = folder / _CONFIG_FILE
+    found = {file.name: _file_checksum(file) for file in sorted(folder.glob("model*.safetensors"))}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["quantization_config"][FILE_CHECKSUMS] = found
+    found[_CONFIG_FILE] = _config_checksum(data)
+    whole = path.with_name(f"{_CONFIG_FILE}.new")
+    whole.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    whole.replace(path)
+
+
+def _check_files(files: Sequence[str | os.PathLike[str]], checksums: Mapping[str, str]) -> None:
+    """ValueError if one of the files that were read, or config.json beside them, is not what was saved.
+
+    All bytes are read for that, so what is found is independent of the dtype and the devices that are asked for. Files
+    that config.json does not name are not looked at: other tools wrote them.
+    """
+    for path in map(Path, files):
+        if path.name in checksums:
+            _compare(path, _file_checksum(path), checksums[path.name])
+    config = Path(files[0]).with_name(_CONFIG_FILE) if files else None
+    if config is not None and _CONFIG_FILE in checksums and config.is_file():
+        _compare(config, _config_checksum(json.loads(config.read_text(encoding="utf-8"))), checksums[_CONFIG_FILE])
+
+
+def _compare(path: Path, found: str, saved: str) -> None:
+    if found != saved:
+        raise ValueError(
+            f"{path} is damaged, or was changed after the model was saved: its checksum is {found}, in config.json it "
+            f"is {saved}. Copy or download the folder again. If the change was meant, remove {FILE_CHECKSUMS!r} from "
+            "quantization_config in config.json."
+        )
+
+
+def _file_checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _config_checksum(data: Mapping[str, Any]) -> str:
+    """Of what a config.json says, however it is laid out, without this checksum."""
+    section = data["quantization_config"]
+    others = {name: value for name, value in section[FILE_CHECKSUMS].items() if name != _CONFIG_FILE}
+    said = {**data, "quantization_config": {**section, FILE_CHECKSUMS: others}}
+    return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
 
 
 class BasisSharingAutoConfig:
@@ -1051,6 +1124,12 @@ def _is_group(group: Any) -> bool:
         and group.get("correction", 0) >= 0
         and isinstance(group.get(CHECKSUM, ""), str)
     )
+
+
+def _checked_sums(sums: Any) -> dict[str, str]:
+    if not isinstance(sums, Mapping) or not all(isinstance(text, str) for item in sums.items() for text in item):
+        raise ValueError(f"quantization_config.{FILE_CHECKSUMS} must map names of files to texts, got {_shown(sums)}.")
+    return dict(sums)
 
 
 def _is_count(value: object) -> bool:

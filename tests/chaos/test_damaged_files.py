@@ -13,13 +13,15 @@ import optuna
 import pytest
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import bs_exp
 from bs_exp.cache import Cache
 from bs_exp.errors import BsExpError, RecordError
 from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.models.loading import LocalModel
 from bs_exp.models.tiny import tiny_random
 from bs_exp.records.record import RunRecord, read_record
 from bs_exp.search.storage import open_storage
@@ -32,9 +34,7 @@ from tests.support.sweeps import POINTS, differences, records, signature, sweep_
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
 Start = Callable[[str, float], Campaign]
 SECONDS = 240.0
-WEIGHTS = "model.safetensors"
-# What Transformers and safetensors raise for files that they cannot read.
-_REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @pytest.fixture(scope="module")
@@ -139,31 +139,42 @@ def test_journals(tmp_path: Path, campaign: Start) -> None:
     assert not found.faults, "\n".join(found.faults[:20])
 
 
-def _load(folder: Path) -> dict[str, Tensor] | None:
-    """The tensors of a model as plain Transformers loads it; None if it refuses, or says that some are missing."""
+# Beside the tensors, what a model computes from its configuration alone.
+_Loaded = tuple[dict[str, Tensor], dict[str, object]]
+
+
+def _load(folder: Path) -> _Loaded | None:
+    """Tensors and configuration as plain Transformers loads them; None if it refuses, or says that some are missing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except _REFUSALS:
+    except Exception:  # Transformers' own classes raise anything for a configuration that they do not understand
         return None
     told = any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    return None if told else dict(model.state_dict())
+    config = model.config.to_dict()
+    return None if told else (dict(model.state_dict()), {k: v for k, v in config.items() if k != "_name_or_path"})
 
 
-def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+def _same(ones: _Loaded, others: _Loaded) -> bool:
     bits = {torch.float32: torch.int32}
-    return found.keys() == expected.keys() and all(
-        tensor.dtype == found[name].dtype
-        and torch.equal(
-            tensor.view(bits.get(tensor.dtype, tensor.dtype)), found[name].view(bits.get(tensor.dtype, tensor.dtype))
+    (found, settings), (expected, wanted) = ones, others
+    return (
+        settings == wanted
+        and found.keys() == expected.keys()
+        and all(
+            tensor.dtype == found[name].dtype
+            and torch.equal(
+                tensor.view(bits.get(tensor.dtype, tensor.dtype)),
+                found[name].view(bits.get(tensor.dtype, tensor.dtype)),
+            )
+            for name, tensor in expected.items()
         )
-        for name, tensor in expected.items()
     )
 
 
 def test_saved_models(tmp_path: Path, swept: Path, campaign: Start) -> None:
-    """Cuts, and bits of the header and of pivots. A bit of a weight is another weight: that is counted apart."""
+    """Cuts, and bits of weights, of the header, of pivots and of config.json."""
     found = campaign("damaged models", 0.05)
     transformers.logging.set_verbosity_error()
     compressed_twin(tiny_random("llama"), PivotedLayout()).save_pretrained(tmp_path / "pivoted")
@@ -173,32 +184,56 @@ def test_saved_models(tmp_path: Path, swept: Path, campaign: Start) -> None:
         folder = found.draw.choice(folders)
         expected = wholes[folder]
         assert expected is not None
-        whole = (folder / WEIGHTS).read_bytes()
+        name = CONFIG if found.draw.random() < 0.3 else WEIGHTS
+        whole = (folder / name).read_bytes()
         start = 8 + int.from_bytes(whole[:8], "little")
-        kept = sorted(kept_bytes(whole))
         content, what = damage(whole, found.draw)
-        in_weights = False
-        if "cut" not in what:
+        if name == WEIGHTS and "cut" not in what:
             match found.draw.randrange(3):
-                case 0 if kept:
+                case 0 if kept := sorted(kept_bytes(whole)):
                     place = found.draw.choice(kept)
                     content, what = _flip(whole, place, found.draw), f"a bit of byte {place}, of pivots, flipped"
                 case 1:
-                    in_weights = not any(content[place] != whole[place] for place in (*range(start), *kept))
-                case _:
                     place = found.draw.randrange(start)
                     content, what = _flip(whole, place, found.draw), f"a bit of byte {place}, of the header, flipped"
         copy = tmp_path / str(case)
         shutil.copytree(folder, copy)
-        (copy / WEIGHTS).write_bytes(content)
+        (copy / name).write_bytes(content)
         loaded = _load(copy)
         shutil.rmtree(copy)
-        if in_weights:
-            found.details["not counted: bits of weights, which nothing notices" if loaded else "noticed"] += 1
-            continue
-        lost = [] if loaded is None or _same(loaded, expected) else ["it was loaded, with other tensors"]
-        found.count(f"{case}: {folder.name}, {what}", lost=lost)
+        lost = [] if loaded is None or _same(loaded, expected) else ["it was loaded, as another model"]
+        found.count(f"{case}: {folder.name}/{name}, {what}", lost=lost)
         found.details["noticed" if loaded is None else "harmless"] += 1
+    assert not found.faults, "\n".join(found.faults[:20])
+
+
+def test_folders_of_dense_models(tmp_path: Path, campaign: Start) -> None:
+    """What is read before any work: a damaged file may pass for another, but what does not is told in words."""
+    found = campaign("damaged checkpoints", 0.03)
+    transformers.logging.set_verbosity_error()
+    dense = tiny_random("llama")
+    dense.module.save_pretrained(tmp_path / "whole")
+    dense.tokenizer.save_pretrained(tmp_path / "whole")
+    names = [path.name for path in sorted((tmp_path / "whole").iterdir())]
+    for case in found.cases(2000):
+        folder, name = tmp_path / str(case), found.draw.choice(names)
+        shutil.copytree(tmp_path / "whole", folder)
+        content, what = damage((folder / name).read_bytes(), found.draw)
+        (folder / name).write_bytes(content)
+        other, outcome = list[str](), "read"
+        for load in (
+            lambda folder=folder: LocalModel(path=str(folder)).load(),
+            lambda folder=folder: bs_exp.load(folder),
+        ):  # type: ignore[misc]
+            try:
+                load()
+            except BsExpError:
+                outcome = "refused in words"
+            except Exception as error:
+                other.append(f"unexpected {error!r}")
+        shutil.rmtree(folder)
+        found.count(f"{case}: {name}, {what}", other=other)
+        found.details[outcome] += 1
     assert not found.faults, "\n".join(found.faults[:20])
 
 

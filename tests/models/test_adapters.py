@@ -98,6 +98,7 @@ def test_the_adapter_of_a_shared_basis_is_stored_once(saved: Any) -> None:
 def test_a_users_own_adapter_on_factors_is_trained_saved_and_merged(saved: Any, tmp_path: Path) -> None:
     """Every factor is a linear layer to peft, a shared basis a single one."""
     folder, _ = saved(LAYOUTS[0])
+    torch.manual_seed(0)
     settings = LoraConfig(target_modules=["basis_map", "weight_map"], r=2, init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).eval()
     model(IDS, labels=IDS).loss.backward()

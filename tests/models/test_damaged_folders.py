@@ -167,6 +167,9 @@ def test_one_moved_pivot_is_found(dense: Dense, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`pivots` of the layers .*q_proj.*checksum is .*, in config.json it is"):
         load(tmp_path)
     change_config(tmp_path, lambda config: groups_of(config)[0].pop("kept_crc32"))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, or was changed"):
+        load(tmp_path)
+    change_config(tmp_path, lambda config: config["quantization_config"].pop("crc32"))
     load(tmp_path)  # as a folder that was written before there were checksums
 
 
@@ -180,6 +183,68 @@ def test_checksums_are_those_of_what_is_saved(dense: Dense, tmp_path: Path) -> N
     made.save_pretrained(tmp_path)
     found = load(tmp_path).state_dict()
     assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    sums: dict[str, str] = json.loads((folder / "config.json").read_text())["quantization_config"]["crc32"]
+    return sums
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_one_flipped_bit_of_the_weights_is_found(
+    dense: Dense, tmp_path: Path, shard_size: str, dtype: torch.dtype | None
+) -> None:
+    """Whatever the tensor is, in one file and in several, and whatever dtype the weights become."""
+    compressed_twin(dense("llama"), PlainLayout()).save_pretrained(tmp_path, max_shard_size=shard_size)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert sums_of(tmp_path).keys() == {"config.json", *(file.name for file in files)}
+    load_as = {} if dtype is None else {"dtype": dtype}
+    AutoModelForCausalLM.from_pretrained(tmp_path, **load_as)
+    for file in (files[0], files[-1]):
+        for place in (-1, -file.stat().st_size // 3):
+            flip(file, place)
+            with pytest.raises(ValueError, match=rf"{file.name} is damaged.*remove 'crc32' from quantization_config"):
+                AutoModelForCausalLM.from_pretrained(tmp_path, **load_as)
+            flip(file, place)
+    AutoModelForCausalLM.from_pretrained(tmp_path, **load_as)
+
+
+def test_a_changed_configuration_is_found(dense: Dense, tmp_path: Path) -> None:
+    """Not what it looks like: another layout of the same content loads."""
+    compressed_twin(dense("llama"), PlainLayout()).save_pretrained(tmp_path)
+    change_config(tmp_path, lambda config: None)
+    load(tmp_path)
+    change_config(tmp_path, lambda config: config.update(rms_norm_eps=1e-2))
+    with pytest.raises(ValueError, match=r"config.json is damaged, or was changed.*remove 'crc32'"):
+        load(tmp_path)
+    change_config(tmp_path, lambda config: config["quantization_config"].pop("crc32"))
+    assert load(tmp_path).config.rms_norm_eps == 1e-2
+
+
+def test_a_model_that_is_saved_again_has_new_checksums(dense: Dense, tmp_path: Path) -> None:
+    """In another dtype, with changed weights, into the same folder; by Transformers' own method without any."""
+    compressed_twin(dense("llama"), PivotedLayout()).save_pretrained(tmp_path)
+    first, model = sums_of(tmp_path), load(tmp_path)
+    model.half().save_pretrained(tmp_path)
+    half = sums_of(tmp_path)
+    assert half.keys() == first.keys() and not set(half.values()) & set(first.values())
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 1.0
+    model.save_pretrained(tmp_path)
+    assert sums_of(tmp_path)["model.safetensors"] != half["model.safetensors"]
+    again = load(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not hasattr(again.config.quantization_config, "crc32")
+    type(model).save_pretrained(again, tmp_path)
+    assert "crc32" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    load(tmp_path)
 
 
 def test_blocks_of_other_sizes_are_refused(tmp_path: Path) -> None:
@@ -224,6 +289,9 @@ SPLIT = {"module": UP, "axis": "out", "sizes": [8, 4]}
         ({"groups": [{**GROUP, "kept_crc32": 5}]}, "needs `members`"),
         ({"groups": [{**GROUP, "rank": 10**9}]}, r"rank of .*up_proj.* must be at most 8, .*got 1000000000"),
         ({"groups": [{**GROUP, "correction": 10**9}]}, r"correction of layers .* must be at most 8, got 1000000000"),
+        ({"crc32": 5}, "crc32 must map names of files to texts, got 5"),
+        ({"crc32": {"model.safetensors": None}}, "crc32 must map names of files to texts"),
+        ({"crc32": {"model.safetensors": "x"}}, "model.safetensors is damaged"),
         ({"layout": ["plain"]}, "layout must be one of plain, pivoted"),
         ({"layout": None}, "layout must be one of plain, pivoted"),
         ({"splits": 5}, "splits must be a list"),

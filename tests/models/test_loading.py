@@ -101,6 +101,12 @@ def _lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _rewrite(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -109,6 +115,11 @@ def _lose_a_shard(folder: Path) -> None:
         (_remove("tokenizer.json"), r"Cannot read the tokenizer of "),
         (_write("config.json", b"{"), r"Cannot read the configuration of .*not a valid JSON file"),
         (_write("config.json", b'{"model_type": "lama"}'), r"Cannot read the configuration of .*`lama`"),
+        (lambda folder: _edit_config(folder, dtype="vloat32"), r"Cannot read the configuration of .*AttributeError"),
+        (  # tokenizers raises bare Exceptions
+            lambda folder: _rewrite(folder / "tokenizer.json", '"type": "ByteLevel"', '"type": "BiteLevel"'),
+            r"Cannot read the tokenizer of .*: Exception: data did not match",
+        ),
         (_write(WEIGHTS, b""), r"Cannot read the weights of .*SafetensorError"),
         (_write(WEIGHTS, b"no weights at all"), r"Cannot read the weights of .*SafetensorError"),
         (_cut, r"Cannot read the weights of .*SafetensorError"),

@@ -158,7 +158,8 @@ def test_folder_says_how_it_was_made(saved: Path) -> None:
     config = json.loads((saved / "compressed" / "llama" / "config.json").read_text())
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModelForCausalLM"}
     declared = config["quantization_config"]
-    assert {k: v for k, v in declared.items() if k != "groups"} == {
+    assert declared["crc32"].keys() == {"model.safetensors", "config.json"}
+    assert {k: v for k, v in declared.items() if k not in ("groups", "crc32")} == {
         "quant_method": "basis_sharing",
         "format_version": 2,
         "layout": "plain",
