@@ -24,9 +24,9 @@ from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build_recipe, check_root, maker
 from bs_exp.cli.explain import explain
+from bs_exp.corpora.fitting import fitted
 from bs_exp.corpora.given_texts import GivenTexts
 from bs_exp.corpora.text_files import TextFiles
-from bs_exp.corpora.windows import CalibrationSet, max_positions
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
@@ -37,6 +37,7 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import Corpus
 from bs_exp.records.stages import Stage
 from bs_exp.reporting import formats
+from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.types import Architecture, LoadedModel, RankPlan, Spectrum, Task
 from bs_exp.workspace import Workspace
 
@@ -165,7 +166,9 @@ def compress(
     calibration: Any = recipe.calibration
     if texts is not None:
         calibration = replace(calibration, corpus=_corpus(texts))
-    recipe = replace(recipe, calibration=_fitting(calibration, dense, progress))
+    recipe = replace(recipe, calibration=calibration)
+    for warning in data_warnings(dense, recipe, {}):
+        progress.warn(warning)
     workspace = Workspace(Cache(None if cache_dir is None else Path(cache_dir).expanduser().absolute()), progress)
     workspace.cache.check()
     with torch.random.fork_rng():
@@ -222,9 +225,7 @@ def evaluate(
             chosen = [_data_setting(data), *(chosen if loaded.task is not Task.CAUSAL_LM else [])]
         cfg = _compose([*chosen, "tracking=none", *overrides])
         judge = maker(cfg)(f"evaluation.evaluators.{next(iter(cfg.evaluation.evaluators))}")
-        limit = max_positions(loaded)
-        length = judge.sequence_length if limit is None else min(judge.sequence_length, limit)
-        judge = replace(judge, corpora=corpora, sequence_length=length)
+        judge = fitted(replace(judge, corpora=corpora), loaded)
         judge.check(loaded)
         found |= judge.evaluate(loaded)
     if tasks:
@@ -294,14 +295,3 @@ def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 def _corpus(texts: Texts) -> Corpus:
     return TextFiles(files=[str(texts)]) if isinstance(texts, str | Path) else GivenTexts(texts=texts)
-
-
-def _fitting(calibration: Any, dense: LoadedModel, progress: Progress) -> Any:
-    """The calibration with windows that fit the model's context."""
-    limit = max_positions(dense)
-    if not isinstance(calibration, CalibrationSet) or limit is None or calibration.sequence_length <= limit:
-        return calibration
-    progress.note(
-        f"calibration windows of {limit:,} tokens instead of {calibration.sequence_length:,}: the model's context"
-    )
-    return replace(calibration, sequence_length=limit)
