@@ -169,7 +169,8 @@ def compress(
     recipe = replace(recipe, calibration=calibration)
     for warning in data_warnings(dense, recipe, {}):
         progress.warn(warning)
-    workspace = Workspace(Cache(None if cache_dir is None else Path(cache_dir).expanduser().absolute()), progress)
+    folder = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
+    workspace = Workspace(Cache(folder, model=str(dense.provenance.get("name", "-"))), progress)
     workspace.cache.check()
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)

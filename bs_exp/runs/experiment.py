@@ -102,6 +102,7 @@ class Experiment:
         for warning in data_warnings(self.model, self.recipe, self.evaluators):
             recorder.progress.warn(warning)
         dense = self._load(recorder)
+        self.cache.model = str(dense.provenance.get("name", self.cache.model))
         judge = Judge(self.evaluators, self.dense, recorder).fitted(dense)
         judge.check(dense)
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
