@@ -31,14 +31,14 @@ help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(INSTALLED)  ## four methods at one budget on the embedded model, compared with the dense one: a minute
-	$(BIN)/python -m bs_exp demo $(ARGS)
+	$(BIN)/bs-exp demo $(ARGS)
 
 sweep-demo: $(INSTALLED)  ## four methods at four ratios on the embedded model, and a page that compares them
-	$(BIN)/python -m bs_exp sweeps=sweep_demo hydra.sweep.dir=outputs/sweeps/sweep_demo $(ARGS)
-	$(BIN)/python -m bs_exp report outputs/sweeps/sweep_demo
+	$(BIN)/bs-exp sweeps=sweep_demo hydra.sweep.dir=outputs/sweeps/sweep_demo $(ARGS)
+	$(BIN)/bs-exp report outputs/sweeps/sweep_demo
 
 smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
-	$(BIN)/python -m bs_exp model=tiny_random evaluation=smoke tracking=none name=smoke \
+	$(BIN)/bs-exp model=tiny_random evaluation=smoke tracking=none name=smoke \
 	  calibration.num_sequences=8 calibration.sequence_length=64 $(ARGS)
 
 test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)

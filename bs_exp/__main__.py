@@ -1,4 +1,4 @@
-"""Command line: `python -m bs_exp`, or `bs-exp` where the package is installed."""
+"""Command line: `bs-exp`, or `python -m bs_exp` where the package is not installed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build, describe, in_sweep
 from bs_exp.cli.explain import explain
+from bs_exp.cli.help import asks_for_help, help_text, version_text
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.printable import printable_lines
 from bs_exp.progress import Progress
@@ -148,6 +149,10 @@ def main() -> None:
     try:
         if sys.argv[1:2] and sys.argv[1] in COMMANDS:
             run_command(sys.argv[1:])
+        elif asks_for_help(sys.argv[1:]):
+            print(help_text(sys.argv[1:]))
+        elif "--version" in sys.argv[1:]:
+            print(version_text())
         else:
             sys.argv[1:] = for_hydra(sys.argv[1:])
             run()

@@ -20,12 +20,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from bs_exp import pipeline
 from bs_exp.cache import Cache
+from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build_recipe, check_root, maker
 from bs_exp.cli.explain import explain
+from bs_exp.corpora.fitting import fitted
 from bs_exp.corpora.given_texts import GivenTexts
 from bs_exp.corpora.text_files import TextFiles
-from bs_exp.corpora.windows import CalibrationSet, max_positions
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
@@ -37,6 +38,7 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import Corpus
 from bs_exp.records.stages import Stage
 from bs_exp.reporting import formats
+from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.types import Architecture, LoadedModel, RankPlan, Spectrum, Task
 from bs_exp.workspace import Workspace
 
@@ -132,7 +134,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     texts: Texts | None = None,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     preset: str = "basis_sharing",
     retain_ratio: float = 0.8,
     overrides: Iterable[str] = (),
@@ -142,17 +144,17 @@ def compress(
     """A model compressed by a preset of the command line; the given model stays as it is, untouched weights are shared.
 
     `model` is a model in memory (then with its `tokenizer`), a folder, or a name on the hub. It is calibrated on
-    `texts`, or on the text of a calibration option (`data="wikitext2"`), or as the preset says. `overrides` are
-    settings as the command line takes them (`"sharing.group_size=3"`). Windows longer than the model's context are
-    shortened, which a note says. Statistics and decompositions are kept in `cache_dir`; None keeps them in memory for
-    this call.
+    `texts`, or on the calibration part of `data` (`"wikitext2"`, a file, a folder), or as the preset says; `evaluate`
+    judges on the other part of the same `data`. `overrides` are settings as the command line takes them
+    (`"sharing.group_size=3"`). Windows longer than the model's context are shortened, which a note says. Statistics
+    and decompositions are kept in `cache_dir`; None keeps them in memory for this call.
     Raises ConfigError for settings that do not exist or do not fit, ModelError and DataError for what cannot be read.
     """
     settings = [f"experiment={preset}", f"retain_ratio={retain_ratio}", "tracking=none", *_model_settings(model)]
     if texts is not None:
         settings += ["calibration=text", "calibration.files=[given]", "calibration.num_sequences=all"]
     elif data is not None:
-        settings.append(f"calibration={data}")
+        settings.append(_data_setting(data))
     cfg = _compose([*settings, *overrides])
     check_root(cfg)
     make, progress = maker(cfg), Progress(quiet=quiet)
@@ -165,8 +167,11 @@ def compress(
     calibration: Any = recipe.calibration
     if texts is not None:
         calibration = replace(calibration, corpus=_corpus(texts))
-    recipe = replace(recipe, calibration=_fitting(calibration, dense, progress))
-    workspace = Workspace(Cache(None if cache_dir is None else Path(cache_dir).expanduser().absolute()), progress)
+    recipe = replace(recipe, calibration=calibration)
+    for warning in data_warnings(dense, recipe, {}):
+        progress.warn(warning)
+    folder = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
+    workspace = Workspace(Cache(folder, model=str(dense.provenance.get("name", "-"))), progress)
     workspace.cache.check()
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
@@ -190,27 +195,39 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, Texts] | None = None,
     *,
+    data: str | Path | None = None,
     tasks: Sequence[str] = (),
     overrides: Iterable[str] = (),
 ) -> dict[str, float | str]:
     """Metrics by name: the perplexity on each of the `texts` (`ppl/NAME`), and the accuracy on `tasks` of lm-eval.
 
+    `data` adds the evaluation part of a data set, a file or a folder (`ppl/wikitext2`, `ppl/text`), which `compress`
+    does not calibrate on with the same `data`.
+
     Windows are as long as the option file says (`overrides=["evaluation.sequence_length=256"]`) or as the model's
     context, if that is shorter. Raises ConfigError if there is nothing to measure, or the model has no loss.
     """
     loaded = _in_memory(model, tokenizer)
-    if not texts and not tasks:
-        raise ConfigError("evaluate needs texts, as in {'val': texts}, or tasks, as in tasks=['arc_easy'].")
+    if not texts and not tasks and data is None:
+        raise ConfigError(
+            "evaluate needs texts, as in {'val': texts}, data, as in data='wikitext2', or tasks, as in "
+            "tasks=['arc_easy']."
+        )
     found: dict[str, float | str] = {}
-    if texts:
+    if texts or data is not None:
         if loaded.task not in _EVALUATIONS:
             raise ConfigError(f"{type(model).__name__} has no head, and so no perplexity: compare its hidden states.")
-        cfg = _compose([f"evaluation={_EVALUATIONS[loaded.task]}", "tracking=none", *overrides])
+        corpora = {name: _corpus(given) for name, given in (texts or {}).items()}
+        chosen = [f"evaluation={_EVALUATIONS[loaded.task]}"]
+        if data is not None:
+            split = _compose([_data_setting(data)])
+            read = maker(split)
+            corpora |= {name: read(f"evaluation.corpora.{name}") for name in split.evaluation.corpora}
+            # The windows of the option, as on the command line; other kinds of models have their own.
+            chosen = [_data_setting(data), *(chosen if loaded.task is not Task.CAUSAL_LM else [])]
+        cfg = _compose([*chosen, "tracking=none", *overrides])
         judge = maker(cfg)(f"evaluation.evaluators.{next(iter(cfg.evaluation.evaluators))}")
-        limit = max_positions(loaded)
-        length = judge.sequence_length if limit is None else min(judge.sequence_length, limit)
-        corpora = {name: _corpus(given) for name, given in texts.items()}
-        judge = replace(judge, corpora=corpora, sequence_length=length)
+        judge = fitted(replace(judge, corpora=corpora), loaded)
         judge.check(loaded)
         found |= judge.evaluate(loaded)
     if tasks:
@@ -259,9 +276,13 @@ def _compose(settings: Sequence[str]) -> DictConfig:
 def _model_settings(model: PreTrainedModel | str | Path) -> list[str]:
     if isinstance(model, PreTrainedModel):
         return []
-    if Path(model).expanduser().is_dir():
-        return ["model=local", f"model.path='{Path(model).expanduser()}'"]
-    return ["model=hub", f"model.name='{model}'"]
+    return for_hydra([f"model={model}"])
+
+
+def _data_setting(data: str | Path) -> str:
+    """The setting of the command line; a path with its home folder, in quotes."""
+    [setting] = for_hydra([f"data={data}"])
+    return setting
 
 
 def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
@@ -280,14 +301,3 @@ def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 def _corpus(texts: Texts) -> Corpus:
     return TextFiles(files=[str(texts)]) if isinstance(texts, str | Path) else GivenTexts(texts=texts)
-
-
-def _fitting(calibration: Any, dense: LoadedModel, progress: Progress) -> Any:
-    """The calibration with windows that fit the model's context."""
-    limit = max_positions(dense)
-    if not isinstance(calibration, CalibrationSet) or limit is None or calibration.sequence_length <= limit:
-        return calibration
-    progress.note(
-        f"calibration windows of {limit:,} tokens instead of {calibration.sequence_length:,}: the model's context"
-    )
-    return replace(calibration, sequence_length=limit)

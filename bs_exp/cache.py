@@ -26,7 +26,7 @@ from bs_exp.files import remove_leftovers, replacing
 
 FORMAT_VERSION = 6
 # Entries of a file's metadata that are no checksum of a tensor. Files of earlier versions lack the second.
-_KEY, _DECLARED = "key", "declared"
+_KEY, _DECLARED, _MODEL = "key", "declared", "_model"
 _Header = tuple[str, str, list[int]]  # name, dtype, shape
 
 
@@ -87,10 +87,12 @@ class FileEntry:
 class Cache:
     """Content-keyed tensors under `folder`; without a folder they live in memory, as long as this object.
 
-    `hits`, `misses` and `damaged` count look-ups by kind (such as "gram" and "decomposition").
+    `hits`, `misses` and `damaged` count look-ups by kind (such as "gram" and "decomposition"). `model` is what files
+    say they were computed from, for people.
     """
 
     folder: Path | None
+    model: str = "-"
     hits: Counter[str] = field(default_factory=Counter)
     misses: Counter[str] = field(default_factory=Counter)
     damaged: Counter[str] = field(default_factory=Counter)
@@ -134,7 +136,7 @@ class Cache:
             checksums = {name: _checksum(tensor) for name, tensor in stored.items()}
             with replacing(path) as temporary:
                 declared = json.dumps([_header(name, tensor) for name, tensor in sorted(stored.items())])
-                save_file(stored, temporary, {_KEY: key, _DECLARED: declared, **checksums})
+                save_file(stored, temporary, {_KEY: key, _DECLARED: declared, _MODEL: self.model, **checksums})
         except (OSError, SafetensorError) as error:
             raise _unwritable(path, error) from error
         return FileEntry(path)
@@ -165,7 +167,7 @@ class Cache:
 def _is_intact(file: Any, metadata: Mapping[str, str]) -> bool:
     """Whether an open file holds the tensors that were stored: no other names, dtypes, shapes or bytes."""
     names = sorted(file.keys())
-    if metadata.keys() - {_KEY, _DECLARED} != set(names):
+    if metadata.keys() - {_KEY, _DECLARED, _MODEL} != set(names):
         return False
     headers: list[_Header] = []
     for name in names:  # one tensor in memory at a time

@@ -19,6 +19,7 @@ from bs_exp.contracts import (
     check_windows,
     only_factors_change,
 )
+from bs_exp.corpora.fitting import fitted, told
 from bs_exp.corpora.windows import check_fits
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.factorization.factors import decompose_groups
@@ -149,7 +150,8 @@ def prepare(
 ) -> Preparation:
     """Groups and windows, in seconds: settings that do not fit model or text fail here, before the long work.
 
-    Windows are cut if a strategy of the recipe reads them, or if the caller does (`reads_windows`).
+    Windows are cut if a strategy of the recipe reads them, or if the caller does (`reads_windows`); those that are
+    longer than the model's context are shortened, which a note says.
     Raises ConfigError, ModelError or DataError.
     """
     with progress.stage(Stage.GROUP):
@@ -160,7 +162,8 @@ def prepare(
     data = _NO_CALIBRATION
     if recipe.reads_windows or reads_windows:
         with progress.stage(Stage.TOKENISE):
-            data = CalibrationData(_windows(dense, recipe.calibration, cut), recipe.calibration.batch_size)
+            windows = _windows(dense, recipe.calibration, cut, progress)
+            data = CalibrationData(windows, recipe.calibration.batch_size)
     if recipe.reads_text:
         check_gatherable(dense, data, _needs_by_strategy(recipe))
         if isinstance(recipe.allocation, MeasuredAllocation):
@@ -175,8 +178,11 @@ def seen_by(sharing: Sharing, dense: LoadedModel) -> LoadedModel:
     return sharing.view(dense) if isinstance(sharing, SplitsMatrices) else dense
 
 
-def _windows(dense: LoadedModel, calibration: Calibration, cut: CutWindows) -> TokenWindows:
+def _windows(dense: LoadedModel, calibration: Calibration, cut: CutWindows, progress: Progress) -> TokenWindows:
     try:
+        asked, calibration = calibration, fitted(calibration, dense)
+        if calibration is not asked:
+            progress.note(told("calibration", asked, calibration))
         windows = cut(calibration, dense.tokenizer)
         check_windows(windows, calibration)
         check_fits(windows, dense)

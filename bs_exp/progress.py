@@ -18,6 +18,9 @@ from bs_exp.printable import printable, printable_lines
 
 Item = TypeVar("Item")
 
+# What notes begin with that must not be missed.
+WARNING = "WARNING: "
+
 
 def _stderr() -> Console:
     # Progress goes to stderr, so that stdout holds the report alone. Soft wrapping: a log line stays one line.
@@ -67,6 +70,11 @@ class Progress:
         """Prints a line for the user, and adds it to `notes`, which the record keeps."""
         self.notes.append(message)
         self._print(f"[yellow]note:[/yellow] {escape(printable_lines(message))}")
+
+    def warn(self, message: str) -> None:
+        """A note that must not be missed: in red, and repeated at the end of the run."""
+        self.notes.append(f"{WARNING}{message}")
+        self._print(f"[bold red]{WARNING}{escape(printable_lines(message))}[/bold red]")
 
     def track(
         self, iterable: Iterable[Item], *, label: str | Callable[[], str], total: int | None = None

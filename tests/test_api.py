@@ -72,7 +72,7 @@ def test_windows_are_clipped_to_the_model_with_a_note(documents: list[str]) -> N
     dense.module.config.max_position_embeddings = 48
     result = bs_exp.compress(dense.module, dense.tokenizer, documents, preset="svd_llm", quiet=True)
     assert result.calibration["sequence_length"] == 48
-    assert result.notes[0] == "calibration windows of 48 tokens instead of 512: the model's context"
+    assert result.notes == ("calibration windows of 48 tokens instead of 512: the model's context",)
 
 
 def test_saved_and_loaded_and_judged(documents: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
+
+from bs_exp.cli.path_options import GROUPS
 
 _FLAGS = ("-m", "--multirun")
 # A first word that stands for a setting.
@@ -25,7 +27,29 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     arguments = [*(_WORDS.get(first, first) for first in arguments[:1]), *arguments[1:]]
     flags = [argument for argument in arguments if argument in _FLAGS]
     others = [argument for argument in arguments if argument not in _FLAGS]
-    return flags + [_HOME.sub(str(Path.home()), argument) if "=" in argument else argument for argument in others]
+    return flags + [_path_quoted(_HOME.sub(str(Path.home()), o)) if "=" in o else o for o in others]
+
+
+def _path_quoted(argument: str) -> str:
+    """`model=` and `data=` with a file or folder whose name Hydra's grammar would read otherwise, in quotes."""
+    key, _, value = argument.partition("=")
+    if key not in GROUPS or _reads_as(argument, value) or not _exists(value):
+        return argument
+    return f"{key}={_quote(value)}"
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # longer than a name can be, or with a zero byte
+        return False
+
+
+def _reads_as(argument: str, value: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_override(argument).value() == value)
+    except HydraException:
+        return False
 
 
 def quoted(override: str) -> str | None:

@@ -1,26 +1,54 @@
-"""`bs-exp report` and `bs-exp figures`: from the records of finished runs to something to look at."""
+"""The commands beside runs and sweeps: pages and figures of finished runs, the cache, export of saved models."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bs_exp.errors import RecordError
 from bs_exp.printable import printable
 
-COMMANDS = ("report", "figures")
+
+@dataclass(frozen=True)
+class Command:
+    """How a command is called, and what it does."""
+
+    usage: str
+    told: str
+
+
+COMMANDS = {
+    "report": Command("FOLDER ...", "one HTML page, CSV, Markdown and figures of finished runs"),
+    "figures": Command("FOLDER ...", "every figure anew, as SVG and PNG"),
+    "cache": Command("[FOLDER]", "what the cache holds: kind, model, size, last use"),
+    "export": Command("OUT/model --to dense", "a saved compressed model with ordinary nn.Linear layers"),
+}
 # Skipped files beyond these are named on the page alone.
 _MOST_SKIPPED = 20
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Runs the command that `arguments` begin with; RecordError if there is nothing to report on."""
+    """Runs the command that `arguments` begin with; an error of `bs_exp.errors` if it has nothing to work on."""
+    options = _parser().parse_args(list(arguments))
     # Imported late: --help answers at once.
+    if options.command == "cache":
+        from bs_exp.cli.cache_command import print_cache
+
+        print_cache(options.folder)
+    elif options.command == "export":
+        from bs_exp.cli.export_command import export
+
+        print(printable(str(export(options.folder, options.to, options.out))))
+    else:
+        _report(options)
+
+
+def _report(options: argparse.Namespace) -> None:
     from bs_exp.reporting.report import FIGURES_FOLDER, PAGE, write_figures, write_report
 
-    options = _parser().parse_args(list(arguments))
     default = options.folders[0] / "report"
     if options.out is None:  # a received folder must not choose where its report goes
         for place in (default, default / FIGURES_FOLDER):
@@ -43,17 +71,21 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bs-exp", description="Looks at finished runs; their record.json is all it needs."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="one HTML page, CSV, Markdown and figures")
-    figures = commands.add_parser("figures", help="every figure anew, as SVG and PNG")
-    for command, place in ((report, "FOLDER/report"), (figures, "FOLDER/report/figures")):
-        command.add_argument(
+    parser = argparse.ArgumentParser(prog="bs-exp", description="Commands beside runs and sweeps.")
+    added = parser.add_subparsers(dest="command", required=True)
+    commands = {name: added.add_parser(name, help=about.told) for name, about in COMMANDS.items()}
+    for name, place in (("report", "FOLDER/report"), ("figures", "FOLDER/report/figures")):
+        commands[name].add_argument(
             "folders", metavar="FOLDER", nargs="+", type=Path, help="a run, a sweep, or what holds them"
         )
-        command.add_argument(
+        commands[name].add_argument(
             "--out", metavar="OUT", type=Path, help=f"where to write (default: {place} of the first folder)"
         )
+    commands["cache"].add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, help="cache.dir of runs (default: outputs/cache)"
+    )
+    export = commands["export"]
+    export.add_argument("folder", metavar="MODEL", type=Path, help="a saved model, such as RUN_FOLDER/model")
+    export.add_argument("--to", choices=("dense",), required=True, help="dense: the products of the factors")
+    export.add_argument("--out", metavar="OUT", type=Path, help="where to write (default: MODEL-dense)")
     return parser

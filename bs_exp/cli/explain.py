@@ -21,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from bs_exp.cli.arguments import quoted
 from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.path_options import GROUPS
 from bs_exp.errors import BsExpError
 
 # What the system says where no folder or file can be made.
@@ -55,7 +56,8 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             # Of an option in a folder (experiment=best_without/steps) Hydra tells those of the group around it.
             inside = sorted(path.stem for path in (root_folder() / "conf" / group).glob("[!_]*.yaml"))
             known = options if set(inside) & set(options) else inside or options
-            return f"{group}={option} does not exist. {list_options(f'Options of {group}', option, known)}"
+            path = f" Or {GROUPS[group]}." if group in GROUPS else ""
+            return f"{group}={option} does not exist. {list_options(f'Options of {group}', option, known)}{path}"
         case ConfigCompositionException() if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             keys = [str(key) for key in cause.parent_node if key not in INTERNAL_KEYS]
             where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)

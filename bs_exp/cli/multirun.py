@@ -127,6 +127,6 @@ def _grid(config: DictConfig) -> tuple[SweepPoint, ...] | None:
             for job in batch:
                 folder = point_folder(hash_of(loader.load_sweep_config(config, job)))
                 points.setdefault(folder, SweepPoint(folder, shown_settings(job)))
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ConfigError):
         return None  # the sweeper meets the same error next, and ends with it
     return tuple(points.values())

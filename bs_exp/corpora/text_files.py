@@ -48,17 +48,21 @@ class TextFiles:
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
         """The text of all files in order, and its provenance; DataError if one is missing, empty or unreadable."""
-        text = self.joiner.join(self._read_file(Path(name).expanduser()) for name in self.files)
+        text = self.joiner.join(self.documents())
         return text, describe("text", text, files=list(self.files))
 
-    def _read_file(self, path: Path) -> str:
+    def documents(self) -> list[str]:
+        """The text of each plain file and of each row of the others, in order; DataError as for `read`."""
+        return [document for name in self.files for document in self._read_file(Path(name).expanduser())]
+
+    def _read_file(self, path: Path) -> list[str]:
         kind = _kind(path)
         text = _decode(path, _read_bytes(path))
-        if kind in _JSON_LINES or kind == _JSON:
-            text = self.joiner.join(self._documents(path, text, one_value=kind == _JSON))
-        if not text.strip():
+        rows = kind in _JSON_LINES or kind == _JSON
+        documents = self._documents(path, text, one_value=kind == _JSON) if rows else [text]
+        if not any(document.strip() for document in documents):
             raise DataError(f"{path} holds no text; remove it from files, or fill it.")
-        return text
+        return documents
 
     def _documents(self, path: Path, text: str, *, one_value: bool) -> list[str]:
         """The text in `field` of every row: of every line that is not blank, or of every element of one array."""
@@ -91,6 +95,15 @@ class TextFiles:
                 "or take the row out."
             ) from error
         return document
+
+
+def is_readable(path: Path) -> bool:
+    """Whether files of this name are read."""
+    try:
+        _kind(path)
+    except DataError:
+        return False
+    return True
 
 
 def _kind(path: Path) -> str:

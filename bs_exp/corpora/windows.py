@@ -190,6 +190,13 @@ def check_length(length: int, model: LoadedModel, feeding: Feeding | None = None
         )
 
 
+def fitting_length(length: int, model: LoadedModel, feeding: Feeding | None = None) -> int:
+    """`length`, or the tokens of the longest window that the model has positions for, if that is less."""
+    limit = max_positions(model)
+    taken = feeder(model, feeding or Feeding()).positions(length)
+    return length if limit is None or taken <= limit else limit * length // taken
+
+
 def check_fits(windows: TokenWindows, model: LoadedModel) -> None:
     """ConfigError if the windows are longer than the model's context, DataError if it has no embedding for a token."""
     check_length(windows.ids.shape[1], model, windows.feeding)
@@ -228,7 +235,7 @@ class CalibrationSet:
         check_seed(self.seed)
         check_choice("order", self.order, get_args(Order))
         check_special_tokens(self.special_tokens)
-        check_feeding(self._feeding)
+        check_feeding(self.feeding)
         if self.num_sequences != "all":
             try:
                 check_at_least(1, num_sequences=self.num_sequences)
@@ -251,8 +258,9 @@ class CalibrationSet:
             special_tokens=self.special_tokens,
         )
         provenance: dict[str, Any] = {"corpus": dict(corpus), **windows.provenance}
-        return TokenWindows(ids=windows.ids, provenance=provenance, feeding=self._feeding)
+        return TokenWindows(ids=windows.ids, provenance=provenance, feeding=self.feeding)
 
     @property
-    def _feeding(self) -> Feeding:
+    def feeding(self) -> Feeding:
+        """How the windows are given to a model that does not predict the next token."""
         return Feeding(mask_share=self.mask_share, source_share=self.source_share, target=self.target, seed=self.seed)

@@ -31,7 +31,7 @@ def file_stamps(settings: Any) -> dict[str, str]:
 
     Looked at are the settings `files`, `file` and `path`, wherever they stand. A stamp is made once in a process: what
     changes later under the same name is not what the process has read. Files above 1 GiB are told by their size, the
-    time of their last change and their first MiB; of a folder those that make a checkpoint count.
+    time of their last change and their first MiB; of a folder with a model those that make a checkpoint count.
     """
     return {name: _stamp(path) for name in sorted(set(_named(settings))) if (path := Path(name).expanduser()).exists()}
 
@@ -89,12 +89,18 @@ def _listed(value: Any) -> Sequence[Any]:
 def _stamp(path: Path) -> str:
     path = path.resolve()
     if path not in _stamps:
-        files = [path] if path.is_file() else sorted({f for p in _MODEL_FILES for f in path.glob(p) if f.is_file()})
         digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{'' if file == path else file.name}\0{_content(file)}\0".encode())
+        for file in [path] if path.is_file() else _files_that_count(path):
+            digest.update(f"{'' if file == path else file.relative_to(path)}\0{_content(file)}\0".encode())
         _stamps[path] = digest.hexdigest()
     return _stamps[path]
+
+
+def _files_that_count(folder: Path) -> list[Path]:
+    """Of a model those that make a checkpoint; of a folder of texts all."""
+    if (folder / "config.json").is_file():
+        return sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()})
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _content(file: Path) -> str:

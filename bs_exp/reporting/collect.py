@@ -114,7 +114,7 @@ def _files(folders: Sequence[Path]) -> Iterator[Path]:
 def _nothing(folders: Sequence[Path], skipped: Sequence[Skipped]) -> str:
     places = ", ".join(map(str, folders))
     if not skipped:
-        return f"There is no {FILE_NAME} below {places}. Run something first, as in python -m bs_exp sweeps=NAME."
+        return f"There is no {FILE_NAME} below {places}. Run something first, as in bs-exp sweeps=NAME."
     reasons = "\n".join(f"  {item.path}: {item.reason}" for item in skipped[:_MOST_REASONS])
     if len(skipped) > _MOST_REASONS:
         reasons += f"\n  and {len(skipped) - _MOST_REASONS:,} more"

@@ -26,6 +26,7 @@ from bs_exp.records import metrics as names
 from bs_exp.records.record import MODEL_FOLDER, SAVED_FILES
 from bs_exp.records.stages import Stage
 from bs_exp.runs import environment
+from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.judge import Judge
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -81,8 +82,7 @@ class Experiment:
             _free_memory()
 
     def _compare(self, recorder: Recorder) -> Objective:
-        judge = Judge(self.evaluators, self.dense, recorder)
-        dense, prepared = self._prepare(judge, recorder)
+        judge, dense, prepared = self._prepare(recorder)
         objectives = self._objectives(judge.dense(dense))
         recipe, prepared, compressed = self._compress(dense, prepared, recorder)
         self._save(compressed, dense, recorder)
@@ -94,19 +94,23 @@ class Experiment:
             judge.add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed")
         return self._report(objectives, metrics, recorder)
 
-    def _prepare(self, judge: Judge, recorder: Recorder) -> tuple[LoadedModel, Preparation]:
-        """The dense model, and the recipe's preparation; an error for settings that do not fit, before any work."""
+    def _prepare(self, recorder: Recorder) -> tuple[Judge, LoadedModel, Preparation]:
+        """Who judges, the dense model, the recipe's preparation; an error for settings that do not fit, before work."""
         if self.save_model:
             check_replaceable(recorder.folder / MODEL_FOLDER)
         self.cache.check()
+        for warning in data_warnings(self.model, self.recipe, self.evaluators):
+            recorder.progress.warn(warning)
         dense = self._load(recorder)
+        self.cache.model = str(dense.provenance.get("name", self.cache.model))
+        judge = Judge(self.evaluators, self.dense, recorder).fitted(dense)
         judge.check(dense)
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
         compares = bool(self.selection.candidates)
         prepared = prepare(dense, self.recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)
-        return dense, prepared
+        return judge, dense, prepared
 
     def _compress(
         self, dense: LoadedModel, prepared: Preparation, recorder: Recorder

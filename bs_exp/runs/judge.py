@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from bs_exp.corpora.fitting import fitted, told
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.protocols import Evaluator
 from bs_exp.records.stages import Stage, evaluation_stage
@@ -25,6 +26,18 @@ class Judge:
     evaluators: Mapping[str, Evaluator]
     store: DenseStore
     recorder: Recorder
+
+    def fitted(self, dense: LoadedModel) -> Judge:
+        """The same evaluators, with windows that the model has positions for; notes and the record say what changed."""
+        evaluators = {name: fitted(evaluator, dense) for name, evaluator in self.evaluators.items()}
+        lengths: dict[str, int] = {}
+        for name, evaluator in evaluators.items():
+            if evaluator is not (asked := self.evaluators[name]):
+                lengths[name] = getattr(evaluator, "sequence_length")  # noqa: B009  not a part of the protocol
+                self.recorder.progress.note(told(f"evaluation ({name})", asked, evaluator))
+        if lengths:
+            self.recorder.update(provenance={**self.recorder.record.provenance, "evaluation_sequence_length": lengths})
+        return replace(self, evaluators=evaluators)
 
     def check(self, dense: LoadedModel) -> None:
         """An error for an evaluator that does not fit the model, before the long work."""

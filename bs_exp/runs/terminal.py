@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bs_exp.printable import printable
+from bs_exp.progress import WARNING
 from bs_exp.records import metrics
 from bs_exp.records.record import FILE_NAME, RunRecord
 from bs_exp.types import RankPlan
@@ -92,6 +93,9 @@ def metric_rows(record: RunRecord) -> list[MetricRow]:
 
 
 def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
+    for note in record.notes:
+        if note.startswith(WARNING):
+            yield "WARNING", note.removeprefix(WARNING)
     if settings := [row for row in metric_rows(record) if not row.is_measurement]:
         yield "settings", ", ".join(f"{row.name} {_value(row.dense)}" for row in settings)
     if (plan := record.rank_plan) is not None:

@@ -248,9 +248,7 @@ calibration.files=[{w}/wrong.json] => wrong.json | not JSON
 calibration.files=[{w}/other.jsonl] => other.jsonl, line 1 | 'text' | content | calibration.corpus.field=NAME
 calibration.files=[{w}/loop.txt] => loop.txt
 calibration.files=[{w}/short.txt] => too short for one window | 64 needed
-calibration.sequence_length=100000 => 100,000
 whitening=two_sided calibration.sequence_length=1 => sequence_length
-evaluation.sequence_length=100000 => 100,000, but the model has
 ---
 calibration.files=[{w}/blank.txt] => blank.txt holds no text
 calibration.files=[{w}/latin.txt] => latin.txt is not UTF-8 | 0xfc

@@ -50,12 +50,7 @@ def test_typo_stops_before_any_work(cli: Cli, tiny: Tiny, tmp_path: Path, slip: 
         ("sharing.group_size=0", "error: sharing.group_size must be", "configure"),
         ("sharing.group_size=9", "error: ", None),
         ("evaluation.files=[absent.txt]", "error: ", "perplexity (dense)"),
-        ("calibration.sequence_length=100000", "error: ", "tokenise"),
-        (
-            "evaluation.sequence_length=100000",
-            "error: sequence_length is 100,000, but the model has",
-            "check evaluation",
-        ),
+        ("calibration.num_sequences=100000", "error: ", "tokenise"),
         ("objective=acc/none", "error: objective must be one of ppl/text", None),
     ],
 )

@@ -52,7 +52,7 @@ def test_says_what_it_claims_and_needs(name: str) -> None:
     text = FILES[name].read_text()
     header = text[: text.index("defaults:") if "defaults:" in text else text.index("hydra:")]
     assert "# Claim: " in header
-    assert f"python -m bs_exp sweeps={name}" in header or f"sweeps={name}" in header
+    assert f"bs-exp sweeps={name}" in header or f"sweeps={name}" in header
     assert re.search(r"# Models?: ", header)
     assert re.search(r"\w+ (minutes?|h)\b", header), "how long it takes"
     assert max(map(len, text.splitlines())) <= 120
