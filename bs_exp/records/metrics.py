@@ -81,6 +81,11 @@ def is_text_hash(name: str) -> bool:
     return kind_of(name).endswith(TEXT_SHA256)
 
 
+def is_nonfinite(name: str) -> bool:
+    """Whether it counts what could not be evaluated: losses that are not finite."""
+    return kind_of(name).endswith(NONFINITE)
+
+
 def is_standard_error(name: str) -> bool:
     """Whether it is the standard error of another metric."""
     return kind_of(name).endswith(STANDARD_ERROR)
