@@ -37,6 +37,12 @@ def point_folder(sweep: Path | None, config_hash: str, words: Iterable[str] = ()
     return _known(sweep, name, digits) if sweep is not None else name
 
 
+def words_of(folder: str, config_hash: str) -> str | None:
+    """What the name of a point's folder says besides the hash; None for the folder of anything else."""
+    words, sign, digits = folder.rpartition("-")
+    return words.replace("+", " ") if sign and digits == config_hash[:_DIGITS] else None
+
+
 def sweep_folder(parent: Path | None, name: str, settings: Iterable[str], digits: str) -> str:
     """The name of a sweep's folder that a plain name cannot tell: what varies first, cut where it is long; a hash."""
     varied: list[str] = []
