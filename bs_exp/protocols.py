@@ -411,6 +411,13 @@ class Evaluator(Protocol):
         """
 
 
+class RunReport(Protocol):
+    """Makes something to look at of one run."""
+
+    def write(self, folder: Path) -> Path:
+        """The folder of its files, made from the record in the run's `folder`; RecordError if that cannot be done."""
+
+
 class TrackedRun(Protocol):
     """An open run of a tracker."""
 

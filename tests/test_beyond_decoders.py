@@ -95,17 +95,20 @@ def test_an_encoder_without_a_head(cli: Cli, settings: tuple[str, ...], tmp_path
 def test_a_sweep_is_ranked_by_what_the_model_can_be_judged_by(
     cli: Cli, settings: tuple[str, ...], tmp_path: Path, family: str, evaluation: str, metric: str
 ) -> None:
-    model = ("model=tiny_random", f"model.family={family}", "model.layers=2", "experiment=svd_llm")
-    done = cli("-m", *model, *settings, f"evaluation={evaluation}", "retain_ratio=0.9,0.4", "hydra.sweep.dir=sweep")
+    model = ("model=tiny_random", f"model.family={family}", "model.layers=2", "experiment=svd_llm,svd")
+    done = cli("-m", *model, *settings, f"evaluation={evaluation}", "retain_ratio=0.4", "hydra.sweep.dir=sweep")
     assert done.status == 0, done.err
     records = {p: read_record(p).metrics["compressed"][metric] for p in tmp_path.glob("sweep/*/")}
     assert len(set(records.values())) == 2
     best = (max if metric.startswith("cosine") else min)(records.values())
     assert all(read_record(folder).objective == value for folder, value in records.items())
     (header,) = [line.split() for line in done.out.splitlines() if line.split()[:1] == ["point"]]
-    assert header == ["point", "outcome", metric, "time", "folder"]
+    assert header == ["point", "outcome", metric, "kept", "time", "folder"]
     winner = next(read_record(folder) for folder, value in records.items() if value == best)
-    assert f"best     {metric} {best:.5g}: retain_ratio={winner.config['retain_ratio']}\n" in done.out
+    assert (
+        f"best     {metric} {best:.5g} with {winner.size['retain_ratio']:.1%} kept: experiment={winner.name}\n"
+        in done.out
+    )
     (section,) = arrange(collect([tmp_path / "sweep"])).sections
     assert section.main_metric == metric
     report = cli("report", "sweep")

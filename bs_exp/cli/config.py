@@ -29,10 +29,11 @@ from bs_exp.cli.explain import INTERNAL_KEYS, list_options
 from bs_exp.cli.setting_types import source_key, wrong_settings
 from bs_exp.errors import ConfigError
 from bs_exp.files import name_fault
+from bs_exp.records.folder_names import point_folder, run_words, sweep_folder
 from bs_exp.records.inputs import CODE, FILES, file_stamps
 from bs_exp.records.record import RunRecord
 from bs_exp.records.settings import WITHOUT_EFFECT
-from bs_exp.records.sweep import point_folder, shown_settings
+from bs_exp.records.sweep import shown_settings
 from bs_exp.source_code import targets_code
 from bs_exp.validation import check_objective, check_retain_ratio, check_seed, shown
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 # The name under which the source of foreign code enters the hash; no setting of the root is called so.
 _CODE = "(code)"
 # A folder's name that says what was set is better than a hash, as long as it is short and plain.
+_SWEEP_DIGITS = 8
 _PLAIN_NAME = re.compile(r"[\w.,=+-]{1,80}")
 
 
@@ -87,7 +89,7 @@ OmegaConf.register_new_resolver("bs_exp.root", lambda: str(root_folder()), repla
 OmegaConf.register_new_resolver("bs_exp.suffix", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("bs_exp.sweep", lambda *, _root_: sweep_name(_root_), replace=True)
 OmegaConf.register_new_resolver("bs_exp.name", lambda name: _plain_name(name), replace=True)
-OmegaConf.register_new_resolver("bs_exp.point", lambda *, _root_: point_folder(hash_of(_root_)), replace=True)
+OmegaConf.register_new_resolver("bs_exp.point", lambda *, _root_: point_name(_root_), replace=True)
 
 
 def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
@@ -323,19 +325,37 @@ def hash_of(cfg: DictConfig) -> str:
 
 
 def sweep_name(cfg: DictConfig) -> str:
-    """Name of a sweep's folder: its file and what was set besides, so that the same sweep finds its points again.
+    """Name of a sweep's folder: its own where `name` is set, else its file and what was set besides.
 
-    Settings that change no result do not count. What is too long for a name, or not plain, is told by a hash.
+    So the same sweep finds its points again. Settings that change no result do not count. Of what is too long for a
+    name, or not plain, a hash stands behind the words.
     """
+    overrides = list(cfg.hydra.overrides.task)
+    given = next((o.removeprefix("name=") for o in reversed(overrides) if o.startswith("name=")), "")
+    if _PLAIN_NAME.fullmatch(given) and "," not in given and name_fault(given) is None:
+        return given
     name = cfg.hydra.runtime.choices.get("sweeps") or "grid"
     ignored = {"sweeps", *WITHOUT_EFFECT}
-    overrides = sorted(o for o in cfg.hydra.overrides.task if re.split(r"[=.@]", o.lstrip("+~"))[0] not in ignored)
+    overrides = sorted(o for o in overrides if re.split(r"[=.@]", o.lstrip("+~"))[0] not in ignored)
     if not overrides:
         return str(name)
     readable = f"{name},{','.join(overrides)}"
     if _PLAIN_NAME.fullmatch(readable):
         return readable
-    return f"{name}-{hashlib.sha256(readable.encode()).hexdigest()[:8]}"
+    # As it is written: where the folder is set by hand, it is not looked for.
+    place = OmegaConf.to_container(cfg.hydra.sweep, resolve=False)
+    parent, sign, _ = str(place["dir"] if isinstance(place, dict) else "").partition("/${bs_exp.sweep:}")
+    digits = hashlib.sha256(readable.encode()).hexdigest()[:_SWEEP_DIGITS]
+    return sweep_folder(Path(parent) if sign else None, str(name), overrides, digits)
+
+
+def point_name(cfg: DictConfig) -> str:
+    """Name of a point's folder in its sweep; what all points have in common is not told (`multirun` lists it)."""
+    hydra = cfg.hydra
+    common = set(hydra.job.config.override_dirname.exclude_keys)
+    own = [o for o in hydra.overrides.task if o.partition("=")[0].lstrip("+~") not in common]
+    method = hydra.runtime.choices.get("experiment") or cfg.name
+    return point_folder(Path(hydra.sweep.dir), hash_of(cfg), run_words(str(method), cfg.retain_ratio, own))
 
 
 def config_hash(config: Mapping[Any, Any]) -> str:

@@ -16,15 +16,17 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import check_root, hash_of
+from bs_exp.cli.config import check_root, point_name
 from bs_exp.errors import ConfigError
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
-from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, point_folder, shown_settings, survey
+from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, shown_settings, survey
 from bs_exp.runs.comparison import print_comparison
 from bs_exp.runs.sweep_table import print_sweep
 
 _FOLDER = "hydra.sweep.dir"
+# Where Hydra itself keeps the settings that names of jobs leave out.
+_COMMON = "hydra.job.config.override_dirname.exclude_keys"
 # By name: Hydra imports its plug-ins a second time, as classes of their own.
 _GRID_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
 
@@ -68,6 +70,7 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep's folder for all jobs, and announces its points."""
         _fix_folder(config)
+        _note_common_settings(config)
         folder = Path(config.hydra.sweep.dir)
         points = _grid(config)
         if points is not None and not points:
@@ -113,19 +116,35 @@ def _fix_folder(config: DictConfig) -> None:
         overrides.append(f"{_FOLDER}='{quoted}'")
 
 
+def _note_common_settings(config: DictConfig) -> None:
+    """Lists for every job the settings that all points share: names of points tell the others."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(_settings(config))
+    except HydraException:
+        return  # the sweeper meets the same error next, and ends with it
+    keys = [str(o.key_or_group) for o in overrides if not o.is_sweep_override()]
+    quoted = ",".join("'" + key.replace("'", "\\'") + "'" for key in keys)
+    with read_write(config):
+        config.hydra.overrides.hydra.append(f"{_COMMON}=[{quoted}]")
+
+
+def _settings(config: DictConfig) -> list[str]:
+    """All settings of a sweep, of its file and of the command line."""
+    params = config.hydra.sweeper.get("params") or {}
+    return [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+
+
 def _grid(config: DictConfig) -> tuple[SweepPoint, ...] | None:
     """The points of a grid, each once; None for a sweeper that chooses its points, or settings that do not compose."""
     if config.hydra.sweeper._target_ != _GRID_SWEEPER:
         return None
     loader = GlobalHydra.instance().config_loader()
-    params = config.hydra.sweeper.params or {}
-    settings = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
     points: dict[str, SweepPoint] = {}
     try:
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(settings)
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(_settings(config))
         for batch in BasicSweeper.split_arguments(overrides, None):
             for job in batch:
-                folder = point_folder(hash_of(loader.load_sweep_config(config, job)))
+                folder = point_name(loader.load_sweep_config(config, job))
                 points.setdefault(folder, SweepPoint(folder, shown_settings(job)))
     except (HydraException, OmegaConfBaseException, ConfigError):
         return None  # the sweeper meets the same error next, and ends with it

@@ -21,6 +21,7 @@ ITEMS, TASK_VERSION, LM_EVAL = "items", "task_version", "lm_eval"
 THROUGHPUT, COST, SIZE = "throughput", "cost", "size"
 
 TOKENS, TEXT_SHA256, NONFINITE, STANDARD_ERROR = "_tokens", "_text_sha256", "_nonfinite", "_stderr"
+RATIO = "_ratio"  # to the dense model's
 MEAN = "mean"
 
 PREFILL, DECODE = "throughput/prefill_tok_s", "throughput/decode_tok_s"
@@ -79,6 +80,29 @@ def is_accuracy(name: str) -> bool:
 def is_text_hash(name: str) -> bool:
     """Whether it identifies the text that was read."""
     return kind_of(name).endswith(TEXT_SHA256)
+
+
+def is_nonfinite(name: str) -> bool:
+    """Whether it counts what could not be evaluated: losses that are not finite."""
+    return kind_of(name).endswith(NONFINITE)
+
+
+def is_setting(name: str) -> bool:
+    """Whether it says how something was measured: hashes and sizes of texts, versions, counts, lengths, devices."""
+    kind = kind_of(name)
+    if kind == THROUGHPUT:
+        return not name.startswith((PREFILL, DECODE, PEAK_MEMORY))
+    return kind in (ITEMS, TASK_VERSION, LM_EVAL) or kind.endswith((TOKENS, TEXT_SHA256))
+
+
+def dense_ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`ppl_ratio/TEXT`: every perplexity of the compressed model over the dense one's, from the metrics of a record."""
+    dense, compressed = found.get("dense", {}), found.get("compressed", {})
+    return {
+        name.replace("/", f"{RATIO}/", 1): value / dense[name]
+        for name, value in compressed.items()
+        if is_perplexity(name) and isinstance(value, int | float) and dense.get(name)
+    }
 
 
 def is_standard_error(name: str) -> bool:

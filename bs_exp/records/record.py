@@ -109,6 +109,12 @@ class RunRecord:
     notes: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
+    @property
+    def method(self) -> str:
+        """What was done: the name of the run, or the preset's where `name` was set to name a whole sweep."""
+        names_sweep = any(setting.startswith("name=") for setting in (self.sweep or {}).get("settings", ()))
+        return self.choices.get("experiment", self.name) if names_sweep else self.name
+
     @cached_property
     def rank_plan(self) -> RankPlan | None:
         """`plan` as it was made; None if the run ended before allocation."""

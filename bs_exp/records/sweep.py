@@ -1,7 +1,7 @@
-"""A sweep on disk: one folder per point, named by the hash of its configuration.
+"""A sweep on disk: one folder per point, found by the hash of its configuration.
 
-    outputs/sweeps/NAME/sweep.json                what is run, and since when
-    outputs/sweeps/NAME/0a1b2c3d4e5f/record.json  a point: the first digits of its configuration's hash
+    outputs/sweeps/NAME/sweep.json                        what is run, and since when
+    outputs/sweeps/NAME/svd@0.8-0a1b2c3d4e5f/record.json  a point: at the end of the name, its configuration's hash
 
 The same settings have the same folder whatever the order of the grid, the launcher or the process. A point is run by
 one process at a time. Completed points are kept; those that failed or were killed are run again.
@@ -44,16 +44,10 @@ from bs_exp.records.parsing import (
 from bs_exp.records.record import FILE_NAME, MODEL_FOLDER, SAVED_FILES, RunRecord, Status, read_record
 
 PLAN_FILE = "sweep.json"
-_DIGITS = 12
 _LOCK = ".lock"
 _OWNER = ".owner"
 _LONGEST_OWNER = 400
 _POLL_SECONDS = 0.2
-
-
-def point_folder(config_hash: str) -> str:
-    """Name of a point's folder in the folder of its sweep."""
-    return config_hash[:_DIGITS]
 
 
 def shown_settings(overrides: Iterable[str]) -> tuple[str, ...]:

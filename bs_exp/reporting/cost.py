@@ -10,7 +10,7 @@ from bs_exp.evaluation.cost import break_even_tokens
 from bs_exp.records import metrics
 from bs_exp.records.stages import BEFORE_COMPRESSION, COMPRESSION, Stage, evaluated_model
 from bs_exp.reporting import formats
-from bs_exp.reporting.results import removed_title, series_cells, series_columns
+from bs_exp.reporting.results import RATIO, ratio_cell, series_cells, series_columns
 from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
@@ -117,7 +117,7 @@ def cost_tables(section: Section, key: str) -> Iterator[Table]:
 
 
 def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, ReportedRun]], key: str) -> Table:
-    columns = [Column("removed"), *series_columns(section)]
+    columns = [RATIO, *series_columns(section)]
     columns += [Column("prefill tok/s"), Column("against dense"), Column("decode tok/s"), Column("against dense")]
     columns += [Column("ms per token", hint="one decoding step of the whole batch")]
     peak = metrics.PEAK_MEMORY
@@ -133,7 +133,7 @@ def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, 
     rows.append(Row(tuple(dense), kind="dense"))
     for series, point in sorted(entries, key=lambda entry: entry[1].removed or 0.0):
         cells = [
-            Cell(removed_title(point.removed or 0.0), value=point.removed, link=point.number),
+            ratio_cell(point.removed, point.number),
             *series_cells(series),
         ]
         for name in (metrics.PREFILL, metrics.DECODE):
@@ -177,13 +177,13 @@ def _bytes(value: Any) -> Cell:
 
 
 def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Series, ReportedRun]], key: str) -> Table:
-    columns = [Column("removed"), *series_columns(section), Column("compressing took")]
+    columns = [RATIO, *series_columns(section), Column("compressing took")]
     columns += [Column("prompt tokens"), Column("generated tokens"), Column("reused", numeric=False)]
     rows = []
     for series, point in sorted(entries, key=lambda entry: entry[1].removed or 0.0):
         cost = compression_seconds(point)
         cells = [
-            Cell(removed_title(point.removed or 0.0), value=point.removed, link=point.number),
+            ratio_cell(point.removed, point.number),
             *series_cells(series),
         ]
         cells.append(Cell(formats.seconds(cost), value=cost))
@@ -275,15 +275,14 @@ def _sharing(section: Section, shared: Sequence[tuple[Series, SharedCost]], key:
 
 def _timings(section: Section, key: str) -> Table:
     names = stages(section.points)
-    columns = [Column("removed"), *series_columns(section), *(Column(f"{name}, s") for name in names)]
+    columns = [RATIO, *series_columns(section), *(Column(f"{name}, s") for name in names)]
     columns += [Column("all, s"), Column("peak memory", hint="of the process since it began, earlier runs included")]
     rows = []
     for series in section.series:
         for point in series.points:
-            removed = "" if point.removed is None else removed_title(point.removed)
             own = own_timings(point)
             spent, total = [own.get(name) for name in names], sum(own.values())
-            cells = [Cell(removed, value=point.removed, link=point.number), *series_cells(series)]
+            cells = [ratio_cell(point.removed, point.number), *series_cells(series)]
             cells += [Cell(formats.ABSENT if s is None else f"{s:.1f}", value=s) for s in spent]
             cells += [Cell(f"{total:.1f}", value=total), _bytes(point.record.memory.get("process_bytes"))]
             rows.append(Row(tuple(cells)))

@@ -13,7 +13,7 @@ from bs_exp.records import metrics
 from bs_exp.records.pairs import PairTable
 from bs_exp.reporting import cost, drawing, formats, ranks
 from bs_exp.reporting.drawing import Drawn
-from bs_exp.reporting.results import MOST_HEADLINES, removed_title
+from bs_exp.reporting.results import MOST_HEADLINES, ratio_title
 from bs_exp.reporting.study import ReportedRun, Section, Series, Study
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
 
 def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) -> Iterator[Drawn]:
     figure = drawing.canvas()
-    axes = _axes(figure, "parameters removed (%)", _title(name))
+    axes = _axes(figure, "parameters kept (%)", _title(name))
+    axes.invert_xaxis()  # the smaller model on the right
     values: list[float] = []
     for series, look in styles.items():
         points = [p for p in series.completed if formats.is_number(p.compressed.get(name))]
@@ -143,7 +144,7 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
             continue
         heights = [float(p.compressed[name]) for p in points]
         values += heights
-        axes.plot([100 * (p.removed or 0) for p in points], heights, **look.line())
+        axes.plot([100 * (p.ratio or 0) for p in points], heights, **look.line())
     if not values:
         return
     if formats.is_number(dense := section.dense.get(name)):
@@ -154,7 +155,7 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
     yield drawing.render(
         figure,
         key,
-        f"{formats.sentence(metrics.title(name))} by share removed",
+        f"{formats.sentence(metrics.title(name))} by share kept",
         f"{'Logarithmic scale. ' if log else ''}The dashed line is the dense model.{_colours(section)}",
         _curve_alt(section, name),
     )
@@ -165,7 +166,7 @@ def _curve_alt(section: Section, name: str) -> str:
     for removed in (section.ratios[0], section.ratios[-1]):
         if best := section.best(removed, name):
             value = formats.metric(name, best.by_removed[removed].compressed[name])
-            words.append(f"Best with {removed_title(removed)} removed: {best.label}, {value}.")
+            words.append(f"Best at {ratio_title(removed)}: {best.label}, {value}.")
     return " ".join(words)
 
 
@@ -244,7 +245,7 @@ def _front(
     if lower:
         drawing.nice_log(axes, values)
     drawing.legend_below(figure, axes)
-    members = [f"{entries[i][0].label} at {removed_title(entries[i][1].removed or 0)}" for i in front]
+    members = [f"{entries[i][0].label} at {ratio_title(entries[i][1].removed or 0)}" for i in front]
     speed = "tokens/s" in label
     title = f"{formats.sentence(metrics.title(name))} against {'speed' if speed else 'size'}"
     direction = "right and low" if speed else "left and low"
@@ -266,9 +267,10 @@ def _speed(
         axes = figure.add_axes((0.125, 0.58 - 0.43 * i, 0.845, 0.36))
         axes.set_ylabel(f"{title} (dense = 1)")
         axes.axhline(1, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+        axes.invert_xaxis()
         for series, look in styles.items():
             mine = [
-                (100 * (point.removed or 0), point.compressed[name] / point.dense[name])
+                (100 * (point.ratio or 0), point.compressed[name] / point.dense[name])
                 for other, point in measured
                 if other is series
                 and formats.is_number(point.compressed.get(name))
@@ -279,9 +281,9 @@ def _speed(
                 words.append(f"{series.label} {title} {min(y for _, y in mine):.2f} to {max(y for _, y in mine):.2f}")
         if i == 0:
             axes.tick_params(labelbottom=False)
-    axes.set_xlabel("parameters removed (%)")
+    axes.set_xlabel("parameters kept (%)")
     drawing.legend_below(figure, axes)
-    alt = f"Line charts: throughput relative to the dense model by share removed. {'; '.join(words[:8])}."
+    alt = f"Line charts: throughput relative to the dense model by share kept. {'; '.join(words[:8])}."
     return drawing.render(
         figure, key, "Throughput against the dense model", f"Above 1 is faster. {setting.label}.", alt
     )
@@ -383,14 +385,14 @@ def _ranks(section: Section, key: str) -> Iterator[Drawn]:
     figure.colorbar(image, cax=bar, orientation="horizontal")
     bar.set_xlabel("share of the parameters kept; layers from left to right", labelpad=2)
     bar.set_title("")
-    removed = removed_title(shown[0][1].removed or 0)
+    removed = ratio_title(shown[0][1].removed or 0)
     left_out = f" {len(entries) - len(shown)} more series are in the table." if len(entries) > len(shown) else ""
     yield drawing.render(
         figure,
         key,
-        f"Who keeps how much, with {removed} removed",
+        f"Who keeps how much, at {removed}",
         f"Share of every matrix' parameters that its rank keeps; 1 is dense. Ranks are in the table.{left_out}",
-        f"Heat maps by matrix type and layer for {len(shown)} series, {removed} removed. "
+        f"Heat maps by matrix type and layer for {len(shown)} series, at {removed}. "
         + " ".join(_range(*entry) for entry in zip(shown, tables, strict=True)),
         wide=True,
     )

@@ -60,6 +60,11 @@ def share(value: Any) -> str:
     return f"{100 * value:.4g} %" if is_number(value) else number(value)
 
 
+def percent(value: Any) -> str:
+    """A share in per cent with two decimals, where small differences count."""
+    return f"{100 * value:.2f} %" if is_number(value) else ABSENT
+
+
 def change(new: Any, old: Any) -> str:
     """Relative change; empty where a ratio says nothing."""
     return f"{100 * (new / old - 1):+.1f} %" if is_number(new) and is_number(old) and old != 0 else ""

@@ -15,7 +15,7 @@ from bs_exp.records import metrics
 from bs_exp.records.record import Status
 from bs_exp.reporting import cost, formats, runs
 from bs_exp.reporting.drawing import Drawn
-from bs_exp.reporting.results import removed_title
+from bs_exp.reporting.results import ratio_title
 from bs_exp.reporting.study import ReportedRun, Section, Study
 from bs_exp.reporting.table import Table
 
@@ -51,7 +51,7 @@ class Contents:
 class Winner:
     """Who is best at a ratio, for the summary."""
 
-    removed: str
+    ratio: str
     label: str
     value: str
     change: str
@@ -80,6 +80,7 @@ def to_html(contents: Contents) -> str:
         summaries=[(c.section, winners(c.section), _about(c.section)) for c in contents.chapters],
         main_metric=lambda section: metrics.title(section.main_metric) if section.main_metric else "",
         command=runs.command,
+        ratio=ratio_title,
         number=formats.number,
         seconds=formats.seconds,
         details=_details,
@@ -97,7 +98,7 @@ def winners(section: Section) -> list[Winner]:
         found = [found[round(i * (len(found) - 1) / 6)] for i in range(7)]
     return [
         Winner(
-            removed_title(removed),
+            ratio_title(removed),
             best.label,
             formats.metric(name, (point := best.by_removed[removed]).compressed[name]),
             formats.change(point.compressed[name], section.dense.get(name)),
@@ -127,7 +128,7 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
 
 def _about(section: Section) -> list[tuple[str, str]]:
     """What was run, for the summary."""
-    ratios = [removed_title(removed) for removed in section.ratios]
+    ratios = [ratio_title(removed) for removed in section.ratios]
     speeds = [setting.label for setting in cost.speed_settings(section)]
     gpus = dict.fromkeys(str(gpu.get("name")) for p in section.points for gpu in p.record.hardware.get("gpus") or ())
     cpus = dict.fromkeys(str(point.record.hardware.get("cpu", "")) for point in section.points)
@@ -135,7 +136,7 @@ def _about(section: Section) -> list[tuple[str, str]]:
     facts = [
         ("methods", ", ".join(dict.fromkeys(series.method for series in section.series))),
         ("dials", ", ".join(section.dials)),
-        ("removed", ", ".join(ratios) if len(ratios) <= 8 else f"{ratios[0]} to {ratios[-1]}, {len(ratios)} ratios"),
+        ("kept", ", ".join(ratios) if len(ratios) <= 8 else f"{ratios[0]} to {ratios[-1]}, {len(ratios)} ratios"),
         ("judged by", ", ".join(metrics.title(name) for name in section.quality)),
         ("speed", "; ".join(speeds)),
         ("hardware", ", ".join(gpus or cpus)),

@@ -12,7 +12,7 @@ from typing import Any
 from bs_exp.records import metrics
 from bs_exp.reporting import cost, dials, formats
 from bs_exp.reporting.literature import DENSE, Literature, Method, Reported, literature
-from bs_exp.reporting.results import removed_title
+from bs_exp.reporting.results import RATIO, ratio_cell, ratio_title
 from bs_exp.reporting.study import ReportedRun, Section, Series, Study, model_name
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
@@ -243,7 +243,7 @@ def _beside(comparisons: Sequence[PaperComparison]) -> Table:
     numbers = {words: i for i, words in enumerate(legend, start=1)}
     columns = (
         Column("model", numeric=False),
-        Column("removed"),
+        RATIO,
         Column("metric", numeric=False),
         Column("method", numeric=False),
         Column("measured"),
@@ -261,7 +261,7 @@ def _beside(comparisons: Sequence[PaperComparison]) -> Table:
             Row(
                 (
                     text(found.section.title),
-                    Cell(removed_title(reported.removed), value=reported.removed, link=found.point.number),
+                    ratio_cell(reported.removed, found.point.number),
                     text(name),
                     text(found.series.label if found.series else "dense"),
                     Cell(_show(reported.metric, found.measured), value=found.measured),
@@ -301,7 +301,7 @@ def _others(section: Section, key: str) -> Iterator[Table]:
         if not any(values for _, values in measured):
             continue
         columns = [Column("method", numeric=False), Column("from", numeric=False)]
-        columns += [Column(removed_title(removed)) for removed in section.ratios]
+        columns += [Column(ratio_title(removed)) for removed in section.ratios]
         rows = []
         for series, values in measured:
             if values:
@@ -315,7 +315,7 @@ def _others(section: Section, key: str) -> Iterator[Table]:
             cells = [_value(metric, found.get(removed)) for removed in section.ratios]
             rows.append(Row((text(method), text(source), *cells), kind="reported"))
         title = f"{formats.sentence(_metric_name(metric))} of {section.model}: measured, and all that is reported"
-        note = "Reported under protocols that differ from paper to paper. Columns: share removed."
+        note = "Reported under protocols that differ from paper to paper. Columns: share kept (removed)."
         yield Table(f"{key}-{metric.replace('/', '-')}", title, tuple(columns), tuple(rows), note=note)
 
 
@@ -333,13 +333,13 @@ def _pairs(study: Study) -> Iterator[Table]:
             if here is None or model not in there.models or abs(point.removed - there.removed) > 1e-6:
                 continue
             relative = here / there.ratio - 1
-            cells = [text(model), Cell(removed_title(there.removed), value=there.removed, link=point.number)]
+            cells = [text(model), ratio_cell(there.removed, point.number)]
             cells += [text(there.matrix), text(" and ".join(map(str, there.layers)))]
             cells += [Cell(f"{value:.3f}", value=value) for value in (here, there.ratio)]
             rows.append(Row((*cells, Cell(f"{100 * relative:+.1f} %", value=relative))))
             sources.append(f"{there.place}: {there.note}")
     if rows:
-        columns = [Column("model", numeric=False), Column("removed"), Column("matrix", numeric=False)]
+        columns = [Column("model", numeric=False), RATIO, Column("matrix", numeric=False)]
         columns += [Column("layers", hint="counted from 0"), Column("measured"), Column("reported")]
         yield Table(
             "papers-pairs",

@@ -9,7 +9,7 @@ from statistics import correlation
 
 from bs_exp.reporting import formats
 from bs_exp.reporting.literature import LayerShares, literature
-from bs_exp.reporting.results import removed_title, series_cells, series_columns
+from bs_exp.reporting.results import RATIO, ratio_cell, series_cells, series_columns
 from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table
 
@@ -92,14 +92,14 @@ def correlation_tables(section: Section, key: str) -> Iterator[Table]:
                 sources += [f"{found.place}: {found.note}" for found in there]
                 sources += [found.place for found in reported if not (one and other)]
                 cells = (
-                    Cell(removed_title(removed), value=removed),
+                    ratio_cell(removed),
                     Cell(first),
                     Cell(second),
                     Cell(f"{r:+.2f}", value=r),
                     Cell(", ".join(f"{a.r:+.2f}" for a in there), value=there[0].r if there else None),
                 )
                 rows.append(Row(cells))
-    columns = [Column("removed"), Column("one", numeric=False), Column("other", numeric=False), Column("Pearson r")]
+    columns = [RATIO, Column("one", numeric=False), Column("other", numeric=False), Column("Pearson r")]
     if rows and len(rows) <= _MOST_PAIRS:
         note = "Correlation of the shares that the layers keep. Methods that treat all layers alike are left out."
         note += f" Reported: {'; '.join(dict.fromkeys(sources))}." if sources else ""
@@ -136,7 +136,7 @@ def _share_table(section: Section, key: str) -> Iterator[Table]:
             count = max(count, len(there.shares), *(len(shares) for _, _, shares in measured))
     if not rows:
         return
-    columns = [Column("removed"), Column("method", numeric=False), *(Column(f"layer {i}") for i in range(count))]
+    columns = [RATIO, Column("method", numeric=False), *(Column(f"layer {i}") for i in range(count))]
     filled = [Row((*row.cells, *(Cell("") for _ in range(len(columns) - len(row.cells)))), row.kind) for row in rows]
     yield Table(
         f"{key}-shares",
@@ -149,7 +149,7 @@ def _share_table(section: Section, key: str) -> Iterator[Table]:
 
 def _shares(removed: float, label: str, shares: Sequence[float], *, kind: str, link: int | None = None) -> Row:
     cells = (Cell(f"{100 * share:.1f}", value=share) for share in shares)
-    return Row((Cell(removed_title(removed), value=removed, link=link), Cell(label), *cells), kind=kind)
+    return Row((ratio_cell(removed, link), Cell(label), *cells), kind=kind)
 
 
 def rank_table(section: Section, key: str) -> Table | None:
@@ -179,12 +179,12 @@ def _table(section: Section, entries: Sequence[tuple[Series, ReportedRun]], key:
     if (shown := sum(count <= fitting for count in counts)) < len(entries):
         note += f" The first {shown} of {len(entries)} runs."
         entries, found = entries[:shown], found[:shown]
-    columns = [Column("removed"), *series_columns(section), Column("matrix", numeric=False)]
+    columns = [RATIO, *series_columns(section), Column("matrix", numeric=False)]
     columns += [Column(f"layer {layer}") for layer in layers]
     rows = []
     for (series, point), planned in zip(entries, found, strict=True):
         for i, matrix in enumerate(dict.fromkeys(matrix for matrix, _ in planned)):
-            cells = [Cell(removed_title(point.removed or 0.0), value=point.removed, link=point.number)]
+            cells = [ratio_cell(point.removed, point.number)]
             cells += [*series_cells(series), Cell(matrix)]
             cells += [_rank(planned.get((matrix, layer))) for layer in layers]
             rows.append(Row(tuple(cells), kind="" if i else "block"))

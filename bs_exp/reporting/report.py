@@ -33,6 +33,15 @@ class Written:
     study: Study
 
 
+@dataclass(frozen=True)
+class PageOfRun:
+    """The report of one run, in its folder; for what takes reports along, such as a tracker."""
+
+    def write(self, folder: Path) -> Path:
+        """The folder `report` in the run's folder; RecordError if it cannot be written."""
+        return write_report([folder], folder / "report").folder
+
+
 def write_report(folders: Sequence[Path], out: Path) -> Written:
     """Page, Markdown, CSV and figures of all records below the folders; RecordError if there is none."""
     study = arrange(collect(folders))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bs_exp.records import metrics
+from bs_exp.records.comparison import STATED
 from bs_exp.records.record import Status
 from bs_exp.reporting import formats
 from bs_exp.reporting.study import ReportedRun, Section, Series
@@ -28,8 +29,20 @@ def result_tables(section: Section, key: str) -> Iterator[Table]:
     yield _everything(section, f"{key}-all")
 
 
-def removed_title(removed: float) -> str:
-    return formats.share(removed)
+# Everywhere: what was asked to be kept, and beside it the papers' ratio.
+RATIO = Column("kept (removed)", hint="share of the targeted parameters that was to be kept", key="retain_ratio")
+
+
+def ratio_title(removed: float) -> str:
+    """`80 % (-20 %)` for a fifth removed."""
+    return f"{formats.share(round(1 - removed, 6))} (\u2212{formats.share(removed)})"
+
+
+def ratio_cell(removed: float | None, link: int | None = None) -> Cell:
+    """The ratio of a run; its value is the share to be kept."""
+    if removed is None:
+        return Cell(formats.ABSENT, link=link)
+    return Cell(ratio_title(removed), value=round(1 - removed, 6), link=link)
 
 
 def series_columns(section: Section) -> list[Column]:
@@ -69,25 +82,30 @@ def _why(point: ReportedRun) -> str:
 
 def _by_ratio(section: Section, name: str, key: str) -> Table:
     columns = [*series_columns(section)]
-    columns += [Column(removed_title(removed), hint=f"retain ratio {1 - removed:.4g}") for removed in section.ratios]
+    columns += [Column(ratio_title(removed), key=f"{1 - removed:.6g}") for removed in section.ratios]
+    columns += [Column("kept exactly", numeric=False, hint="shares of the targeted parameters, ratio by ratio")]
     cells = {
         removed: mark_best(
             [measured(series.by_removed.get(removed), name) for series in section.series],
+            [_kept(series.by_removed.get(removed)) for series in section.series],
             lowest=metrics.lower_is_better(name),
         )
         for removed in section.ratios
     }
     dense = section.dense.get(name)
-    rows = [_dense_row(section, [dense] * len(section.ratios), [name] * len(section.ratios))]
+    whole = _dense_row(section, [dense] * len(section.ratios), [name] * len(section.ratios))
+    rows = [Row((*whole.cells, text("")), kind="dense")]
     for i, series in enumerate(section.series):
-        rows.append(Row((*series_cells(series), *(cells[removed][i] for removed in section.ratios))))
+        shares = (formats.percent(_kept(series.by_removed.get(removed))) for removed in section.ratios)
+        kept = text(" · ".join(shares), style="muted")
+        rows.append(Row((*series_cells(series), *(cells[removed][i] for removed in section.ratios), kept)))
     arrow = "lower is better" if metrics.lower_is_better(name) else "higher is better"
     return Table(
         key,
-        f"{formats.sentence(metrics.title(name))} by share removed",
+        f"{formats.sentence(metrics.title(name))} by share kept",
         tuple(columns),
         tuple(rows),
-        note=f"Columns: share of the targeted parameters removed. {arrow.capitalize()}; the best of a column is bold.",
+        note=f"Columns: share of the targeted parameters to be kept (removed). {arrow.capitalize()}; {STATED}.",
     )
 
 
@@ -99,9 +117,9 @@ def _dense_row(section: Section, values: Sequence[Any], names: Sequence[str], be
 
 def _everything(section: Section, key: str) -> Table:
     names = section.quality
-    columns = [Column("removed", hint="asked for"), *series_columns(section)]
+    columns = [RATIO, *series_columns(section)]
     columns += [Column(metrics.short_title(name), hint=metrics.title(name)) for name in names]
-    columns += [Column("kept", hint="share of the targeted parameters that is kept"), Column("size")]
+    columns += [Column("kept exactly", hint="share of the targeted parameters"), Column("size")]
     dense_bytes = next((p.record.size["dense_bytes"] for p in section.points if "dense_bytes" in p.record.size), None)
     dense = _dense_row(section, [section.dense.get(name) for name in names], names, before=1)
     end = (Cell("100.00 %", value=1.0), Cell(formats.size(dense_bytes), value=dense_bytes))
@@ -113,25 +131,30 @@ def _everything(section: Section, key: str) -> Table:
         "Everything measured, by ratio and method",
         tuple(columns),
         tuple(rows),
-        note="The best of every column within a ratio is bold; differences below a standard error (shown on hovering) "
-        "say little.",
+        note=f"Within a ratio, {STATED}; differences below a standard error (shown on hovering) say little.",
         sortable=True,
     )
 
 
+def _kept(point: ReportedRun | None) -> float | None:
+    """The share of the targeted parameters that a point's model kept, if it is known."""
+    return None if point is None else point.kept
+
+
 def _block(removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]) -> Iterator[Row]:
+    shares = [_kept(point) for _, point in entries]
     columns = [
-        mark_best([measured(point, name) for _, point in entries], lowest=metrics.lower_is_better(name))
+        mark_best([measured(point, name) for _, point in entries], shares, lowest=metrics.lower_is_better(name))
         for name in names
     ]
     for i, (series, point) in enumerate(entries):
-        kept, stored = point.record.size.get("retain_ratio"), point.record.size.get("bytes")
+        stored = point.record.size.get("bytes")
         yield Row(
             (
-                Cell(removed_title(removed), value=removed, link=point.number),
+                ratio_cell(removed, point.number),
                 *series_cells(series),
                 *(column[i] for column in columns),
-                Cell(f"{100 * kept:.2f} %" if formats.is_number(kept) else formats.ABSENT, value=kept),
+                Cell(formats.percent(shares[i]), value=shares[i]),
                 Cell(formats.size(stored), value=stored),
             ),
             kind="block" if i == 0 else "",

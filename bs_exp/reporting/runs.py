@@ -12,7 +12,7 @@ from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import cost, formats
-from bs_exp.reporting.results import removed_title
+from bs_exp.reporting.results import RATIO, ratio_cell
 from bs_exp.reporting.study import Repeat, ReportedRun, Study
 from bs_exp.reporting.table import Cell, Column, Row, Table, text
 
@@ -78,7 +78,7 @@ def all_runs(study: Study, places: list[Environment]) -> Table:
     letters = {point: place.letter for place in places for point in place.points}
     series = {point: series for section in study.sections for series in section.series for point in series.points}
     titles = {point: section for section in study.sections for point in section.points}
-    columns = [Column("run"), *_words("status", "model", "method", "dials"), Column("removed")]
+    columns = [Column("run"), *_words("status", "model", "method", "dials"), RATIO]
     columns += [*map(Column, names), *map(Column, ("decode tok/s", "size", "took"))]
     columns += _words("environment", "commit", "configuration", "started", "folder")
     rows = []
@@ -157,7 +157,7 @@ def _failed(points: Sequence[ReportedRun]) -> Table:
         status = text(point.record.status.value, style="bad")
         what = (text(stage), text(kind), text(message, style="wrap"))
         rows.append(Row((_run(point), status, text(point.record.name), _removed(point), *what)))
-    columns = (Column("run"), *_words("status", "method"), Column("removed"), *_words("stage", "error", "message"))
+    columns = (Column("run"), *_words("status", "method"), RATIO, *_words("stage", "error", "message"))
     return Table("failed", "Failed or stopped", columns, tuple(rows))
 
 
@@ -174,7 +174,7 @@ def _unfinished(points: Sequence[ReportedRun]) -> Table:
         )
         for point in points
     )
-    columns = (Column("run"), *_words("method"), Column("removed"), *_words("started", "stages done"))
+    columns = (Column("run"), *_words("method"), RATIO, *_words("started", "stages done"))
     return Table("unfinished", "Unfinished", columns, rows, note="Killed, or still at work when this page was made.")
 
 
@@ -191,7 +191,7 @@ def _repeated(repeats: Sequence[Repeat]) -> Table:
         )
         for repeat in repeats
     )
-    columns = (*_words("method"), Column("removed"), Column("shown"), *_words("not shown", "configuration"))
+    columns = (*_words("method"), RATIO, Column("shown"), *_words("not shown", "configuration"))
     note = "Runs with the same settings: tables and figures show the last completed one."
     return Table("repeated", "Run more than once", columns, rows, note=note)
 
@@ -205,4 +205,4 @@ def _run(point: ReportedRun) -> Cell:
 
 
 def _removed(point: ReportedRun) -> Cell:
-    return Cell(formats.ABSENT if point.removed is None else removed_title(point.removed), value=point.removed)
+    return ratio_cell(point.removed)

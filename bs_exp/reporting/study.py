@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_exp.records import metrics
+from bs_exp.records.comparison import equal_sizes
 from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import dials, formats
@@ -40,6 +41,12 @@ class ReportedRun:
     def removed(self) -> float | None:
         """The papers' ratio: the share that was to be removed."""
         return None if self.ratio is None else round(1 - self.ratio, 6)
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the targeted parameters that the model kept; None if it is not known."""
+        value = self.record.size.get("retain_ratio")
+        return float(value) if self.completed and formats.is_number(value) else None
 
     @property
     def dense(self) -> Mapping[str, Any]:
@@ -118,17 +125,23 @@ class Section:
         return metrics.default_objective(self.quality) or next(iter(self.quality), None)
 
     def best(self, removed: float, metric: str) -> Series | None:
-        """The series that is best at a ratio, or None if nothing was measured there."""
-        values = {
-            series: point.compressed[metric]
+        """The series that is best at a ratio of those that kept the same; None if nothing was measured there.
+
+        Where methods kept more or less, the largest group of equals counts.
+        """
+        found = [
+            (series, point)
             for series in self.series
             if (point := series.by_removed.get(removed)) is not None
             and point.completed
             and formats.is_number(point.compressed.get(metric))
-        }
-        if not values:
+        ]
+        if not found:
             return None
-        return (min if metrics.lower_is_better(metric) else max)(values, key=lambda series: values[series])
+        groups = equal_sizes([point.kept for _, point in found])
+        equals = max(groups, key=len) if groups else [0]
+        better = min if metrics.lower_is_better(metric) else max
+        return found[better(equals, key=lambda i: found[i][1].compressed[metric])][0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bs_exp.printable import spreadsheet_cell
+from bs_exp.records.comparison import equal_sizes
 from bs_exp.reporting import formats
 
 
@@ -35,6 +36,7 @@ class Column:
     title: str
     numeric: bool = True
     hint: str = ""
+    key: str = ""  # in CSV files, where it is another word
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,27 @@ def text(value: str, **more: Any) -> Cell:
     return Cell(value, **more)
 
 
-def mark_best(cells: list[Cell], *, lowest: bool) -> list[Cell]:
-    """The cells with the best marked, ties as they are printed included."""
-    values = [cell.value for cell in cells if formats.is_number(cell.value)]
-    if len(values) < 2:
-        return cells
-    best = min(values) if lowest else max(values)
-    shown = {cell.text for cell in cells if cell.value == best}
-    return [replace(cell, best=formats.is_number(cell.value) and cell.text in shown) for cell in cells]
+def mark_best(cells: list[Cell], kept: Sequence[float | None], *, lowest: bool) -> list[Cell]:
+    """The cells with the best marked among those that kept the same, ties as they are printed included.
+
+    `kept` is the share of its parameters that the model of each cell kept. A result without equals is not marked.
+    """
+    marked = list(cells)
+    numbers = [share if formats.is_number(cell.value) else None for cell, share in zip(cells, kept, strict=True)]
+    for group in equal_sizes(numbers):
+        if len(group) > 1:
+            best = (min if lowest else max)(cells[i].value for i in group)
+            shown = {cells[i].text for i in group if cells[i].value == best}
+            for i in group:
+                marked[i] = replace(cells[i], best=cells[i].text in shown)
+    return marked
 
 
 def to_csv(table: Table) -> str:
     """The table as CSV, with exact values; texts that a spreadsheet would take for formulas are marked as texts."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([spreadsheet_cell(column.title) for column in table.columns])
+    writer.writerow([spreadsheet_cell(column.key or column.title) for column in table.columns])
     writer.writerows([spreadsheet_cell(cell.exact) for cell in row.cells] for row in table.rows)
     return file.getvalue()
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bs_exp.printable import printable, shortened
+from bs_exp.records.comparison import equal_sizes
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import RunRecord
 from bs_exp.records.sweep import PointOutcome, PointState, duration, objectives, seconds, varying
@@ -22,6 +23,8 @@ from bs_exp.records.sweep import PointOutcome, PointState, duration, objectives,
 FINISHED = (PointOutcome.COMPLETED, PointOutcome.KEPT)
 _PIPED_WIDTH = 100
 _LONGEST_MESSAGE = 500
+# Of a sweep over many ratios: the largest models first.
+_MOST_BEST = 6
 
 
 def print_sweep(name: str, folder: Path, states: list[PointState], console: Console | None = None) -> None:
@@ -59,18 +62,26 @@ def problems(states: list[PointState]) -> Iterator[str]:
 
 
 def _best(states: list[PointState]) -> Iterator[str]:
-    """For each objective of at least two points, the best value and its point."""
+    """For each objective, the best of every two points or more that kept the same share of their parameters."""
     labels = varying([state.point.settings for state in states])
-    values: dict[str, list[tuple[float, str]]] = {}
+    values: dict[str, list[tuple[float, float | None, str]]] = {}
     for state, label in zip(states, labels, strict=True):
         if state.record is not None and state.outcome in FINISHED:
             for name, value in objectives(state.record).items():
                 if math.isfinite(value):
-                    values.setdefault(name, []).append((value, label or state.point.folder))
+                    found = values.setdefault(name, [])
+                    found.append((value, _kept(state.record), label or state.point.folder))
     for name, found in values.items():
-        if len(found) > 1:
-            value, label = (min if lower_is_better(name) else max)(found, key=lambda entry: entry[0])
-            yield f"{name} {value:.5g}: {label}"
+        groups = [group for group in equal_sizes([kept for _, kept, _ in found]) if len(group) > 1]
+        for group in reversed(groups[-_MOST_BEST:]):
+            best = (min if lower_is_better(name) else max)(group, key=lambda i: found[i][0])
+            value, kept, label = found[best]
+            yield f"{name} {value:.5g} with {kept:.1%} kept: {label}"
+
+
+def _kept(record: RunRecord) -> float | None:
+    value = record.size.get("retain_ratio")
+    return value if isinstance(value, int | float) else None
 
 
 def _table(name: str, states: list[PointState]) -> Table:
@@ -80,14 +91,16 @@ def _table(name: str, states: list[PointState]) -> Table:
     table.add_column("outcome", no_wrap=True)
     for name in names:
         table.add_column(escape(printable(name)), justify="right", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("folder", no_wrap=True)
+    table.add_column("folder", overflow="fold")
     for state, label in zip(states, varying([s.point.settings for s in states]), strict=True):
         done = state.record if state.outcome in FINISHED else None
         table.add_row(
             Text(printable(label)),  # settings hold brackets, which are no markup
             str(state.outcome),
             *(_number(done, name) for name in names),
+            "" if done is None or (kept := _kept(done)) is None else f"{kept:.1%}",
             duration(seconds(done)) if done else "",
             state.point.folder,
         )

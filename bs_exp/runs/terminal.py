@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +27,9 @@ _PIPED_WIDTH = 80
 # Stages that round to 0.0 s are left out.
 _SHORT = 0.05
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+# Rates with their slowest and fastest repeat, device and lengths are in the record; people compare these.
+_SPEEDS = (metrics.PREFILL, metrics.DECODE, metrics.PEAK_MEMORY)
+_BREAK_EVEN = {"prefill": metrics.BREAK_EVEN[metrics.PREFILL], "decode": metrics.BREAK_EVEN[metrics.DECODE]}
 _SIZES = (  # title, dense, compressed
     ("parameters", "dense_parameters", "parameters"),
     ("  in targeted matrices", "dense_targeted_parameters", "targeted_parameters"),
@@ -44,14 +47,6 @@ class MetricRow:
     error: tuple[Any, Any] = (None, None)
 
     @property
-    def is_measurement(self) -> bool:
-        """True for fractions, and for counts that differ between the models; texts and equal counts are settings."""
-        values = (self.dense, self.compressed)
-        if any(isinstance(value, str) for value in values):
-            return False
-        return any(isinstance(value, float) for value in values) or self.dense != self.compressed
-
-    @property
     def cells(self) -> tuple[str, str, str, str]:
         dense, compressed = (_value(v) + _error(e) for v, e in zip(self._values, self.error, strict=True))
         # A share of items changes by points: a relative change of an accuracy misleads.
@@ -64,7 +59,10 @@ class MetricRow:
 
 
 def print_report(record: RunRecord, folder: Path, console: Console | None = None) -> None:
-    """Prints the table of metrics and sizes, then settings, seconds by stage, and the paths of record and model."""
+    """Prints the table of metrics and sizes, then what was kept, what it cost, and the paths of record and model.
+
+    How numbers came about (hashes of texts, counts of items, lengths, repeats) stands in the record alone.
+    """
     console = console or Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
@@ -82,24 +80,30 @@ def print_report(record: RunRecord, folder: Path, console: Console | None = None
 
 
 def metric_rows(record: RunRecord) -> list[MetricRow]:
-    """Every metric of a record, its standard error beside it."""
+    """What models are compared by: quality, standard errors beside it, what could not be evaluated, and speeds."""
     dense, compressed = record.metrics.get("dense", {}), record.metrics.get("compressed", {})
-    rows = []
-    for name in dict.fromkeys([*dense, *compressed]):
-        if not metrics.is_standard_error(name):
-            errors = (metrics.standard_error(dense, name), metrics.standard_error(compressed, name))
-            rows.append(MetricRow(name, dense.get(name), compressed.get(name), errors))
-    return rows
+    lost = (name for name in dict.fromkeys([*dense, *compressed]) if metrics.is_nonfinite(name))
+    names = [*metrics.quality((dense, compressed)), *(name for name in lost if dense.get(name) or compressed.get(name))]
+    names += [name for name in _SPEEDS if name in dense or name in compressed]
+    return [
+        MetricRow(
+            name,
+            dense.get(name),
+            compressed.get(name),
+            (metrics.standard_error(dense, name), metrics.standard_error(compressed, name)),
+        )
+        for name in names
+    ]
 
 
 def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     for note in record.notes:
         if note.startswith(WARNING):
             yield "WARNING", note.removeprefix(WARNING)
-    if settings := [row for row in metric_rows(record) if not row.is_measurement]:
-        yield "settings", ", ".join(f"{row.name} {_value(row.dense)}" for row in settings)
     if (plan := record.rank_plan) is not None:
         yield "kept", _kept(plan, record.size.get("model_retain_ratio"))
+    if cost := _cost(record.metrics.get("compressed", {})):
+        yield "cost", cost
     if long := {name: value for name, value in record.timings.items() if value >= _SHORT}:
         yield "time", ", ".join(f"{name} {_seconds(value)}" for name, value in long.items())
     if hits := record.cache.get("hits"):
@@ -113,8 +117,7 @@ def _table(record: RunRecord) -> Table:
     for column in ("dense", "compressed", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in metric_rows(record):
-        if row.is_measurement:
-            table.add_row(*row.cells)
+        table.add_row(*row.cells)
     table.add_section()
     for name, dense, compressed in _SIZES:
         if compressed in record.size:
@@ -130,6 +133,20 @@ def _kept(plan: RankPlan, whole: float | None) -> str:
         + (f", {whole:.1%} of the model" if whole is not None else "")
         + f"; {len(plan.groups)} {'group' if len(plan.groups) == 1 else 'groups'}, {shared} with a shared basis"
     )
+
+
+def _cost(found: Mapping[str, Any]) -> str:
+    """Seconds of the compression, and after how many tokens it has paid for itself; empty if they were not measured."""
+    seconds = found.get(metrics.COMPRESSION_SECONDS)
+    if not _finite(seconds):
+        return ""
+    tokens = {phase: found.get(name) for phase, name in _BREAK_EVEN.items()}
+    paid = [f"{value:,.0f} tokens of {phase}" for phase, value in tokens.items() if _finite(value)]
+    never = [phase for phase, value in tokens.items() if value is not None and not _finite(value)]
+    words = [f"compressed in {_seconds(seconds)}"]
+    words += [f"paid for after {' or '.join(paid)}"] if paid else []
+    words += [f"no gain of speed in {' and '.join(never)}"] if never else []
+    return "; ".join(words)
 
 
 def _places(record: RunRecord, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -165,7 +182,7 @@ def _points(dense: Any, compressed: Any) -> str:
     return f"{100 * (compressed - dense):+.1f} pt" if _finite(dense) and _finite(compressed) else ""
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -13,7 +13,10 @@ from typing import Any, Literal
 import wandb
 
 from bs_exp.errors import ConfigError, TrackingError
-from bs_exp.records.record import RunRecord
+from bs_exp.protocols import RunReport
+from bs_exp.records.folder_names import run_words, words_of
+from bs_exp.records.metrics import dense_ratios, is_setting
+from bs_exp.records.record import FILE_NAME, RunRecord
 from bs_exp.types import RankPlan
 
 Mode = Literal["online", "offline", "disabled"]
@@ -29,8 +32,9 @@ class WandbTracker:
     """One W&B run per run, with its files in the run's own folder.
 
     `mode="auto"` obeys WANDB_MODE, goes online if WANDB_API_KEY is set, and stays offline otherwise. `group=None`
-    groups the runs of a sweep. Tags are the preset and `tags`. `log_model` adds the saved model as an artifact.
-    `timeout` is how long to wait for the server at the start, `finish_timeout` for uploads at the end, in seconds.
+    groups the runs of a sweep. Tags are the preset and `tags`. `log_model` adds the saved model as an artifact,
+    `log_report` the record and the page that `report` makes of it. `timeout` is how long to wait for the server at the
+    start, `finish_timeout` for uploads at the end, in seconds.
     """
 
     project: str
@@ -39,6 +43,8 @@ class WandbTracker:
     tags: Sequence[str]
     mode: str
     log_model: bool
+    log_report: bool
+    report: RunReport
     timeout: float
     finish_timeout: float
 
@@ -65,10 +71,11 @@ class WandbTracker:
                 project=self.project,
                 entity=self.entity,
                 group=self.group or sweep.get("id"),
-                name=" ".join([record["name"], *sweep.get("settings", ())]),
+                name=_name(record, folder),
                 tags=list(dict.fromkeys([*([preset] if preset else []), *self.tags])),
                 id=record["run_id"],
-                config=dict(record["config"]),
+                # The chosen options by group: runs are grouped by `options.whitening` as by any setting.
+                config={**record["config"], "options": dict(record.get("choices") or {})},
                 dir=folder,
                 mode=self._mode(),
                 resume="allow",
@@ -84,7 +91,7 @@ class WandbTracker:
             # Curves of the update are plotted over their own steps, not over those of the run.
             run.define_metric(_STEP, hidden=True)
             run.define_metric("update/*", step_metric=_STEP)
-        return WandbRun(run, folder, self.log_model)
+        return WandbRun(run, folder, self.log_model, self.report if self.log_report else None)
 
     def _mode(self) -> Mode | None:
         if self.mode != "auto":
@@ -101,11 +108,15 @@ class WandbRun:
     run: wandb.Run
     folder: Path
     log_model: bool
+    report: RunReport | None
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Logs metrics by name."""
+        """Logs `MODEL/METRIC`: what was measured as charts, how it was measured to the summary alone."""
+        settings = {name: value for name, value in metrics.items() if is_setting(name.partition("/")[2])}
         with _translated("log"):
-            self.run.log(dict(metrics))
+            self.run.summary.update(settings)
+            if measured := {name: value for name, value in metrics.items() if name not in settings}:
+                self.run.log(measured)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Logs plan, curves, sizes, timings and the saved model, and closes the run, whatever its status.
@@ -123,21 +134,42 @@ class WandbRun:
                         self.run.log({_STEP: step, name: value})
                 if self.log_model and record.get("model_folder"):
                     self._log_model(record)
+                if self.report is not None:
+                    self._log_report(record, self.report)
             finally:
                 self.run.finish(exit_code=0 if record["status"] == "completed" else 1)
 
     def _log_model(self, record: Mapping[str, Any]) -> None:
-        folder = self.folder / record["model_folder"]
-        artifact = wandb.Artifact(
-            _NO_NAME.sub("-", f"{record['name']}-{record['run_id']}"),
-            type="model",
-            metadata={"config_hash": record["config_hash"], **record["size"]},
-        )
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                # The model stays in the run folder, so W&B need not copy it.
-                artifact.add_file(str(path), str(path.relative_to(folder)), policy="immutable", skip_cache=True)
+        artifact = _artifact(record, "model", {"config_hash": record["config_hash"], **record["size"]})
+        _add(artifact, self.folder / record["model_folder"])
         self.run.log_artifact(artifact)
+
+    def _log_report(self, record: Mapping[str, Any], report: RunReport) -> None:
+        artifact = _artifact(record, "report", {"config_hash": record["config_hash"]})
+        artifact.add_file(str(self.folder / FILE_NAME), FILE_NAME, policy="immutable", skip_cache=True)
+        _add(artifact, report.write(self.folder), prefix="report/")
+        self.run.log_artifact(artifact)
+
+
+def _name(record: Mapping[str, Any], folder: Path) -> str:
+    """`preset@ratio`, and what else sets a point of a sweep apart."""
+    made = RunRecord.from_dict(record)
+    words = words_of(folder.name, made.config_hash) if made.sweep else None
+    return words or " ".join(run_words(made.method, made.config.get("retain_ratio")))
+
+
+def _artifact(record: Mapping[str, Any], kind: str, metadata: dict[str, Any]) -> wandb.Artifact:
+    # The name of the model's artifact is that of earlier versions.
+    name = f"{record['name']}-{record['run_id']}" + ("" if kind == "model" else f"-{kind}")
+    return wandb.Artifact(_NO_NAME.sub("-", name), type=kind, metadata=metadata)
+
+
+def _add(artifact: wandb.Artifact, folder: Path, prefix: str = "") -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            # The files stay in the run folder, so W&B need not copy them.
+            name = f"{prefix}{path.relative_to(folder)}"
+            artifact.add_file(str(path), name, policy="immutable", skip_cache=True)
 
 
 def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +179,7 @@ def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
     objective = record.get("objective")
     by_metric = objective if isinstance(objective, Mapping) else {"": objective}
     named |= {f"objective/{name}".rstrip("/"): value for name, value in by_metric.items() if value is not None}
+    named |= dense_ratios(record.get("metrics") or {})
     error = {"error": record["error"]["message"]} if record.get("error") else {}
     return {**named, **error, "status": str(record["status"]), "config_hash": record["config_hash"]}
 

@@ -66,8 +66,10 @@ def test_the_same_command_goes_on_and_leaves_alone_what_is_finished(cli: Cli, ti
     assert "points   3: 3 completed" in first.out
     folders = {read_record(path).name: path.parent for path in sweep.glob("*/record.json")}
     assert {name: folder.name for name, folder in folders.items()} == {
-        name: read_record(folder).config_hash[:12] for name, folder in folders.items()
+        name: f"{name}@0.8-{read_record(folder).config_hash[:12]}" for name, folder in folders.items()
     }
+    # As an earlier version called it: a folder is found by its hash.
+    folders["svd"] = folders["svd"].rename(sweep / folders["svd"].name.removeprefix("svd@0.8-"))
 
     # One is finished, one was killed, and one left half a record.
     finished = read_record(folders["svd"])
@@ -115,7 +117,9 @@ def test_a_point_whose_model_was_cut_is_run_again(cli: Cli, tiny: Tiny) -> None:
         ((), "table_scales"),
         (("model=demo", "debug=true", "tracking=none"), "table_scales,model=demo"),
         (("model=demo", "seed=1,2"), "table_scales,model=demo,seed=1,2"),
-        (("calibration.files=[a/b.txt]",), "table_scales-"),
+        (("calibration.files=[a/b.txt]",), "table_scales,files=a-b.txt-"),
+        (("model=demo", "name=mine"), "mine"),
+        (("name=mine,yours",), "table_scales"),
     ],
 )
 def test_a_sweep_is_named_by_its_file_and_what_was_set(more: tuple[str, ...], name: str) -> None:

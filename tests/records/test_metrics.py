@@ -48,3 +48,21 @@ def test_what_is_no_quality_ranks_nothing() -> None:
     # The mean of one task is that task.
     assert metrics.quality([found]) == ["ppl/text", "acc/a", "acc/b", "acc_norm/a", "cosine/text", "acc/mean"]
     assert metrics.headlines(metrics.quality([found]), "cosine/text") == ["ppl/text", "cosine/text", "acc/mean"]
+
+
+def test_how_something_was_measured_is_no_result() -> None:
+    for name in ("ppl_tokens/a", "ppl_text_sha256/a", "items/a", "task_version/a", "lm_eval/version"):
+        assert metrics.is_setting(name)
+    for name in ("throughput/device", "throughput/repeats"):
+        assert metrics.is_setting(name)
+    for name in ("ppl/a", "acc/a", "acc_stderr/a", "ppl_nonfinite/a", "throughput/decode_tok_s", "cost/compression_s"):
+        assert not metrics.is_setting(name)
+
+
+def test_perplexities_over_those_of_the_dense_model() -> None:
+    found = {
+        "dense": {"ppl/a": 10.0, "acc/b": 0.5, "masked_ppl/c": 4.0},
+        "compressed": {"ppl/a": 12.5, "acc/b": 0.4, "masked_ppl/c": 6.0, "ppl/new": 3.0, "ppl_tokens/a": 9},
+    }
+    assert metrics.dense_ratios(found) == {"ppl_ratio/a": 1.25, "masked_ppl_ratio/c": 1.5}
+    assert metrics.dense_ratios({}) == {}

@@ -243,6 +243,17 @@ def test_the_table_names_every_point_and_what_to_do(tmp_path: Path) -> None:
     assert f"bs-exp report {tmp_path}\n" in text
 
 
+def test_the_best_is_named_among_points_that_kept_the_same(tmp_path: Path) -> None:
+    for name, value, kept in (("a", 12.5, 0.8), ("b", 11.0, 0.797), ("c", 10.0, 0.9)):
+        write_record(_record(objective=value, size={"retain_ratio": kept}), tmp_path / name)
+    out = io.StringIO()
+    print_sweep("mine", tmp_path, survey(tmp_path, _plan("a", "b", "c")), Console(file=out, width=100))
+    assert [line for line in out.getvalue().splitlines() if line.startswith("best")] == [
+        "best     ppl/text 11 with 79.7% kept: x=b"
+    ]
+    assert "80.0%" in out.getvalue() and "90.0%" in out.getvalue()
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2.0 h")])
 def test_durations_are_read_at_a_glance(value: float, text: str) -> None:
     assert duration(value) == text

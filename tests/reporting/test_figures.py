@@ -67,7 +67,7 @@ def test_names_are_shown_as_they_are(drawn: dict[str, Drawn]) -> None:
 
 
 def test_every_figure_says_what_it_shows(drawn: dict[str, Drawn]) -> None:
-    assert "Best with 50 % removed: best" in drawn["m1-curve-ppl-wikitext2"].alt
+    assert "Best at 50 % (\u221250 %): best" in drawn["m1-curve-ppl-wikitext2"].alt
     for figure in drawn.values():
         assert len(figure.alt) > 40
         root = ElementTree.fromstring(figure.inline)

@@ -151,7 +151,7 @@ def test_all_that_is_reported_stands_beside_what_was_measured() -> None:
     study = _study(synthetic.record("best", 0.2, hub=LLAMA, ppl=6.5), synthetic.record("best", 0.4, hub=LLAMA, ppl=9.0))
     tables = {table.key: table for table in paper_tables(study, compare(study))}
     table = tables["m1-reported-ppl-wikitext2"]
-    assert [column.title for column in table.columns] == ["method", "from", "20 %", "40 %"]
+    assert [column.title for column in table.columns] == ["method", "from", "80 % (\u221220 %)", "60 % (\u221240 %)"]
     assert [cell.text for cell in table.rows[0].cells] == ["best", "measured", "6.50", "9.00"]
     rows = {(row.cells[0].text, row.cells[1].text): row for row in table.rows}
     dobi = rows["Dobi-SVD", "SAES-SVD, Table 1 (arXiv 2602.03051)"]
@@ -237,7 +237,7 @@ def test_pairs_of_layers_stand_beside_those_of_the_paper() -> None:
         assert (
             rows
             == [
-                ["20 %", "k", "8 and 9", "0.950", "0.927", "+2.5 %"],
-                ["20 %", "o", "8 and 9", "1.100", "1.148", "-4.2 %"],
+                ["80 % (\u221220 %)", "k", "8 and 9", "0.950", "0.927", "+2.5 %"],
+                ["80 % (\u221220 %)", "o", "8 and 9", "1.100", "1.148", "-4.2 %"],
             ][:count]
         )

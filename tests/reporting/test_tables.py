@@ -40,14 +40,19 @@ def test_methods_by_ratio_with_the_dense_row_first_and_the_best_bold() -> None:
         synthetic.record("best", 0.2, ppl=7.936, group_size=0),
     )
     table = next(results.result_tables(section, "m1"))
-    assert [column.title for column in table.columns] == ["method", "20 %", "40 %"]
-    assert [_texts(row) for row in table.rows] == [
-        ["dense", "5.68", "5.68"],
-        ["svd", "20,061", "failed"],
-        ["svd_llm", "7.94", "13.11"],
-        ["best", "7.94", "-"],
+    assert [column.title for column in table.columns] == [
+        "method",
+        "80 % (\u221220 %)",
+        "60 % (\u221240 %)",
+        "kept exactly",
     ]
-    assert [cell.best for row in table.rows for cell in row.cells[1:]] == [
+    assert [_texts(row) for row in table.rows] == [
+        ["dense", "5.68", "5.68", ""],
+        ["svd", "20,061", "failed", "80.00 % · -"],
+        ["svd_llm", "7.94", "13.11", "80.00 % · 60.00 %"],
+        ["best", "7.94", "-", "80.00 % · -"],
+    ]
+    assert [cell.best for row in table.rows for cell in row.cells[1:-1]] == [
         *(False, False),  # the dense model is not in the race
         *(False, False),
         *(True, False),  # the same as it is printed; alone in its column there is no best
@@ -60,14 +65,14 @@ def test_everything_measured_stands_by_ratio_with_what_was_kept() -> None:
     section = _section(*(synthetic.record(m, r, group_size=0) for m in ("svd", "best") for r in (0.4, 0.2)))
     table = list(results.result_tables(section, "m1"))[-1]
     titles = [column.title for column in table.columns]
-    assert titles[:4] == ["removed", "method", "ppl wikitext2", "ppl ptb"]
-    assert titles[-3:] == ["mean", "kept", "size"]
+    assert titles[:4] == ["kept (removed)", "method", "ppl wikitext2", "ppl ptb"]
+    assert titles[-3:] == ["mean", "kept exactly", "size"]
     assert [_texts(row)[:2] for row in table.rows] == [
         ["", "dense"],
-        ["20 %", "svd"],
-        ["20 %", "best"],
-        ["40 %", "svd"],
-        ["40 %", "best"],
+        ["80 % (\u221220 %)", "svd"],
+        ["80 % (\u221220 %)", "best"],
+        ["60 % (\u221240 %)", "svd"],
+        ["60 % (\u221240 %)", "best"],
     ]
     best = {titles[i]: row.cells[i].best for row in table.rows[2:3] for i in range(len(titles))}
     assert best["ppl ptb"] and best["mean"]  # lower and higher
@@ -81,7 +86,25 @@ def test_a_search_over_many_ratios_has_no_columns_of_holes() -> None:
 @pytest.mark.parametrize(("lowest", "best"), [(True, [True, False, False]), (False, [False, True, False])])
 def test_best_is_marked_among_numbers_only(lowest: bool, best: list[bool]) -> None:
     cells = [Cell("1", value=1.0), Cell("2", value=2.0), Cell("NaN", value=math.nan)]
-    assert [cell.best for cell in mark_best(cells, lowest=lowest)] == best
+    assert [cell.best for cell in mark_best(cells, [0.8, 0.8, 0.8], lowest=lowest)] == best
+
+
+def test_the_best_is_marked_among_equal_sizes_only() -> None:
+    cells = [Cell(str(value), value=value) for value in (1.0, 2.0, 3.0, 4.0, 0.5)]
+    # 0.8 and 0.805 are within 1 %; 0.7 and 0.95 are alone, and of the last one nothing is known.
+    marked = mark_best(cells, [0.95, 0.805, 0.8, 0.7, None], lowest=True)
+    assert [cell.best for cell in marked] == [False, True, False, False, False]
+    # Not across budgets: each has its own.
+    marked = mark_best(cells, [0.9, 0.8, 0.8, 0.9, 0.8], lowest=True)
+    assert [cell.best for cell in marked] == [True, False, False, False, True]
+
+
+def test_the_summary_takes_the_best_of_equals() -> None:
+    more = synthetic.record("best", 0.2, ppl=5.9, group_size=0)
+    greedy = replace(more, size={**more.size, "retain_ratio": 0.9})
+    equals = [synthetic.record(m, 0.2, ppl=ppl, group_size=0) for m, ppl in (("svd", 9.0), ("svd_llm", 7.0))]
+    best = _section(greedy, *equals).best(0.2, "ppl/wikitext2")
+    assert best is not None and best.method == "svd_llm"
 
 
 def test_break_even_needs_more_than_noise() -> None:
@@ -90,8 +113,8 @@ def test_break_even_needs_more_than_noise() -> None:
     tables = {table.title: table for table in cost.cost_tables(_section(slower, clearly, barely), "m1")}
     table = next(table for title, table in tables.items() if title.startswith("Break-even"))
     by_ratio = {row.cells[0].value: row.cells[-2] for row in table.rows}
-    assert by_ratio[0.1].text == "never: not faster"
-    assert by_ratio[0.21].text == "not clearly faster"
+    assert by_ratio[0.9].text == "never: not faster"
+    assert by_ratio[0.79].text == "not clearly faster"
     assert by_ratio[0.5].value == pytest.approx(5.0 / (1 / 1500 - 1 / 1950))
 
 
@@ -148,7 +171,7 @@ def test_layer_shares_of_a_paper_stand_beside_the_measured_ones() -> None:
     # best gives more to later layers, the paper's search less.
     assert agreement.rows[0].cells[-1].value < 0
     assert "official code of DipSVD" in agreement.note
-    assert [_texts(row)[:3] for row in shares.rows][-1] == ["50 %", "DipSVD, reported", "39.5"]
+    assert [_texts(row)[:3] for row in shares.rows][-1] == ["50 % (\u221250 %)", "DipSVD, reported", "39.5"]
     assert [row.cells[1].text for row in shares.rows] == ["best", "svd", "DipSVD, reported"]
     assert len(shares.columns) == 2 + 32
 

@@ -33,6 +33,9 @@ def record() -> RunRecord:
                 "acc/docs_cloze": 0.5,
                 "acc_stderr/docs_cloze": 0.01,
                 "throughput/decode_tok_s": 1234.5,
+                "throughput/decode_tok_s_min": 1200.0,
+                "throughput/decode_tok_s_max": 1250.0,
+                "items/docs_cloze": 8,
                 "throughput/batch_size": 4,
             },
             "compressed": {
@@ -66,9 +69,33 @@ def test_dense_and_compressed_stand_side_by_side(record: RunRecord) -> None:
     assert "acc_stderr" not in text
 
 
-def test_settings_are_told_once(record: RunRecord) -> None:
-    settings = next(line for line in _printed(record).splitlines() if line.startswith("settings"))
-    assert "throughput/batch_size 4" in settings
+def test_provenance_stays_in_the_record(record: RunRecord) -> None:
+    text = _printed(record)
+    for word in ("sha256", "batch_size", "items", "_min", "_max", "settings"):
+        assert word not in text
+    assert text.count("throughput/") == 1  # one row for each rate
+
+
+def test_tokens_without_a_finite_loss_are_told(record: RunRecord) -> None:
+    metrics = {
+        "dense": {"ppl/text": 25.0, "ppl_nonfinite/text": 0},
+        "compressed": {"ppl/text": 30.0, "ppl_nonfinite/text": 3},
+    }
+    assert re.search(r"ppl_nonfinite/text +0 +3", _printed(dataclasses.replace(record, metrics=metrics)))
+    none = {label: {**found, "ppl_nonfinite/text": 0} for label, found in metrics.items()}
+    assert "nonfinite" not in _printed(dataclasses.replace(record, metrics=none))
+
+
+def test_cost_is_one_line(record: RunRecord) -> None:
+    cost = {
+        "cost/compression_s": 1.957,
+        "cost/break_even_prefill_tokens": 12345.6,
+        "cost/break_even_decode_tokens": math.inf,
+    }
+    metrics = {**record.metrics, "compressed": {**record.metrics["compressed"], **cost}}
+    text = " ".join(_printed(dataclasses.replace(record, metrics=metrics)).split())
+    assert "cost compressed in 2.0 s; paid for after 12,346 tokens of prefill; no gain of speed in decode" in text
+    assert "cost/" not in text
 
 
 def test_facts_follow(record: RunRecord) -> None:

@@ -15,6 +15,7 @@ import pytest
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.progress import Progress
 from bs_exp.records.record import Status, read_record
+from bs_exp.reporting.report import PageOfRun
 from bs_exp.runs.recorder import Recorder, new_record
 from bs_exp.tracking.weights_and_biases import WandbTracker
 from tests.support.offline_file import OfflineRun, read_offline
@@ -22,7 +23,7 @@ from tests.support.offline_file import OfflineRun, read_offline
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
     "project": "tests", "entity": None, "group": None, "tags": ["mine"], "mode": "offline", "log_model": False,
-    "timeout": 30.0, "finish_timeout": 30.0,
+    "log_report": False, "report": PageOfRun(), "timeout": 30.0, "finish_timeout": 30.0,
 }  # fmt: skip
 GROUP = {"d_in": 32, "d_out": 16, "parameters": 10, "predicted_loss": 0.5, "loss_unit": "output_norm", "ridge": 0.0}
 PLAN = {
@@ -47,7 +48,7 @@ def recorder(folder: Path, save_model: bool = False, sweep: dict[str, Any] | Non
         config={"retain_ratio": 0.8, "save_model": save_model},
         config_hash="ab" * 32,
         folder=folder,
-        choices={"experiment": "svd_llm"},
+        choices={"experiment": "svd_llm", "whitening": "gram"},
         sweep=sweep,
     )
     return Recorder(record, folder, Progress(quiet=True))
@@ -56,17 +57,20 @@ def recorder(folder: Path, save_model: bool = False, sweep: dict[str, Any] | Non
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineRun, Recorder]:
     """A run of a sweep with everything that a run can have."""
-    folder = tmp_path_factory.mktemp("run")
-    sweep = {"id": "fig_ratio", "job": 3, "settings": ["retain_ratio=0.8"]}
-    (folder / "model").mkdir()
+    folder = tmp_path_factory.mktemp("sweep") / "svd_llm@0.8+group_size-2-abababababab"
+    sweep = {"id": "fig_ratio", "job": 3, "settings": ["retain_ratio=0.8", "sharing.group_size=2", "model=demo"]}
+    (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
     (folder / "model" / "model.safetensors").write_bytes(b"weights")
     with recorder(folder, save_model=True, sweep=sweep) as made:
-        made.track(WandbTracker(**{**SETTINGS, "log_model": True}))
+        made.track(WandbTracker(**{**SETTINGS, "log_model": True, "log_report": True}))
         with made.progress.stage("load"):
             pass
         made.log({"dense/ppl/text": 10.5})
-        made.log({"compressed/ppl/text": 12.25, "compressed/throughput/device": "cpu"})
+        how = {"throughput/device": "cpu", "throughput/batch_size": 8, "ppl_tokens/text": 252, "items/task": 9}
+        compressed = {"ppl/text": 12.25, "throughput/decode_tok_s": 100.0, **how}
+        made.log({f"compressed/{name}": value for name, value in compressed.items()})
+        made.update(metrics={"dense": {"ppl/text": 10.5}, "compressed": compressed})
         made.update(plan=PLAN, update=UPDATE, size={"retain_ratio": 0.75}, model_folder="model", objective=12.25)
     return read_offline(folder), made
 
@@ -79,8 +83,9 @@ def test_identity(finished: tuple[OfflineRun, Recorder]) -> None:
     found, made = finished
     assert made.record.notes == ()
     assert (found.run.run_id, found.run.run_group) == (made.record.run_id, "fig_ratio")
-    assert found.run.display_name == "svd_llm retain_ratio=0.8"
+    assert found.run.display_name == "svd_llm@0.8 group_size-2"
     assert sorted(found.run.tags) == ["mine", "svd_llm"]
+    assert found.config["options"] == {"experiment": "svd_llm", "whitening": "gram"}
     assert found.config["retain_ratio"] == 0.8
     assert found.exit_code == 0
 
@@ -89,10 +94,28 @@ def test_metrics_timings_and_sizes(finished: tuple[OfflineRun, Recorder]) -> Non
     found, made = finished
     assert history(found, "dense/ppl/text") == [10.5]
     assert history(found, "compressed/ppl/text") == [12.25]
-    assert history(found, "compressed/throughput/device") == ["cpu"]
+    assert history(found, "compressed/throughput/decode_tok_s") == [100.0]
+    assert found.summary["ppl_ratio/text"] == 12.25 / 10.5
     assert found.summary["timings/load"] == made.record.timings["load"]
     assert found.summary["size/retain_ratio"] == 0.75
     assert (found.summary["objective"], found.summary["status"]) == (12.25, "completed")
+
+
+def test_settings_are_no_charts(finished: tuple[OfflineRun, Recorder]) -> None:
+    found, _ = finished
+    for name in ("throughput/device", "throughput/batch_size", "ppl_tokens/text", "items/task"):
+        assert history(found, f"compressed/{name}") == []
+        assert f"compressed/{name}" in found.summary
+
+
+def test_record_and_report_are_an_artifact_on_request(finished: tuple[OfflineRun, Recorder]) -> None:
+    found, made = finished
+    [artifact] = [artifact for artifact in found.artifacts if artifact.type == "report"]
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    assert files["record.json"] == made.folder / "record.json"
+    assert files["report/index.html"] == made.folder / "report" / "index.html"
+    assert "report/tables/runs.csv" in files
+    assert "svd_llm" in files["report/index.html"].read_text()
 
 
 def test_plan_is_a_table(finished: tuple[OfflineRun, Recorder]) -> None:
@@ -138,6 +161,12 @@ def test_model_is_an_artifact_on_request(finished: tuple[OfflineRun, Recorder]) 
     files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
     assert files == {name: made.folder / "model" / name for name in ("config.json", "model.safetensors")}
     assert json.loads(artifact.metadata)["retain_ratio"] == 0.75
+
+
+def test_a_run_outside_of_a_sweep_has_its_own_name(tmp_path: Path) -> None:
+    with recorder(tmp_path) as made:
+        made.track(WandbTracker(**SETTINGS))
+    assert read_offline(tmp_path).run.display_name == "svd_llm@0.8"
 
 
 def test_failed_run_is_closed_as_failed(tmp_path: Path) -> None:
