@@ -125,12 +125,13 @@ def check_groups(groups: Sequence[WeightGroup], architecture: Architecture, shar
 def check_metric(metric: Metric, group: WeightGroup, whitening: Whitening) -> None:
     """ContractError for a metric of another shape, with entries that are not finite, or without an inverse."""
     sides: list[tuple[str, Tensor, int]] = []
-    if metric.whitener is not None:
+    if metric.left_gram is None and metric.whitener is not None:
         sides.append(("whitener", metric.whitener, group.d_in))
     if metric.right is not None:
         if sorted(metric.right) != list(group.layers):
             raise _broken(whitening, "whitening", f"right must have the layers of {group.name}, got {[*metric.right]}")
-        sides += [(f"right[{layer}]", root, group.d_out) for layer, root in metric.right.items()]
+        given = [layer for layer in metric.right if layer not in metric.right_grams]
+        sides += [(f"right[{layer}]", metric.right[layer], group.d_out) for layer in given]
     for name, root, size in sides:
         if root.shape != (size, size):
             raise _broken(whitening, "whitening", f"{name} of {group.name} must be {size} x {size}, got {_shape(root)}")

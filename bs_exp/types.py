@@ -7,7 +7,7 @@ are concatenated along ``d_out``; the basis acts first, ``y = (x @ basis) @ coef
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -295,6 +295,75 @@ class LossUnit(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
+class GramRoot:
+    """The triangular root S of a damped Gram, `S^T S = gram + diag(added)`, which is made when it is first asked for.
+
+    `factorise` makes it. Where a decomposition needs no root of a side, it multiplies by the Gram instead, which saves
+    the factorisation and a triangular solve.
+    """
+
+    gram: Float[Tensor, "d d"]
+    added: Float[Tensor, " d"]
+    factorise: Callable[[], Float[Tensor, "d d"]]
+
+    @cached_property
+    def triangle(self) -> Float[Tensor, "d d"]:
+        """S, upper triangular, in fp64."""
+        return _upper(self.factorise(), "root")
+
+    def times(self, matrix: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+        """`(gram + diag(added)) @ matrix`."""
+        product: Tensor = self.gram @ matrix
+        return product.addcmul_(self.added[:, None], matrix)
+
+
+class _Whitener:
+    """The field `Metric.whitener`: a tensor whenever it is read, also where a `GramRoot` was given."""
+
+    def __get__(self, metric: Metric | None, owner: type[Metric]) -> Float[Tensor, "d d"] | None:
+        if metric is None:
+            raise AttributeError("whitener")  # tells `dataclass` that the field has no default
+        given: Tensor | GramRoot | None = metric.__dict__["whitener"]
+        return given.triangle if isinstance(given, GramRoot) else given
+
+    def __set__(self, metric: Metric, given: Float[Tensor, "d d"] | GramRoot | None) -> None:
+        if given is not None and not isinstance(given, GramRoot):
+            given = _upper(given, "whitener")
+        metric.__dict__["whitener"] = given
+
+
+class _Right:
+    """The field `Metric.right`: tensors whenever they are read, also where a `GramRoot` was given."""
+
+    def __get__(self, metric: Metric | None, owner: type[Metric]) -> Mapping[int, Float[Tensor, "d d"]] | None:
+        found: _RightRoots | None = None if metric is None else metric.__dict__["right"]  # None is also the default
+        return found
+
+    def __set__(self, metric: Metric, given: Mapping[int, Float[Tensor, "d d"] | GramRoot] | None) -> None:
+        metric.__dict__["right"] = given if given is None or isinstance(given, _RightRoots) else _RightRoots(given)
+
+
+class _RightRoots(Mapping[int, "Tensor"]):
+    """Lower triangular roots by layer; those of a `GramRoot` are made when they are read."""
+
+    def __init__(self, given: Mapping[int, Tensor | GramRoot]) -> None:
+        self.given = {
+            layer: root if isinstance(root, GramRoot) else _upper(root.mT, f"right[{layer}]^T").mT
+            for layer, root in given.items()
+        }
+
+    def __getitem__(self, layer: int) -> Tensor:
+        root = self.given[layer]
+        return root.triangle.mT if isinstance(root, GramRoot) else root
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+
+@dataclass(frozen=True, eq=False)
 class Metric:
     """The norm `||S dW R||_F` in which a group's error is measured; None is the identity. All in fp64.
 
@@ -304,27 +373,33 @@ class Metric:
     layer where it is largest).
 
     Any other root does as well: what is not triangular is replaced by the triangular matrix of its QR decomposition,
-    which has the same `S^T S` (or `R R^T`). Triangular ones keep their bits.
+    which has the same `S^T S` (or `R R^T`). Triangular ones keep their bits. A `GramRoot` may be given in place of
+    either: of `S`, or of `R^T`.
     Raises ValueError for a root that has fewer rows than channels (`right`: columns), and so no inverse.
     """
 
-    whitener: Float[Tensor, "d_in d_in"] | None
+    whitener: _Whitener = _Whitener()
     ridge: float | Float[Tensor, " d_in"] = 0.0
-    right: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    right: _Right = _Right()
     damping: float = 0.0
     unit: LossUnit = LossUnit.METRIC_NORM
-
-    def __post_init__(self) -> None:
-        if self.whitener is not None:
-            object.__setattr__(self, "whitener", _upper(self.whitener, "whitener"))
-        if self.right is not None:
-            lower = {layer: _upper(root.mT, f"right[{layer}]^T").mT for layer, root in self.right.items()}
-            object.__setattr__(self, "right", lower)
 
     @property
     def mean_ridge(self) -> float:
         """The ridge, averaged over channels: what the plan records."""
         return float(self.ridge) if isinstance(self.ridge, float | int) else float(self.ridge.mean())
+
+    @property
+    def left_gram(self) -> GramRoot | None:
+        """The whitener's Gram, if that is what was given."""
+        given = self.__dict__["whitener"]
+        return given if isinstance(given, GramRoot) else None
+
+    @property
+    def right_grams(self) -> Mapping[int, GramRoot]:
+        """The Grams of `right`, of those layers for which they were given."""
+        given = {} if (right := self.__dict__["right"]) is None else right.given
+        return {layer: root for layer, root in given.items() if isinstance(root, GramRoot)}
 
 
 def _upper(root: Tensor, name: str) -> Float[Tensor, "d d"]:

@@ -7,6 +7,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.errors import DecompositionError
+from bs_exp.types import GramRoot
+
+
+def damped_root(
+    gram: Float[Tensor, "d d"], *, ridge: float, needed: bool, of: str = "inputs"
+) -> tuple[Float[Tensor, "d d"] | GramRoot, Float[Tensor, " d"]]:
+    """The root that `cholesky_whitener` gives, made now if it is `needed`, and what was added to the diagonal.
+
+    A Gram of which no root is made needs not be positive definite: nothing but `ridge` is added to it.
+    Raises DecompositionError as `cholesky_whitener` does; for a Gram that has no root, when that is first made.
+    """
+    if needed:
+        return cholesky_whitener(gram, ridge=ridge, of=of)
+    gram = gram.double()
+    added = ridge * _scale(gram, of).square()
+    return GramRoot(gram, added, lambda: cholesky_whitener(gram, ridge=ridge, of=of)[0]), added
 
 
 def cholesky_whitener(
@@ -23,6 +39,31 @@ def cholesky_whitener(
     it is the Gram `of`.
     """
     gram = gram.double()
+    scale = _scale(gram, of)
+    unit = (gram / scale[:, None]).div_(scale)
+    unit.diagonal().add_(ridge)
+    shift = ridge
+    lower, info = torch.linalg.cholesky_ex(unit)
+    if int(info) != 0:
+        unit.diagonal().sub_(ridge)
+        lowest = float(torch.linalg.eigvalsh(unit)[0])
+        # Rounding moves eigenvalues by about d * eps * norm, so a shift below that can fail again.
+        rounding = unit.shape[0] * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(unit))
+        shift += 2.0 * max(-lowest, 0.0) + rounding
+        unit.diagonal().add_(shift)
+        lower, info = torch.linalg.cholesky_ex(unit)
+        if int(info) != 0:
+            raise DecompositionError(
+                f"the Gram is not positive definite (with channels scaled to unit second moments its lowest eigenvalue "
+                f"is {lowest:.1e}) even with {shift:.1e} on its diagonal. Raise whitening.ridge or use more "
+                "calibration sequences."
+            )
+    del unit
+    return lower.mul_(scale[:, None]).mT.contiguous(), shift * scale.square()
+
+
+def _scale(gram: Float[Tensor, "d d"], of: str) -> Float[Tensor, " d"]:
+    """Roots of the diagonal, with the mean in place of zeros; DecompositionError if the Gram is not finite, or zero."""
     if not bool(gram.isfinite().all()):
         raise DecompositionError(
             f"the Gram of the {of} holds NaN or infinite entries, so the calibration {of} did too. Load the model with "
@@ -37,24 +78,4 @@ def cholesky_whitener(
             "checkpoint, or load it with model.dtype=float32. If not, calibrate on other text, or use "
             "whitening=identity."
         )
-    scale = diagonal.where(diagonal > 0.0, mean).sqrt()
-    unit = gram / scale[:, None] / scale
-    shift = ridge
-    lower, info = torch.linalg.cholesky_ex(_shifted(unit, shift))
-    if int(info) != 0:
-        lowest = float(torch.linalg.eigvalsh(unit)[0])
-        # Rounding moves eigenvalues by about d * eps * norm, so a shift below that can fail again.
-        rounding = unit.shape[0] * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(unit))
-        shift += 2.0 * max(-lowest, 0.0) + rounding
-        lower, info = torch.linalg.cholesky_ex(_shifted(unit, shift))
-        if int(info) != 0:
-            raise DecompositionError(
-                f"the Gram is not positive definite (with channels scaled to unit second moments its lowest eigenvalue "
-                f"is {lowest:.1e}) even with {shift:.1e} on its diagonal. Raise whitening.ridge or use more "
-                "calibration sequences."
-            )
-    return (lower.mT * scale).contiguous(), shift * scale.square()
-
-
-def _shifted(gram: Tensor, damping: float) -> Tensor:
-    return gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) if damping else gram
+    return diagonal.where(diagonal > 0.0, mean).sqrt()

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,35 +18,47 @@ from bs_exp.linalg.scaling import balanced, by_layer, unscale
 from bs_exp.types import Decomposition, LossUnit, Metric, SharedFactors, Spectrum, WeightGroup
 
 
-def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Decomposition:
-    """All components of `A = S [W_1 R_1 .. W_n R_n]`, best first, from eigenvectors of `A A^T` or `A^T A`, in fp64.
+def needs_left_root(group: WeightGroup) -> bool:
+    """Whether the decomposition of a group takes the root S of its inputs' Gram, and not the Gram itself."""
+    return _is_wide(group) or group.correction > 0
 
-    With `A = U Sigma V^T`: where `d_in <= columns`, `A A^T` gives U, and `basis = S^-1 U`, `coefficients = U^T A R^-1`;
-    elsewhere `A^T A` gives V, and `basis = W R V`, `coefficients = V^T R^-1` (the output-covariance form, no inverse of
-    S at all). Either way `basis @ coefficients` is the weight itself: U or V is orthogonal, even where inaccurate.
+
+def needs_right_root(group: WeightGroup) -> bool:
+    """Whether the decomposition of a group takes the roots R of its outputs' Grams, and not the Grams themselves."""
+    return not _is_wide(group) or group.correction > 0
+
+
+def decompose(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metric: Metric) -> Decomposition:
+    """All components of `A = S [W_1 R_1 .. W_n R_n]`, best first, from the smaller of `A A^T` and `A^T A`, in fp64.
+
+    With `A = U Sigma V^T`: where `d_in <= columns`, `A A^T` gives U, and `basis = S^-1 U`, `coefficients = U^T S W`;
+    elsewhere `A^T A` gives V, and `basis = W R V`, `coefficients = V^T R^-1`. So the larger side needs no root: where
+    the metric has the Gram of it, `H = S^T S` or `G_i = R_i R_i^T`, the small matrix is `S (W G W^T) S^T` or
+    `R^T (W^T H W) R`.
+
+    Either way `basis @ coefficients` is the weight itself: U or V is orthogonal, even where inaccurate, and a loss is
+    the norm of what is left out, not an eigenvalue. So it is the loss of these factors, whatever the condition of the
+    Grams. Its square is above the optimum by some `rank * eps * ||A||^2` at most: eigenvectors of a squared matrix
+    tell singular values apart down to `sqrt(eps)`, 1e-8, of the largest, where rounding the factors to fp32 costs more.
     Raises DecompositionError if the weight is not finite.
     """
-    scaled, whitened = _whitened(group, weight, metric)
-    if weight.shape[0] <= weight.shape[1]:
-        left = torch.linalg.eigh(whitened @ whitened.mT).eigenvectors.flip(1)
-        basis_t = _unwhiten(left, metric).mT
-        coefficients = left.mT @ whitened
-        values = coefficients.norm(dim=1)
-    else:
-        coefficients = torch.linalg.eigh(whitened.mT @ whitened).eigenvectors.flip(1).mT
-        basis_t = coefficients @ scaled.mT
-        values = (coefficients @ whitened.mT).norm(dim=1)
-    # Norms are more accurate than the eigenvalues of a squared matrix; sorting by them keeps the spectrum monotone.
-    order = values.argsort(descending=True)
-    basis_t, coefficients, values = basis_t[order], coefficients[order], values[order]
-    energies = _energies(values, basis_t, coefficients, metric)
+    products = _products(group, weight, metric)
+    vectors = torch.linalg.eigh(products.small).eigenvectors.flip(1)
+    combined = vectors.mT @ products.rows
+    squares = products.squares(vectors, combined)
+    basis_t, coefficients = (_unwhiten(vectors, metric).mT, combined) if _is_wide(group) else (combined, vectors.mT)
+    # Sums of squares are more accurate than eigenvalues of a squared matrix; sorted, they make a falling spectrum.
+    order = squares.argsort(descending=True)
+    basis_t, coefficients, squares = basis_t[order], coefficients[order], squares[order]
+    energies = _energies(squares, basis_t, coefficients, metric)
     if group.correction:
         energies = corrected_energies(group, energies, basis_t, coefficients, metric)
-    coefficients = by_layer(group, coefficients, metric, unscale)
+    if products.coefficients_are_scaled:
+        coefficients = by_layer(group, coefficients, metric, unscale)
     basis_t, coefficients = balanced(basis_t, coefficients)
     spectrum = Spectrum(
         group=group,
-        singular_values=values,
+        singular_values=squares.sqrt(),
         energies=energies,
         ridge=metric.mean_ridge,
         unit=metric.unit,
@@ -63,9 +77,7 @@ def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metri
     """
     if group.correction:
         return decompose(group, weight, metric).spectrum
-    _, whitened = _whitened(group, weight, metric)
-    square = whitened @ whitened.mT if whitened.shape[0] <= whitened.shape[1] else whitened.mT @ whitened
-    squares = torch.linalg.eigvalsh(square).flip(0).clamp_min(0.0)
+    squares = torch.linalg.eigvalsh(_products(group, weight, metric).small).flip(0).clamp_min(0.0)
     return Spectrum(
         group=group,
         singular_values=squares.sqrt(),
@@ -95,18 +107,64 @@ def truncate(decomposition: Decomposition, rank: int) -> SharedFactors:
     return split_by_layer(group, decomposition.basis_t[:rank], decomposition.coefficients[:rank])
 
 
-def _whitened(group: WeightGroup, weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """`[W_1 R_1 .. W_n R_n]` and `S` times that, in fp64."""
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """`one @ other^T` is the smaller of `A A^T` and `A^T A`; combinations of `rows` make the other factor.
+
+    `one` and `other` are A (or A^T) twice where the metric has roots, and `P` and `P G` where it has a Gram.
+    """
+
+    rows: Float[Tensor, "smaller larger"]
+    one: Float[Tensor, "smaller larger"]
+    other: Float[Tensor, "smaller larger"]
+    coefficients_are_scaled: bool = True
+
+    @property
+    def small(self) -> Float[Tensor, "smaller smaller"]:
+        return self.one @ self.other.mT
+
+    def squares(self, vectors: Tensor, combined: Tensor) -> Float[Tensor, " smaller"]:
+        """The squared singular values that belong to orthonormal columns, of which `combined` is `vectors^T rows`."""
+        one = combined if self.one is self.rows else vectors.mT @ self.one
+        other = one if self.other is self.one else vectors.mT @ self.other
+        squares: Tensor = torch.linalg.vecdot(one, other)
+        return squares.clamp_min(0.0)
+
+
+def _is_wide(group: WeightGroup) -> bool:
+    return group.d_in <= group.columns
+
+
+def _products(group: WeightGroup, weight: Tensor, metric: Metric) -> _Products:
     weight = weight.double()
     if not bool(weight.isfinite().all()):
         raise DecompositionError("the weight holds NaN or infinite entries.")
+    # In other units the ridge's share, and corrections, take coefficients that are scaled by R.
+    if _is_wide(group) and metric.right_grams and metric.unit is LossUnit.NATS and not group.correction:
+        rows = weight if metric.whitener is None else metric.whitener @ weight
+        return _Products(rows, rows, _times_right_gram(group, rows, metric), coefficients_are_scaled=False)
     scaled = by_layer(group, weight, metric, lambda block, right: block @ right)
-    return scaled, scaled if metric.whitener is None else metric.whitener @ scaled
+    if _is_wide(group):
+        whitened = scaled if metric.whitener is None else metric.whitener @ scaled
+        return _Products(whitened, whitened, whitened)
+    if metric.left_gram is not None:
+        return _Products(scaled.mT, scaled.mT, metric.left_gram.times(scaled).mT)
+    whitened = scaled if metric.whitener is None else metric.whitener @ scaled
+    return _Products(scaled.mT, whitened.mT, whitened.mT)
 
 
-def _energies(values: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
+def _times_right_gram(group: WeightGroup, rows: Tensor, metric: Metric) -> Tensor:
+    """Each layer's columns times `R R^T`."""
+    assert metric.right is not None
+    blocks = []
+    for layer, block in zip(group.layers, rows.split(group.d_out, dim=1), strict=True):
+        gram = metric.right_grams.get(layer)
+        blocks.append(block @ metric.right[layer] @ metric.right[layer].mT if gram is None else gram.times(block.mT).mT)
+    return torch.cat(blocks, dim=1)
+
+
+def _energies(squares: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
     """The loss of dropping each component, in the unit of `Spectrum.energies`."""
-    squares = values.square()
     if metric.unit is LossUnit.NATS:
         half: Tensor = squares / 2.0
         return half

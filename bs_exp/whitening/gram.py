@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.cholesky import damped_root
+from bs_exp.linalg.decomposition import needs_left_root
 from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
 from bs_exp.validation import check_share
 
@@ -29,5 +30,6 @@ class GramWhitening:
     def metric(self, statistics: GroupStatistics) -> Metric:
         if statistics.gram is None:
             raise ValueError("GramWhitening needs a Gram; it says so in `needs`.")
-        whitener, ridge = cholesky_whitener(statistics.gram, ridge=self.ridge)
+        group = statistics.group
+        whitener, ridge = damped_root(statistics.gram, ridge=self.ridge, needed=needs_left_root(group))
         return Metric(whitener=whitener, ridge=ridge, unit=LossUnit.OUTPUT_NORM)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bs_exp.linalg.cholesky import cholesky_whitener
-from bs_exp.types import GroupStatistics, LossUnit, Metric, Statistic
+from bs_exp.linalg.cholesky import damped_root
+from bs_exp.linalg.decomposition import needs_left_root, needs_right_root
+from bs_exp.types import GramRoot, GroupStatistics, LossUnit, Metric, Statistic
 from bs_exp.validation import check_share, check_unit
 
 # Square root of the curvature (nats) assumed for outputs that do not reach the loss: negligible, but invertible.
@@ -42,9 +43,11 @@ class TwoSidedWhitening:
     def metric(self, statistics: GroupStatistics) -> Metric:
         if statistics.gram is None or statistics.output_grams is None:
             raise ValueError("TwoSidedWhitening needs Grams of inputs and outputs; it says so in `needs`.")
-        per_token = statistics.gram / (statistics.tokens * statistics.group.size)
-        whitener, ridge = cholesky_whitener(per_token, ridge=self.ridge)
-        right, dampings = {}, []
+        group = statistics.group
+        per_token = statistics.gram / (statistics.tokens * group.size)
+        whitener, ridge = damped_root(per_token, ridge=self.ridge, needed=needs_left_root(group))
+        right: dict[int, Tensor | GramRoot] = {}
+        dampings = []
         # The loss may be over fewer tokens than are read (masked tokens, a decoder's target).
         predictions = statistics.predictions or statistics.tokens
         for layer, total in statistics.output_grams.items():
@@ -52,10 +55,13 @@ class TwoSidedWhitening:
                 # No output of this matrix reaches the loss (it is multiplied by zeros later): any error costs nothing.
                 right[layer] = _NEGLIGIBLE * torch.eye(len(total), dtype=torch.float64, device=total.device)
                 continue
-            upper, added = cholesky_whitener(
-                tempered(total / predictions, self.temper), ridge=self.damping, of="output gradients"
+            root, added = damped_root(
+                tempered(total / predictions, self.temper),
+                ridge=self.damping,
+                needed=needs_right_root(group),
+                of="output gradients",
             )
-            right[layer] = upper.mT.contiguous()
+            right[layer] = root.mT.contiguous() if isinstance(root, Tensor) else root
             dampings.append(float(added.mean()))
         damping = max(dampings, default=0.0)
         return Metric(whitener=whitener, ridge=ridge, right=right, damping=damping, unit=LossUnit.NATS)
