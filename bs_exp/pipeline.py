@@ -230,7 +230,8 @@ def compress(
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
         with progress.stage(Stage.REPLACE):
             module = twin(dense.module)
-            replace_matrices(module, dense.architecture, decompositions.truncated(plan), recipe.layout)
+            factors = decompositions.truncated(plan)
+            replace_matrices(module, dense.architecture, factors, recipe.layout, workspace.cache.folder)
         rounds.append(plan.requested_ratio)
         if plan.requested_ratio <= recipe.retain_ratio:
             break

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bs_exp.errors import ModelError
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.model_inputs import Inputs, hidden_states
+from bs_exp.models.offload import resident
 from bs_exp.types import LoadedModel
 
 _HIDDEN = "hidden_states"
@@ -108,6 +109,12 @@ class Blocks:
         states = calls[0].hidden
         self._calls.setdefault(len(states), [call.without_states() for call in calls])
         return states
+
+    @contextmanager
+    def resident(self, layer: int) -> Iterator[None]:
+        """The weights of a block are on the model's device meanwhile; where they wait elsewhere, they come once."""
+        with resident(self._modules[layer]):
+            yield
 
     def run(self, layer: int, states: Tensor) -> Float[Tensor, "windows positions channels"]:
         """What a block makes of the states in front of it, on the model's device."""

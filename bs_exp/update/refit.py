@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.group_statistics import calibrate
-from bs_exp.calibration.walk import BlockStream
 from bs_exp.errors import CalibrationError, ConfigError, ModelError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
-from bs_exp.progress import Progress
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
 from bs_exp.validation import check_choice, check_number, check_unit, is_number
@@ -126,9 +126,9 @@ class Refit:
             workspace.progress.note("refit: there are no factors to refit")
             return report
         start = time.perf_counter()
-        work = _Work(self, compressed, dense)
+        work = _Work(self, compressed, dense, workspace.cache.folder)
         if self.streams:
-            self._stream(work, groups, data, workspace.progress)
+            self._stream(work, groups, data, workspace)
         else:
             self._from_grams(work, groups, data, workspace)
         report |= work.report() | {"applied": True, "seconds": round(time.perf_counter() - start, 3)}
@@ -160,18 +160,19 @@ class Refit:
                 assert gram is not None
                 work.refit(group, (layer,), InputPairs(gram))
 
-    def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, progress: Progress) -> None:
+    def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, workspace: Workspace) -> None:
         """Block by block: gathers one block's moments, refits, and carries the windows on."""
         feed = feeder(work.dense, data.windows.feeding)
+        waiting = Waiting(data.activations, workspace.cache.folder)
 
         def stream(model: LoadedModel) -> BlockStream:
-            return BlockStream(Blocks(model), (feed.inputs(ids.to(model.device)) for ids in data.batches))
+            return BlockStream(Blocks(model), (feed.inputs(ids.to(model.device)) for ids in data.batches), waiting)
 
         current = stream(replace(work.dense, module=work.compressed))
         original = None if self.target == "compressed_inputs" else stream(work.dense)
         layers = range(len(work.dense.architecture.blocks))
         pending: dict[WeightGroup, InputPairs] = {}
-        for layer in progress.track(layers, label="refitting", total=len(layers)):
+        for layer in workspace.progress.track(layers, label="refitting", total=len(layers)):
             here = [group for group in groups if layer in group.layers]
             found = _gather(work, here, layer, current, original, advance=self.mode == "one_shot")
             for group in here:
@@ -194,6 +195,7 @@ class _Work:
     settings: Refit
     compressed: PreTrainedModel
     dense: LoadedModel
+    folder: Path | None
     _losses: dict[WeightGroup, list[tuple[float, float]]] = field(default_factory=dict)  # squared, before and after
     _betas: dict[WeightGroup, list[float]] = field(default_factory=dict)
     _kept: int = 0
@@ -238,7 +240,7 @@ class _Work:
                 "update=none."
             )
         if after < before:  # not so if it overflows the dtype
-            exchange_factors(self.compressed, architecture, candidate)
+            exchange_factors(self.compressed, architecture, candidate, self.folder)
         else:
             after = before
             self._kept += 1
