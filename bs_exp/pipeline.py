@@ -47,6 +47,7 @@ from bs_exp.rank_budget import make_plan, share_out
 from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
+    Activations,
     CalibrationData,
     CompressedModel,
     LayerProfile,
@@ -160,7 +161,10 @@ def prepare(
     data = _NO_CALIBRATION
     if recipe.reads_windows or reads_windows:
         with progress.stage(Stage.TOKENISE):
-            data = CalibrationData(_windows(dense, recipe.calibration, cut), recipe.calibration.batch_size)
+            # Calibrations of others need not say where hidden states wait.
+            waiting: Activations = getattr(recipe.calibration, "activations", "auto")
+            windows = _windows(dense, recipe.calibration, cut)
+            data = CalibrationData(windows, recipe.calibration.batch_size, waiting)
     if recipe.reads_text:
         check_gatherable(dense, data, _needs_by_strategy(recipe))
         if isinstance(recipe.allocation, MeasuredAllocation):

@@ -20,7 +20,7 @@ from bs_exp.models.blocks import Blocks
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states
-from bs_exp.models.offload import is_offloaded
+from bs_exp.models.offload import check_whole_backward, is_offloaded
 from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, LoadedModel
 
@@ -90,6 +90,7 @@ def walk(
     if watch.loss is None:
         run.whole_forward()
     elif blocks is None:
+        check_whole_backward(model.module, model.device, "A statistic of loss gradients")
         run.whole_backward(recompute=large)
     elif is_offloaded(model.module):
         yield from run.backward_at_once(blocks)

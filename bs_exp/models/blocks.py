@@ -127,6 +127,12 @@ class Blocks:
             found: Tensor = self._model.module(**inputs).logits
         return found
 
+    def hidden(self, inputs: Inputs, states: Tensor) -> Float[Tensor, "windows positions channels"]:
+        """The last hidden states, given those behind the last block; no block runs."""
+        with Hooks() as hooks:
+            self._pass_on(hooks, states)
+            return hidden_states(self._model.module, inputs)
+
     def check(self, first: Inputs, second: Inputs) -> None:
         """ModelError if a chain of blocks is not the model: what is caught on the first inputs is used on the second.
 
@@ -144,9 +150,7 @@ class Blocks:
             for layer, (path, call) in enumerate(zip(self._paths, calls, strict=True)):
                 if not _close(self.run(layer, call.hidden), call.output):
                     raise self._refusal(f"{path} reads more than the hidden states of the block before it")
-            with Hooks() as hooks:
-                self._pass_on(hooks, calls[-1].output)
-                found = hidden_states(self._model.module, second)
+            found = self.hidden(second, calls[-1].output)
         if not _close(found, expected):
             raise self._refusal(f"more than the output of {self._paths[-1]} is read behind its blocks")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bs_exp.errors import ConfigError
+from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.mapped import can_map, is_mapped, release
 from bs_exp.validation import check_choice
 
@@ -38,6 +38,15 @@ def check_offload(offload: str, device: torch.device) -> None:
         )
     if offload == "disk" and not can_map():
         raise ConfigError("offload must be none or cpu here, got 'disk': this system cannot give back pages of files.")
+
+
+def check_whole_backward(module: nn.Module, device: torch.device, what: str) -> None:
+    """ModelError if `what` goes backward through the whole model while its blocks come to a cuda device one by one."""
+    if is_offloaded(module) and device.type != "cpu":
+        raise ModelError(
+            f"{what} goes backward through the whole model, all of which must be on {device} then. Set "
+            "model.offload=none, or model.device=cpu with model.offload=disk."
+        )
 
 
 def place(module: nn.Module, blocks: Iterable[str], device: torch.device) -> None:

@@ -23,7 +23,9 @@ from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.hooks import Hooks
+from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.offload import is_offloaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
@@ -204,16 +206,20 @@ class _Work:
         return self.dense.architecture.by_position[group.matrix, layer]
 
     def device(self, group: WeightGroup) -> torch.device:
-        return weight_of(self.dense.module, self.matrix(group, group.layers[0])).device
+        weight = weight_of(self.dense.module, self.matrix(group, group.layers[0]))
+        return self.dense.device if is_offloaded(self.dense.module) else weight.device
 
     @torch.no_grad()
     def refit(self, group: WeightGroup, layers: Sequence[int], inputs: InputPairs) -> None:
         """Refits some layers of a group on their inputs, if that lowers the loss of the numbers that are stored."""
         architecture, ridge = self.dense.architecture, self.settings.ridge
-        stored = factors_of(self.compressed, architecture, group)
+        device = self.device(group)
+        stored = _on(factors_of(self.compressed, architecture, group), device)
         layout = stored.layout
         present = layout.restore(stored)
-        weight = torch.cat([weight_of(self.dense.module, self.matrix(group, i)).double() for i in layers], dim=1)
+        weights = [weight_of(self.dense.module, self.matrix(group, i)) for i in layers]
+        weight = torch.cat([part.to(device).double() for part in weights], dim=1)
+        release(weights)
 
         def columns(blocks: Mapping[int, Tensor]) -> Tensor:
             return torch.cat([blocks[i] for i in layers], dim=1)
@@ -325,6 +331,17 @@ def _inputs_of(module: PreTrainedModel, sites: Mapping[str, str]) -> Iterator[di
         for site, name in sites.items():
             hooks.on_input(module.get_submodule(name), partial(see, site))
         yield seen
+
+
+def _on(factors: StoredFactors, device: torch.device) -> StoredFactors:
+    """The factors on a device; the same tensors if they are there."""
+    return replace(
+        factors,
+        basis=factors.basis.to(device),
+        coefficients={layer: c.to(device) for layer, c in factors.coefficients.items()},
+        kept={name: value.to(device) for name, value in factors.kept.items()},
+        corrections={layer: (down.to(device), up.to(device)) for layer, (down, up) in factors.corrections.items()},
+    )
 
 
 def _in_dtype(factors: StoredFactors, dtype: torch.dtype) -> StoredFactors:

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 from bs_exp.cache import Cache
 from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.errors import ConfigError, ModelError
+from bs_exp.evaluation.throughput import Throughput
 from bs_exp.models import mapped
 from bs_exp.models.loading import HubModel, LocalModel
+from bs_exp.models.model_inputs import feeder
 from bs_exp.models.offload import check_offload, is_offloaded, lies_in_files, place, resident
+from bs_exp.models.outputs import hidden_states_of, logits_of
 from bs_exp.models.saving import save_model
+from bs_exp.models.surgery import find_factors
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
 from bs_exp.testing.models import recipe
 from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
 from bs_exp.update.none import NoUpdate
+from bs_exp.update.refit import Refit
 from bs_exp.workspace import Workspace
 from tests.support.gathered import gathered
 
@@ -267,3 +272,59 @@ def test_what_cannot_be_used_in_place(tmp_path: Path) -> None:
     torch.save(model.module.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"holds no safetensors .*save_pretrained.*model\.offload=none"):
         loaded(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert", "t5"])
+def test_outputs_block_by_block(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of several sizes and lengths, more than are in memory at once; an encoder-decoder runs as a whole."""
+    monkeypatch.setattr("bs_exp.models.outputs._TOKENS", 60)
+    saved(tmp_path, family)
+    here, there = loaded(tmp_path, "none"), loaded(tmp_path)
+    reader = feeder(here)
+    ids = [*WINDOWS.ids.split(2), WINDOWS.ids[:1, :9], WINDOWS.ids[:3]]
+    batches = [reader.inputs(each) for each in ids]
+    for outputs in (logits_of, hidden_states_of):
+        expected, found = list(outputs(here, batches)), list(outputs(there, batches))
+        assert [tensor.shape[:1] for tensor in found] == [each.shape[:1] for each in ids]
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_read_once_for_all_windows(tmp_path: Path) -> None:
+    """All batches go through a block before the next one comes."""
+    model = loaded(saved(tmp_path))
+    batches = [feeder(model).inputs(ids) for ids in WINDOWS.ids.split(1)]
+    outputs = logits_of(model, batches)
+    order: list[int] = []
+    for layer, path in enumerate(model.architecture.blocks):
+        block = model.module.get_submodule(path)
+        block.register_forward_hook(lambda module, arguments, output, layer=layer: order.append(layer))
+    next(outputs)
+    count = len(batches)
+    runs = [layer for layer in (0, 1, 2) for _ in range(count)]
+    # In front of the last pass, in which blocks pass on what they are given.
+    assert order[-len(runs) - 3 : -3] == runs
+
+
+def test_throughput_would_time_the_disk(tmp_path: Path) -> None:
+    evaluator = Throughput(batch_size=1, prompt_length=4, generated_length=2, repeats=1, warmup=0, seed=0)
+    with pytest.raises(ConfigError, match=r"model\.offload=cpu or disk.*evaluation=perplexity"):
+        evaluator.check(loaded(saved(tmp_path)))
+
+
+@pytest.mark.parametrize("mode", ["one_shot", "sequential"])
+def test_refitted_as_in_memory(mode: str, tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    update = Refit(
+        mode=mode, inputs="compressed", target="dense_outputs", beta=None, gram="layer", ridge=1e-6, below=None
+    )
+    found = {}
+    for offload in ("none", "disk"):
+        workspace = Workspace(Cache(tmp_path / offload), QUIET)
+        found[offload] = compress(loaded(tmp_path / "dense", offload), recipe(update), workspace)
+    assert lies_in_files(found["disk"].module)
+    factors = {offload: find_factors(compressed.module) for offload, compressed in found.items()}
+    assert all(mapped.is_mapped(factor) for factor in factors["disk"].values())
+    assert all(torch.equal(factors["none"][name], factor) for name, factor in factors["disk"].items())
+    assert found["none"].update["loss_after"] == found["disk"].update["loss_after"]
+    assert found["none"].update["left_as_they_were"] == found["disk"].update["left_as_they_were"]
