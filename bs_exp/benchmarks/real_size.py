@@ -82,14 +82,14 @@ def run(model: Path, folder: Path, overrides: Sequence[str], *, offload: str, wi
         *(
             f"model.offload={offload}",
             "calibration=text",
-            f"calibration.corpus.files=[{text}]",
+            f"calibration.files=[{text}]",
             f"calibration.num_sequences={windows}",
             f"calibration.sequence_length={length}",
         ),
         *(
             "calibration.batch_size=1",
             "evaluation=text",
-            f"evaluation.corpora.text.files=[{text}]",
+            f"evaluation.files=[{text}]",
             f"evaluation.sequence_length={length}",
         ),
         *(f"evaluation.max_windows={windows}", "evaluation.batch_size=1", "tracking=none", "save_model=true"),
