@@ -48,6 +48,7 @@ from bs_exp.rank_budget import make_plan, share_out
 from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
 from bs_exp.types import (
+    Activations,
     CalibrationData,
     CompressedModel,
     LayerProfile,
@@ -162,8 +163,10 @@ def prepare(
     data = _NO_CALIBRATION
     if recipe.reads_windows or reads_windows:
         with progress.stage(Stage.TOKENISE):
+            # Calibrations of others need not say where hidden states wait.
+            waiting: Activations = getattr(recipe.calibration, "activations", "auto")
             windows = _windows(dense, recipe.calibration, cut, progress)
-            data = CalibrationData(windows, recipe.calibration.batch_size)
+            data = CalibrationData(windows, recipe.calibration.batch_size, waiting)
     if recipe.reads_text:
         check_gatherable(dense, data, _needs_by_strategy(recipe))
         if isinstance(recipe.allocation, MeasuredAllocation):
@@ -236,7 +239,8 @@ def compress(
             plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
         with progress.stage(Stage.REPLACE):
             module = twin(dense.module)
-            replace_matrices(module, dense.architecture, decompositions.truncated(plan), recipe.layout)
+            factors = decompositions.truncated(plan)
+            replace_matrices(module, dense.architecture, factors, recipe.layout, workspace.cache.folder)
         rounds.append(plan.requested_ratio)
         if plan.requested_ratio <= recipe.retain_ratio:
             break

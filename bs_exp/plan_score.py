@@ -192,7 +192,8 @@ class PlanScore:
             return
         dense, values = self.comparison.dense, []
         module = twin(dense.module)
-        replace_matrices(module, dense.architecture, self.decompositions.truncated(plan), PlainLayout())
+        factors, folder = self.decompositions.truncated(plan), self.workspace.cache.folder
+        replace_matrices(module, dense.architecture, factors, PlainLayout(), folder)
         for value in self.comparison.running(module):
             values.append(value)
             yield value

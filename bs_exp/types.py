@@ -148,6 +148,7 @@ class LoadedModel:
 
 
 Target: TypeAlias = Literal["continuation", "spans"]
+Activations: TypeAlias = Literal["auto", "memory", "disk"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +180,14 @@ class TokenWindows:
 class CalibrationData:
     """The windows on which statistics are gathered, and how many of them the model reads at once.
 
+    `activations` says where hidden states wait between the blocks of a model that is walked through.
+
     Made once, before the first stage. A recipe that reads no text has none.
     """
 
     windows: TokenWindows
     batch_size: int
+    activations: Activations = "auto"
 
     @property
     def batches(self) -> tuple[Int[Tensor, "batch length"], ...]:

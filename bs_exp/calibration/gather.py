@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -36,20 +37,27 @@ Gathered: TypeAlias = tuple[Statistic, str, dict[str, Tensor]]
 
 
 def gather(
-    model: LoadedModel, data: CalibrationData, statistics: Set[Statistic], *, progress: Progress
+    model: LoadedModel,
+    data: CalibrationData,
+    statistics: Set[Statistic],
+    *,
+    progress: Progress,
+    folder: Path | None = None,
+    layers: Collection[int] | None = None,
 ) -> Iterator[Gathered]:
     """The statistics of all their subjects on the calibration windows, as soon as each has seen all of them.
 
     One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
-    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher). Tensors are on the CPU. Hooks,
+    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher). `layers` are those whose
+    statistics are wanted (None: all); hidden states that wait on disk do so in `folder`. Tensors are on the CPU. Hooks,
     `requires_grad` flags and gradients are as before afterwards, whatever happened.
     Raises CalibrationError if what was seen is not finite, or matrices of one site read different inputs.
     """
     for loss in _LOSSES:
         if chosen := [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss]:
             sums = _Sums(model, chosen, loss, batches=len(data.batches))
-            for layers in walk(model, data, sums, progress=progress):
-                yield from sums.finished(layers)
+            for done in walk(model, data, sums, progress=progress, folder=folder, layers=layers):
+                yield from sums.finished(done)
 
 
 class _Sums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 
 import torch
@@ -106,21 +106,34 @@ def calibrate(
     key, cache = statistics_key(model, data), workspace.cache
     keys: dict[Statistic, Mapping[str, str]] = {}
     entries: dict[Statistic, dict[str, Entry]] = {}
-    missing: set[Statistic] = set()
+    missing: dict[Statistic, set[int]] = {}  # layers by statistic
     for statistic in sorted(needs & OF_MATRICES):
-        names = sorted(s.name for s in subjects(model.architecture, ACCUMULATORS[statistic].place))
+        layers = {s.name: s.layer for s in subjects(model.architecture, ACCUMULATORS[statistic].place)}
+        names = sorted(layers)
         keys[statistic] = {name: content_key(statistics=key, name=name) for name in names}
         found = {name: cache.find(statistic, name_key) for name, name_key in keys[statistic].items()}
         entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
-        if len(entries[statistic]) < len(names):
-            missing.add(statistic)
-    for statistic, name, tensors in gather(model, data, missing, progress=workspace.progress):
-        entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
+        if absent := {layers[name] for name in names if name not in entries[statistic]}:
+            missing[statistic] = absent
+    # An earlier walk that was interrupted left the statistics of the blocks that it finished.
+    for lacking, statistics in _together(missing):
+        gathered = gather(model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=lacking)
+        for statistic, name, tensors in gathered:
+            if name not in entries[statistic]:
+                entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
     count, length = data.windows.ids.shape
     predictions = count * feeder(model, data.windows.feeding).predictions(length)
     return CalibrationStats(
         architecture=model.architecture, tokens=data.windows.ids.numel(), predictions=predictions, entries=entries
     )
+
+
+def _together(missing: Mapping[Statistic, set[int]]) -> Iterator[tuple[frozenset[int], set[Statistic]]]:
+    """Statistics that one walk can gather: those that lack the same layers."""
+    found: dict[frozenset[int], set[Statistic]] = {}
+    for statistic, layers in missing.items():
+        found.setdefault(frozenset(layers), set()).add(statistic)
+    yield from found.items()
 
 
 def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:

@@ -32,8 +32,9 @@ def profile_blocks(
             return None
         entry = workspace.cache.find(statistic, key)
         if entry is None:
-            found = gather(model, data, {statistic}, progress=workspace.progress)
-            stacked = torch.stack([value for _, _, tensors in found for value in tensors.values()])
+            found = gather(model, data, {statistic}, progress=workspace.progress, folder=workspace.cache.folder)
+            ordered = sorted(found, key=lambda gathered: int(gathered[1]))
+            stacked = torch.stack([value for _, _, tensors in ordered for value in tensors.values()])
             entry = workspace.cache.store(statistic, key, {"values": stacked})
         return entry.tensor("values")
 

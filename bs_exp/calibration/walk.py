@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,9 +15,12 @@ from transformers import PreTrainedModel
 from bs_exp.calibration.statistics import Loss
 from bs_exp.errors import ModelError
 from bs_exp.models.architecture import trunks
+from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.hooks import Hooks
+from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states
+from bs_exp.models.offload import check_whole_backward, is_offloaded
 from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, LoadedModel
 
@@ -48,48 +52,35 @@ class Watch(Protocol):
         """Told in front of every batch with a loss: the windows and positions that it may consist of."""
 
 
-class BlockStream:
-    """The hidden states of all batches in front of a block, carried on by one block after the other.
-
-    They lie in the CPU's memory, in the model's dtype.
-    """
-
-    def __init__(self, blocks: Blocks, batches: Iterable[Inputs]) -> None:
-        self._blocks = blocks
-        self._states = [blocks.embedded(inputs).cpu() for inputs in batches]
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self._states)
-
-    def run(self, layer: int, batch: int) -> Tensor:
-        """What a block makes of the states of a batch in front of it, on the model's device."""
-        with torch.no_grad():
-            return self._blocks.run(layer, self._states[batch])
-
-    def advance(self, batch: int, states: Tensor) -> None:
-        """Puts a batch in front of the next block."""
-        self._states[batch] = states.cpu()
-
-
 def is_large(model: LoadedModel) -> bool:
-    """Whether keeping all activations of a batch would take more memory than a third forward pass is worth."""
-    return sum(parameter.numel() for parameter in model.module.parameters()) >= LARGE
+    """Whether its weights wait elsewhere, or all activations of a batch take more memory than a third pass is worth."""
+    return is_offloaded(model.module) or sum(parameter.numel() for parameter in model.module.parameters()) >= LARGE
 
 
-def walk(model: LoadedModel, data: CalibrationData, watch: Watch, *, progress: Progress) -> Iterator[Sequence[int]]:
+def walk(
+    model: LoadedModel,
+    data: CalibrationData,
+    watch: Watch,
+    *,
+    progress: Progress,
+    folder: Path | None = None,
+    layers: Collection[int] | None = None,
+) -> Iterator[Sequence[int]]:
     """Runs the model over all windows with `watch` attached; yields layers as soon as all windows went through them.
 
     A model that is not large runs as a whole, which is fastest, and yields all layers at the end. A large one runs
     block by block. Forward, all windows go through one block before the next one runs, and each layer is yielded in
     turn. Backward, `WAVE` batches at a time go forward, then from the last block to the first, where each block is
-    computed again from its stored input. A large model whose blocks cannot be run alone runs as a whole and a note says
-    so; its blocks are computed again in the backward pass, too. All ways give the same tensors in the same order to
-    what is attached, on the CPU bit for bit. Hooks, `requires_grad` flags and gradients are as before afterwards,
-    whatever happened.
+    computed again from its stored input. All batches of an offloaded model go backward together, so that its weights
+    are read once, and each layer is yielded in turn, from the last one; hidden states wait as `data.activations` says,
+    on disk in `folder`. A large model whose blocks cannot be run alone runs as a whole and a note says so; its blocks
+    are computed again in the backward pass, too. Only `layers` are watched and yielded (None: all). All ways give the
+    same tensors in the same order to what is attached, on the CPU bit for bit. Hooks, `requires_grad` flags and
+    gradients are as before afterwards, whatever happened.
     """
-    run = _Run(model, data, watch, feeder(model, data.windows.feeding), progress)
-    layers = range(len(model.architecture.blocks))
+    wanted = sorted(range(len(model.architecture.blocks)) if layers is None else layers)
+    waiting = Waiting(data.activations, folder)
+    run = _Run(model, data, watch, feeder(model, data.windows.feeding), progress, waiting, wanted)
     large = is_large(model)
     blocks = run.blocks() if large else None
     if watch.loss is None and blocks is not None:
@@ -99,23 +90,36 @@ def walk(model: LoadedModel, data: CalibrationData, watch: Watch, *, progress: P
     if watch.loss is None:
         run.whole_forward()
     elif blocks is None:
+        check_whole_backward(model.module, model.device, "A statistic of loss gradients")
         run.whole_backward(recompute=large)
+    elif is_offloaded(model.module):
+        yield from run.backward_at_once(blocks)
+        return
     else:
         run.backward(blocks)
-    yield layers
+    yield wanted
 
 
 class _Run:
     """One pass of the model over the windows, in one of four ways."""
 
     def __init__(
-        self, model: LoadedModel, data: CalibrationData, watch: Watch, reader: Feeder, progress: Progress
+        self,
+        model: LoadedModel,
+        data: CalibrationData,
+        watch: Watch,
+        reader: Feeder,
+        progress: Progress,
+        waiting: Waiting,
+        layers: Sequence[int],
     ) -> None:
         self._model = model
         self._data = data
         self._watch = watch
         self._reader = reader
         self._progress = progress
+        self._waiting = waiting
+        self._layers = layers
 
     def blocks(self) -> Blocks | None:
         """The blocks of the model, each on its own; None if they cannot be run so."""
@@ -133,7 +137,7 @@ class _Run:
     def whole_forward(self) -> None:
         """The model's own forward pass, without its head."""
         with Hooks() as hooks:
-            self._watch.attach(hooks, range(len(self._model.architecture.blocks)))
+            self._watch.attach(hooks, self._layers)
             for inputs in self._inputs(self._tracked()):
                 with torch.inference_mode():
                     hidden_states(self._model.module, inputs)
@@ -143,7 +147,7 @@ class _Run:
         module, paths = self._model.module, self._model.architecture.blocks
         with Hooks() as hooks:
             hooks.only_gradients_of(module, self._watch.weights)
-            self._watch.attach(hooks, range(len(paths)))
+            self._watch.attach(hooks, self._layers)
             if not self._watch.weights:
                 # The embeddings' output starts the graph. An encoder and a decoder look up apart, if in one table.
                 for embeddings in {table for part in (module, *trunks(module)) for table in _embeddings(part)}:
@@ -159,14 +163,17 @@ class _Run:
 
     def forward(self, blocks: Blocks) -> Iterator[int]:
         """All batches through one block after the other; yields the layer when its hooks are gone."""
-        stream = BlockStream(blocks, self._inputs(self._data.batches))
-        for layer in self._progress.track(range(len(blocks)), label=self._label, total=len(blocks)):
-            with Hooks() as hooks:
-                self._watch.attach(hooks, [layer])
+        stream = BlockStream(blocks, self._inputs(self._data.batches), self._waiting)
+        layers = range(max(self._layers, default=-1) + 1)
+        for layer in self._progress.track(layers, label=self._label, total=len(layers)):
+            with Hooks() as hooks, blocks.resident(layer):
+                if layer in self._layers:
+                    self._watch.attach(hooks, [layer])
                 for batch in range(len(stream)):
                     with torch.inference_mode():
                         stream.advance(batch, stream.run(layer, batch))
-            yield layer
+            if layer in self._layers:
+                yield layer
 
     def backward(self, blocks: Blocks) -> None:
         """Forward and backward block by block, one wave of batches after the other."""
@@ -175,31 +182,59 @@ class _Run:
             batches = self._data.batches
             waves = [batches[start : start + WAVE] for start in range(0, len(batches), WAVE)]
             for wave in self._progress.track(waves, label=self._label, total=len(waves)):
-                self._wave(blocks, wave)
+                for _ in self._wave(blocks, wave, self._keep_on(wave)):
+                    pass
 
-    def _wave(self, blocks: Blocks, batches: Sequence[Tensor]) -> None:
-        """Stores the inputs of all blocks, takes the gradients behind the last one, and goes back block by block."""
-        kept_on = self._model.device if len(batches) == 1 else torch.device("cpu")
+    def backward_at_once(self, blocks: Blocks) -> Iterator[Sequence[int]]:
+        """All batches forward and backward through one block after the other; yields layers from the last one."""
+        batches = self._data.batches
+        with Hooks() as hooks:
+            hooks.only_gradients_of(self._model.module, self._watch.weights)
+            layers = self._wave(blocks, batches, None)
+            for layer in self._progress.track(layers, label=self._label, total=len(self._layers)):
+                yield (layer,)
+
+    def _keep_on(self, batches: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        device = self._model.device if len(batches) == 1 else torch.device("cpu")
+        return lambda states: states.to(device)
+
+    def _wave(
+        self, blocks: Blocks, batches: Sequence[Tensor], keep: Callable[[Tensor], Tensor] | None
+    ) -> Iterator[int]:
+        """Stores the inputs of all blocks, takes the gradients behind the last one, and goes back block by block.
+
+        States are stored by `keep`; None: as the walk's states wait. Yields watched layers once their hooks are gone.
+        """
         examples = [self._examples(ids) for ids in batches]
         with torch.no_grad():
-            states = [[blocks.embedded(each.inputs).to(kept_on) for each in examples]]
+            embedded = [blocks.embedded(each.inputs) for each in examples]
+            if keep is None:
+                total = (len(blocks) + 1) * sum(states.nbytes for states in embedded)
+                keep = self._waiting.fixed(total).put
+            states = [[keep(each) for each in embedded]]
+            del embedded
             for layer in range(len(blocks)):
-                states.append([blocks.run(layer, before).to(kept_on) for before in states[-1]])
+                with blocks.resident(layer):
+                    states.append([keep(blocks.run(layer, before)) for before in states[-1]])
+                release(states[-2])
         gradients = []
         for each, last in zip(examples, states.pop(), strict=True):
             with torch.enable_grad():
                 last = _leaf(last, self._model.device)
                 self._loss(each, blocks.logits(each.inputs, last)).backward()
             gradients.append(_gradient(last))
-        for layer in reversed(range(len(blocks))):
-            with Hooks() as hooks:
-                self._watch.attach(hooks, [layer])
+        for layer in reversed(range(min(self._layers, default=len(blocks)), len(blocks))):
+            with Hooks() as hooks, blocks.resident(layer):
+                if layer in self._layers:
+                    self._watch.attach(hooks, [layer])
                 for i, before in enumerate(states.pop()):
                     self._watch.next_batch(examples[i].shapes)
                     with torch.enable_grad():
                         before = _leaf(before, self._model.device)
                         torch.autograd.backward(blocks.run(layer, before), gradients[i])
                     gradients[i] = _gradient(before)
+            if layer in self._layers:
+                yield layer
 
     @property
     def _label(self) -> str:

@@ -32,7 +32,7 @@ from bs_exp.files import name_fault
 from bs_exp.records.folder_names import point_folder, run_words, sweep_folder
 from bs_exp.records.inputs import CODE, FILES, file_stamps
 from bs_exp.records.record import RunRecord
-from bs_exp.records.settings import WITHOUT_EFFECT
+from bs_exp.records.settings import WITHOUT_EFFECT, result_settings
 from bs_exp.records.sweep import shown_settings
 from bs_exp.source_code import targets_code
 from bs_exp.validation import check_objective, check_retain_ratio, check_seed, shown
@@ -364,8 +364,3 @@ def config_hash(config: Mapping[Any, Any]) -> str:
     if code := targets_code(settings):
         settings[_CODE] = code
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The part of a configuration that can change a result."""
-    return {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_feeding, feeder
 from bs_exp.protocols import Corpus
-from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
+from bs_exp.types import Activations, Feeding, LoadedModel, Target, TokenWindows
 from bs_exp.validation import check_at_least, check_choice, check_seed
 
 Order: TypeAlias = Literal["sequential", "random"]
@@ -216,7 +216,7 @@ class CalibrationSet:
 
     `num_sequences` windows (a number, or `all`) are the first ones (`sequential`) or drawn by `seed` (`random`).
     Basis Sharing, section 4.1: 256 sequences of 2048 tokens. `mask_share`, `source_share` and `target` say how models
-    that do not predict the next token are fed (`Feeding`).
+    that do not predict the next token are fed (`Feeding`), `activations` where hidden states wait (`Waiting`).
     """
 
     corpus: Corpus
@@ -229,8 +229,10 @@ class CalibrationSet:
     mask_share: float = Feeding.mask_share
     source_share: float = Feeding.source_share
     target: Target = Feeding.target
+    activations: Activations = "auto"
 
     def __post_init__(self) -> None:
+        check_choice("activations", self.activations, get_args(Activations))
         check_at_least(1, batch_size=self.batch_size, sequence_length=self.sequence_length)
         check_seed(self.seed)
         check_choice("order", self.order, get_args(Order))

@@ -8,6 +8,7 @@ from torch import Tensor
 from bs_exp.evaluation.perplexity import perplexity_of
 from bs_exp.evaluation.texts import TextSettings, read_windows, tracked
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.outputs import logits_of
 from bs_exp.records.metrics import NONFINITE, TEXT_SHA256, TOKENS, metric
 from bs_exp.types import LoadedModel
 
@@ -23,10 +24,10 @@ def example_perplexity(model: LoadedModel, settings: TextSettings, kind: str) ->
     for name, corpus in settings.corpora.items():
         windows, text_hash = read_windows(settings, corpus, model)
         losses: list[Tensor] = []
-        with torch.inference_mode():
-            for batch in tracked(windows.ids.split(settings.batch_size), f"{kind} on {name}"):
-                examples = reader.examples(batch.to(model.device))
-                logits = model.module(**examples.inputs).logits
+        batches = [reader.examples(ids.to(model.device)) for ids in windows.ids.split(settings.batch_size)]
+        outputs = logits_of(model, [examples.inputs for examples in batches])
+        for examples, logits in tracked(zip(batches, outputs, strict=True), f"{kind} on {name}", total=len(batches)):
+            with torch.inference_mode():
                 losses.append(examples.loss(logits, reduction="none").double().cpu())
         found = torch.cat(losses)
         metrics[metric(kind, name)] = perplexity_of(float(found.mean()))

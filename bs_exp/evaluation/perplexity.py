@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import (
@@ -27,6 +26,7 @@ from bs_exp.corpora.windows import (
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.texts import tracked
 from bs_exp.models.model_inputs import check_task
+from bs_exp.models.outputs import logits_of
 from bs_exp.protocols import Corpus
 from bs_exp.records.metrics import NONFINITE, PPL, TEXT_SHA256, TOKENS, metric
 from bs_exp.types import LoadedModel, Task, TokenWindows
@@ -91,7 +91,7 @@ class Perplexity:
             around = special_tokens_around(model.tokenizer) if self.special_tokens == PER_WINDOW else ([], [])
             before, after = map(len, around)
             label = f"perplexity on {name}"
-            losses = list(self._window_losses(windows, model.module, before=before, after=after, label=label))
+            losses = list(self._window_losses(windows, model, before=before, after=after, label=label))
             metrics[metric(PPL, name)] = perplexity_of(_mean(losses, self.average))
             metrics[metric(PPL, name, TOKENS)] = sum(len(window) for window in losses)
             metrics[metric(PPL, name, TEXT_SHA256)] = str(origin["fingerprint"])
@@ -113,7 +113,7 @@ class Perplexity:
         return windows
 
     def _window_losses(
-        self, windows: TokenWindows, module: PreTrainedModel, *, before: int, after: int, label: str
+        self, windows: TokenWindows, model: LoadedModel, *, before: int, after: int, label: str
     ) -> Iterator[Float[Tensor, " new"]]:
         """Losses (nats, fp64) of the tokens that are new in each window, the tail last.
 
@@ -129,24 +129,31 @@ class Perplexity:
         if tail is not None:
             batches.append(tail[None])
         first = True
-        for batch in tracked(batches, label):
-            for losses in token_losses(module, batch):
+        for batch_losses in tracked(token_losses(model, batches), label, total=len(batches)):
+            for losses in batch_losses:
                 # The beginning of a window was counted in the one before; the first window has none before it.
                 yield losses[(start if first else known) - 1 : len(losses) - after]
                 first = False
 
 
-def token_losses(module: PreTrainedModel, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length-1"]:
-    """Cross entropy in nats of every token but the first, from logits in fp32, returned in fp64 on the CPU."""
-    ids = ids.to(module.device)
-    with torch.inference_mode():
-        logits = module(input_ids=ids, use_cache=False).logits
-        rows = max(1, _LOGITS_PER_CHUNK // logits.shape[-1])
-        losses = [
-            functional.cross_entropy(some_logits.float(), targets, reduction="none")
-            for sequence, following in zip(logits, ids[:, 1:], strict=True)
-            for some_logits, targets in zip(sequence[:-1].split(rows), following.split(rows), strict=True)
-        ]
+def token_losses(
+    model: LoadedModel, batches: Sequence[Int[Tensor, "batch length"]]
+) -> Iterator[Float[Tensor, "batch length-1"]]:
+    """By batch, cross entropy in nats of every token but the first, from logits in fp32; in fp64 on the CPU."""
+    inputs = [{"input_ids": ids.to(model.device), "use_cache": False} for ids in batches]
+    for ids, logits in zip(batches, logits_of(model, inputs), strict=True):
+        with torch.inference_mode():
+            found = _token_losses(logits, ids.to(logits.device))
+        yield found
+
+
+def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    rows = max(1, _LOGITS_PER_CHUNK // logits.shape[-1])
+    losses = [
+        functional.cross_entropy(some_logits.float(), targets, reduction="none")
+        for sequence, following in zip(logits, ids[:, 1:], strict=True)
+        for some_logits, targets in zip(sequence[:-1].split(rows), following.split(rows), strict=True)
+    ]
     return torch.cat(losses).view(len(ids), -1).double().cpu()
 
 

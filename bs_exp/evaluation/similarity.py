@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, read_windows, tracked
-from bs_exp.models.model_inputs import feeder, hidden_states
+from bs_exp.models.model_inputs import feeder
+from bs_exp.models.outputs import hidden_states_of
 from bs_exp.protocols import Corpus
 from bs_exp.records.metrics import COSINE, RELATIVE_ERROR, SIMILARITY, TEXT_SHA256, TOKENS, metric
 from bs_exp.types import Feeding, LoadedModel, Target, TokenWindows
@@ -67,11 +68,17 @@ class Similarity:
         reader = feeder(model, windows.feeding)
         original = model.original or model
         cosines, difference, size, tokens = 0.0, 0.0, 0.0, 0
-        with torch.inference_mode():
-            for batch in tracked(windows.ids.split(self.batch_size), label):
-                inputs = reader.inputs(batch.to(model.device))
-                expected = hidden_states(original.module, inputs).flatten(0, 1).double()
-                found = expected if original is model else hidden_states(model.module, inputs).flatten(0, 1).double()
+        inputs = [reader.inputs(ids.to(model.device)) for ids in windows.ids.split(self.batch_size)]
+        wanted = hidden_states_of(original, inputs)
+        pairs = (
+            ((states, states) for states in wanted)
+            if original is model
+            else zip(wanted, hidden_states_of(model, inputs), strict=True)
+        )
+        for expected_states, found_states in tracked(pairs, label, total=len(inputs)):
+            with torch.inference_mode():
+                expected = expected_states.flatten(0, 1).double()
+                found = found_states.flatten(0, 1).double()
                 cosines += float(functional.cosine_similarity(found, expected, dim=-1).sum())
                 difference += float((found - expected).square().sum())
                 size += float(expected.square().sum())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import check_fits, check_length, cut_windows
@@ -18,6 +16,8 @@ from bs_exp.models.model_inputs import check_feeding
 from bs_exp.protocols import Corpus
 from bs_exp.types import Feeding, LoadedModel, TokenWindows
 from bs_exp.validation import check_at_least
+
+Item = TypeVar("Item")
 
 
 class TextSettings(Protocol):
@@ -73,7 +73,7 @@ def read_windows(settings: TextSettings, corpus: Corpus, model: LoadedModel) -> 
     return windows, str(origin["fingerprint"])
 
 
-def tracked(batches: Sequence[Int[Tensor, "batch length"]], label: str) -> Iterator[Int[Tensor, "batch length"]]:
-    """The batches one by one, under a progress bar on stderr that is drawn on terminals only."""
+def tracked(batches: Iterable[Item], label: str, *, total: int) -> Iterator[Item]:
+    """The items of so many batches one by one, under a progress bar on stderr that is drawn on terminals only."""
     console = Console(stderr=True)
-    yield from track(batches, label, console=console, transient=True, disable=not console.is_terminal)
+    yield from track(batches, label, total, console=console, transient=True, disable=not console.is_terminal)

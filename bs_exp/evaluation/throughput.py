@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bs_exp.corpora.windows import max_positions, vocabulary_size
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_task
+from bs_exp.models.offload import is_offloaded
 from bs_exp.records import metrics
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_at_least, check_seed
@@ -85,8 +86,14 @@ class Throughput:
         }
 
     def check(self, model: LoadedModel) -> None:
-        """ConfigError for a model that is not a causal language model, or has too few positions."""
+        """ConfigError for a model that is not a causal language model, is offloaded, or has too few positions."""
         check_task(model, "Throughput of reading and writing", Task.CAUSAL_LM)
+        if is_offloaded(model.module):
+            raise ConfigError(
+                "throughput cannot be measured with model.offload=cpu or disk: its weights would be read from the host "
+                "or the disk for every token, and that is what would be timed. Use evaluation=perplexity, leave the "
+                "evaluator out (~evaluation.evaluators.throughput), or set model.offload=none for the saved model."
+            )
         length, limit = self.prompt_length + self.generated_length, max_positions(model)
         if limit is not None and length > limit:
             raise ConfigError(

@@ -17,6 +17,7 @@ from bs_exp.errors import DecompositionError
 from bs_exp.identity import identity
 from bs_exp.linalg.decomposition import spectrum_of
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.mapped import release
 from bs_exp.protocols import Importance, Whitening
 from bs_exp.records.stages import Stage
 from bs_exp.types import (
@@ -58,7 +59,10 @@ class GroupMeasures:
     def weight(self, group: WeightGroup) -> Float[Tensor, "d_in columns"]:
         """The concatenated dense weights of a group, in fp64."""
         matrices = [self.dense.architecture.by_position[group.matrix, layer] for layer in group.layers]
-        return torch.cat([weight_of(self.dense.module, m).detach().double() for m in matrices], dim=1)
+        weights = [weight_of(self.dense.module, m).detach() for m in matrices]
+        found = torch.cat([weight.to(self.dense.device).double() for weight in weights], dim=1)
+        release(weights)
+        return found
 
     def statistics(self, group: WeightGroup) -> GroupStatistics:
         """The gathered statistics of a group, on the model's device; without calibration, none."""

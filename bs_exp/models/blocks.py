@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bs_exp.errors import ModelError
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.model_inputs import Inputs, hidden_states
+from bs_exp.models.offload import resident
 from bs_exp.types import LoadedModel
 
 _HIDDEN = "hidden_states"
@@ -109,6 +110,12 @@ class Blocks:
         self._calls.setdefault(len(states), [call.without_states() for call in calls])
         return states
 
+    @contextmanager
+    def resident(self, layer: int) -> Iterator[None]:
+        """The weights of a block are on the model's device meanwhile; where they wait elsewhere, they come once."""
+        with resident(self._modules[layer]):
+            yield
+
     def run(self, layer: int, states: Tensor) -> Float[Tensor, "windows positions channels"]:
         """What a block makes of the states in front of it, on the model's device."""
         return self._calls[len(states)][layer].on(self._modules[layer], states.to(self._model.device))
@@ -119,6 +126,12 @@ class Blocks:
             self._pass_on(hooks, states)
             found: Tensor = self._model.module(**inputs).logits
         return found
+
+    def hidden(self, inputs: Inputs, states: Tensor) -> Float[Tensor, "windows positions channels"]:
+        """The last hidden states, given those behind the last block; no block runs."""
+        with Hooks() as hooks:
+            self._pass_on(hooks, states)
+            return hidden_states(self._model.module, inputs)
 
     def check(self, first: Inputs, second: Inputs) -> None:
         """ModelError if a chain of blocks is not the model: what is caught on the first inputs is used on the second.
@@ -137,9 +150,7 @@ class Blocks:
             for layer, (path, call) in enumerate(zip(self._paths, calls, strict=True)):
                 if not _close(self.run(layer, call.hidden), call.output):
                     raise self._refusal(f"{path} reads more than the hidden states of the block before it")
-            with Hooks() as hooks:
-                self._pass_on(hooks, calls[-1].output)
-                found = hidden_states(self._model.module, second)
+            found = self.hidden(second, calls[-1].output)
         if not _close(found, expected):
             raise self._refusal(f"more than the output of {self._paths[-1]} is read behind its blocks")
 

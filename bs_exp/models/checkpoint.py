@@ -33,6 +33,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from bs_exp.errors import ModelError
 from bs_exp.models.auto_classes import AutoClass, find_auto_class
+from bs_exp.models.in_place import read_in_place
 from bs_exp.types import Task
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -51,7 +52,10 @@ class ReadCheckpoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder or a name on the hub, and how to read it; `hint` says what to do when that fails."""
+    """A folder or a name on the hub, and how to read it; `hint` says what to do when that fails.
+
+    `in_place` leaves the weights in their files (`bs_exp.models.mapped`), which must be safetensors.
+    """
 
     place: str
     dtype: torch.dtype | str
@@ -60,6 +64,7 @@ class Checkpoint:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     allow_unused: bool = False
+    in_place: bool = False
 
     def pinned(self) -> Checkpoint:
         """The checkpoint at the commit that its revision names now, so that all its files are of one commit."""
@@ -100,17 +105,21 @@ class Checkpoint:
     def _read_model(self, config: PreTrainedConfig, auto: AutoClass) -> tuple[PreTrainedModel, tuple[str, ...]]:
         options = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         with self._reading("weights"):
-            loaded: Any = auto.loader.from_pretrained(
-                self.place,
-                config=config,
-                revision=self.revision,
-                dtype=self.dtype,
-                trust_remote_code=self.trust_remote_code,
-                output_loading_info=True,
-                # Told below, with names and shapes: Transformers' own report goes to its log.
-                ignore_mismatched_sizes=True,
-                **options,
-            )
+            loaded: Any
+            if self.in_place:
+                loaded = read_in_place(self, config, auto, options)
+            else:
+                loaded = auto.loader.from_pretrained(
+                    self.place,
+                    config=config,
+                    revision=self.revision,
+                    dtype=self.dtype,
+                    trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
+                    # Told below, with names and shapes: Transformers' own report goes to its log.
+                    ignore_mismatched_sizes=True,
+                    **options,
+                )
         module: PreTrainedModel
         module, info = loaded
         model = type(module).__name__

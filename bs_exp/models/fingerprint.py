@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.errors import ModelError
+from bs_exp.models.mapped import release
 
 _FORMAT = b"bs_exp model fingerprint 1"
 _CHUNK = 1 << 24  # elements: a model of 7B parameters is never copied as a whole
@@ -40,6 +41,7 @@ def fingerprint(model: PreTrainedModel) -> str:
             if not bool(torch.isfinite(chunk).all()):
                 raise ModelError(_not_finite(name, tensor))
             digest.update(chunk.view(torch.uint8).cpu().numpy().data)
+        release([tensor])
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.models.architecture import Roles, find_architecture, read_roles
 from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
 from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.offload import check_offload, place
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_choice
 
@@ -60,6 +61,7 @@ class LocalModel:
     path: str
     dtype: str = "auto"
     device: str = "auto"
+    offload: str = "none"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     allow_unused: bool = False
@@ -67,6 +69,7 @@ class LocalModel:
 
     def __post_init__(self) -> None:
         check_settings(self.dtype, self.device, self.roles)
+        check_offload(self.offload, resolve_device(self.device))
 
     def load(self) -> LoadedModel:
         """The model of the folder, read without network; ModelError if the folder is no checkpoint."""
@@ -78,9 +81,10 @@ class LocalModel:
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             allow_unused=self.allow_unused,
+            in_place=self.offload == "disk",
             hint=_SAVE_ANEW,
         )
-        return _load(checkpoint, self.device, self.roles, source="local", name=str(folder))
+        return _load(checkpoint, self.device, self.roles, source="local", name=str(folder), offload=self.offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,7 @@ class HubModel:
     revision: str = "main"
     dtype: str = "auto"
     device: str = "auto"
+    offload: str = "none"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     allow_unused: bool = False
@@ -98,6 +103,7 @@ class HubModel:
 
     def __post_init__(self) -> None:
         check_settings(self.dtype, self.device, self.roles)
+        check_offload(self.offload, resolve_device(self.device))
 
     def load(self) -> LoadedModel:
         """The model of this revision; the provenance holds its commit. ModelError if it cannot be read."""
@@ -114,10 +120,11 @@ class HubModel:
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             allow_unused=self.allow_unused,
+            in_place=self.offload == "disk",
             hint="Without a network use model=demo, model=local model.path=DIR, or a machine's filled cache "
             "(HF_HOME=CACHE HF_HUB_OFFLINE=1). Gated models need a token (HF_TOKEN).",
         ).pinned()
-        return _load(checkpoint, self.device, self.roles, source="hub", name=self.name)
+        return _load(checkpoint, self.device, self.roles, source="hub", name=self.name, offload=self.offload)
 
 
 def check_settings(dtype: str, device: str, roles: Roles | None) -> None:
@@ -182,9 +189,14 @@ def assemble(
     return LoadedModel(module, tokenizer, architecture, provenance, task)
 
 
-def _load(checkpoint: Checkpoint, device: str, roles: Roles | None, *, source: str, name: str) -> LoadedModel:
+def _load(
+    checkpoint: Checkpoint, device: str, roles: Roles | None, *, source: str, name: str, offload: str = "none"
+) -> LoadedModel:
     found = checkpoint.read()
-    found.module.to(resolve_device(device))  # type: ignore[arg-type]
+    if offload == "none":
+        found.module.to(resolve_device(device))  # type: ignore[arg-type]
+    else:
+        place(found.module, find_architecture(found.module, roles).blocks, resolve_device(device))
     revision = checkpoint.revision
     loaded = assemble(
         found.module, found.tokenizer, roles, source=source, name=name, task=found.task, revision=revision

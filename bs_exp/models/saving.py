@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bs_exp.errors import ConfigError, SaveError
 from bs_exp.files import remove_scratch, scratch_prefix
 from bs_exp.models.adapters import has_adapters, save_adapters, without_adapters
+from bs_exp.models.mapped import release
+from bs_exp.models.offload import lies_in_files
 from bs_exp.models.processor_files import copy_missing
 
 _CONFIG = "config.json"
+# Of a model that is not in memory.
+_SHARD = "512MB"
 # Adapters are in a folder of their own: beside config.json, `from_pretrained` would look for the base model of them.
 ADAPTER_FOLDER = "adapter"
 
@@ -54,7 +64,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         dir=folder.parent, prefix=scratch_prefix(folder), ignore_cleanup_errors=True
     ) as scratch:
         written = Path(scratch, "new")
-        without_adapters(model).save_pretrained(written)
+        _write_weights(without_adapters(model), written)
         tokenizer.save_pretrained(written)
         copy_missing(files, written)
         if has_adapters(model):
@@ -63,6 +73,25 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         if folder.exists():
             folder.rename(Path(scratch, "old"))
         written.rename(folder)
+
+
+def _write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Configuration and weights. Of a model that lies in files, one shard is in memory at a time."""
+    if not lies_in_files(model):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, state_dict={})
+    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    state = revert_weight_conversion(model, state)
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."), max_shard_size=_SHARD
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: state[name].contiguous() for name in names}, folder / file, {"format": "pt"})
+        release(state[name] for name in names)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bs_exp.errors import DecompositionError, ModelError
+from bs_exp.errors import CacheError, DecompositionError, ModelError
 from bs_exp.models.architecture import module_of
+from bs_exp.models.mapped import is_mapped, write_tensors
 from bs_exp.models.modeling_basis_sharing import (
     LAYOUTS,
     METHOD,
@@ -38,12 +40,17 @@ def twin(model: Model) -> Model:
 
 
 def replace_matrices(
-    model: PreTrainedModel, architecture: Architecture, factors: Iterable[SharedFactors], layout: Layout
+    model: PreTrainedModel,
+    architecture: Architecture,
+    factors: Iterable[SharedFactors],
+    layout: Layout,
+    folder: Path | None = None,
 ) -> None:
     """Put factorised layers in place of the groups' dense layers, in the dtype and on the device of their weights.
 
     Works in place on a twin of the dense model. Biases stay the same Parameters, and every module outside the given
-    groups stays as it is. `factors` is consumed one group at a time; all are stored in the given layout.
+    groups stays as it is. `factors` is consumed one group at a time; all are stored in the given layout. Where the
+    weights lie in files, so do the factors, in files without names in `folder`.
     """
     method = _quantization_method(model)
     if method is not None:
@@ -53,7 +60,7 @@ def replace_matrices(
         )
     groups = []
     for shared in factors:
-        groups.append(_replace_group(model, architecture, layout.arrange(shared)))
+        groups.append(_replace_group(model, architecture, layout.arrange(shared), folder))
         del shared  # else the fp64 factors would live until the next group's are there
     splits = _own_splits(model)
     if groups or splits:
@@ -106,17 +113,20 @@ def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: factor for factor, name in names.items()}
 
 
-def exchange_factors(model: PreTrainedModel, architecture: Architecture, factors: StoredFactors) -> None:
+def exchange_factors(
+    model: PreTrainedModel, architecture: Architecture, factors: StoredFactors, folder: Path | None = None
+) -> None:
     """Puts other factors in place of a group's, of the same rank and in the same layout; biases stay the Parameters
-    they are."""
+    they are. In place of factors that lie in files come some in files without names in `folder`."""
     quantizer: Any = model.hf_quantizer
     entries = quantizer.quantization_config.groups
     members = [architecture.by_position[factors.group.matrix, layer].module for layer in factors.group.layers]
     position = next(i for i, entry in enumerate(entries) if entry["members"] == members)
-    for name in members:
-        layer: Any = model.get_submodule(name)
-        model.set_submodule(name, layer.to_dense())
-    entries[position] = _replace_group(model, architecture, factors)
+    present = [model.get_submodule(name) for name in members]
+    in_files = any(is_mapped(weight) for layer in present for weight in layer.parameters())
+    for name, layer in zip(members, present, strict=True):
+        model.set_submodule(name, cast("Any", layer).to_dense())
+    entries[position] = _replace_group(model, architecture, factors, folder, in_files=in_files)
 
 
 def is_factorised(model: PreTrainedModel) -> bool:
@@ -144,8 +154,18 @@ def _quantization_method(model: PreTrainedModel) -> str | None:
     return None if quantizer is None else str(quantizer.quantization_config.quant_method)
 
 
-def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: StoredFactors) -> Mapping[str, Any]:
-    """Replaces the matrices of a group; returns its entry in the quantization config."""
+def _replace_group(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    stored: StoredFactors,
+    folder: Path | None,
+    *,
+    in_files: bool | None = None,
+) -> Mapping[str, Any]:
+    """Replaces the matrices of a group; returns its entry in the quantization config.
+
+    `in_files` says whether the factors go to files; None: if the matrices are there.
+    """
     group = stored.group
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
     dense = [module_of(model, matrix) for matrix in matrices]
@@ -163,9 +183,25 @@ def _replace_group(model: PreTrainedModel, architecture: Architecture, stored: S
     if group.correction:
         entry["correction"] = group.correction
         layers = [_corrected(new, stored, matrix.layer) for matrix, new in zip(matrices, layers, strict=True)]
+    if in_files or (in_files is None and any(is_mapped(old.weight) for old in dense)):
+        _to_files({factor for layer in layers for factor in layer.parameters()}, folder)
     for matrix, new in zip(matrices, layers, strict=True):
         model.set_submodule(matrix.module, new)
     return entry
+
+
+def _to_files(factors: Iterable[nn.Parameter], folder: Path | None) -> None:
+    """Factors that are in memory go to a file, biases that lie in one stay there."""
+    moved = [factor for factor in factors if not is_mapped(factor)]
+    try:
+        copies = write_tensors([factor.data for factor in moved], folder)
+    except OSError as error:
+        raise CacheError(
+            f"Cannot write the factors of a group to {folder or 'the temporary folder'}: {error}. With "
+            "model.offload=disk the compressed model waits there. Free some space, or set cache.dir to a larger disk."
+        ) from error
+    for factor, stored in zip(moved, copies, strict=True):
+        factor.data = stored
 
 
 def _own_splits(model: PreTrainedModel) -> list[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bs_exp.errors import RecordError
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
-from bs_exp.records.settings import WITHOUT_EFFECT
+from bs_exp.records.settings import result_settings
 
 # Under these keys of a run's provenance.
 CODE = "code"
@@ -49,7 +49,7 @@ def earlier_code(record: RunRecord, sweep: Path) -> tuple[str, list[str]] | None
     of others.
     """
     code = _noted(record, CODE)
-    settings = {key: value for key, value in record.config.items() if key not in WITHOUT_EFFECT}
+    settings = result_settings(record.config)
     if not code:
         return None
     for folder in sorted(path.parent for path in sweep.glob(f"*/{FILE_NAME}")):

@@ -15,7 +15,7 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import Contest, Selection
 from bs_exp.records.stages import Stage, candidate_stage
 from bs_exp.schedule.single import SingleRound
-from bs_exp.types import CalibrationData, LoadedModel, TokenWindows
+from bs_exp.types import LoadedModel, TokenWindows
 from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace
 
@@ -59,7 +59,7 @@ def select(
     begun, progress = time.perf_counter(), workspace.progress
     with progress.stage(Stage.SELECT):
         contest = selection.contest(prepared.data.windows)
-        held_out = CalibrationData(contest.held_out, prepared.data.batch_size)
+        held_out = replace(prepared.data, windows=contest.held_out)
         comparison = Comparison(dense=dense, data=held_out, objective=contest.objective)
         judged: dict[str, dict[str, Any]] = {}
         for name in selection.candidates:

@@ -20,6 +20,7 @@ from bs_exp.models.adapters import AdaptedTwin, adapted_twin, attach
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.modeling_basis_sharing import FactorisedLinear
+from bs_exp.models.offload import check_whole_backward
 from bs_exp.models.surgery import find_factors
 from bs_exp.protocols import Calibration
 from bs_exp.training.objectives import LogitDivergence, Objective, TokenLoss
@@ -85,6 +86,7 @@ class LoRA(TrainerSettings):
                 f"got {list(self.matrices or ())}."
             )
         if self.steps:
+            check_whole_backward(dense.module, dense.device, "update=lora")
             windows = self._windows(dense, data)
             split_windows(windows.ids, self)
             feeder(dense, windows.feeding).examples(windows.ids[:1])

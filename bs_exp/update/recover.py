@@ -18,6 +18,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.identity import own_code
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.offload import check_whole_backward
 from bs_exp.models.surgery import find_factors
 from bs_exp.training.generation import GenerationSettings, check_generation, generate_windows
 from bs_exp.training.objectives import BlockOutputs, LogitDivergence, Objective
@@ -71,6 +72,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """Raises an error if there are too few windows to hold some out, or if the model predicts nothing."""
         if self.reads_windows:
+            check_whole_backward(dense.module, dense.device, "update=recover")
             windows = data.windows
             training, _ = split_windows(windows.ids, self)
             feeder(dense, windows.feeding).examples(windows.ids[:1])

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.group_statistics import calibrate
-from bs_exp.calibration.walk import BlockStream
 from bs_exp.errors import CalibrationError, ConfigError, ModelError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.hooks import Hooks
+from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.offload import is_offloaded
 from bs_exp.models.surgery import exchange_factors, factors_of
-from bs_exp.progress import Progress
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
 from bs_exp.validation import check_choice, check_number, check_unit, is_number
@@ -126,9 +128,9 @@ class Refit:
             workspace.progress.note("refit: there are no factors to refit")
             return report
         start = time.perf_counter()
-        work = _Work(self, compressed, dense)
+        work = _Work(self, compressed, dense, workspace.cache.folder)
         if self.streams:
-            self._stream(work, groups, data, workspace.progress)
+            self._stream(work, groups, data, workspace)
         else:
             self._from_grams(work, groups, data, workspace)
         report |= work.report() | {"applied": True, "seconds": round(time.perf_counter() - start, 3)}
@@ -160,18 +162,19 @@ class Refit:
                 assert gram is not None
                 work.refit(group, (layer,), InputPairs(gram))
 
-    def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, progress: Progress) -> None:
+    def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, workspace: Workspace) -> None:
         """Block by block: gathers one block's moments, refits, and carries the windows on."""
         feed = feeder(work.dense, data.windows.feeding)
+        waiting = Waiting(data.activations, workspace.cache.folder)
 
         def stream(model: LoadedModel) -> BlockStream:
-            return BlockStream(Blocks(model), (feed.inputs(ids.to(model.device)) for ids in data.batches))
+            return BlockStream(Blocks(model), (feed.inputs(ids.to(model.device)) for ids in data.batches), waiting)
 
         current = stream(replace(work.dense, module=work.compressed))
         original = None if self.target == "compressed_inputs" else stream(work.dense)
         layers = range(len(work.dense.architecture.blocks))
         pending: dict[WeightGroup, InputPairs] = {}
-        for layer in progress.track(layers, label="refitting", total=len(layers)):
+        for layer in workspace.progress.track(layers, label="refitting", total=len(layers)):
             here = [group for group in groups if layer in group.layers]
             found = _gather(work, here, layer, current, original, advance=self.mode == "one_shot")
             for group in here:
@@ -194,6 +197,7 @@ class _Work:
     settings: Refit
     compressed: PreTrainedModel
     dense: LoadedModel
+    folder: Path | None
     _losses: dict[WeightGroup, list[tuple[float, float]]] = field(default_factory=dict)  # squared, before and after
     _betas: dict[WeightGroup, list[float]] = field(default_factory=dict)
     _kept: int = 0
@@ -202,16 +206,20 @@ class _Work:
         return self.dense.architecture.by_position[group.matrix, layer]
 
     def device(self, group: WeightGroup) -> torch.device:
-        return weight_of(self.dense.module, self.matrix(group, group.layers[0])).device
+        weight = weight_of(self.dense.module, self.matrix(group, group.layers[0]))
+        return self.dense.device if is_offloaded(self.dense.module) else weight.device
 
     @torch.no_grad()
     def refit(self, group: WeightGroup, layers: Sequence[int], inputs: InputPairs) -> None:
         """Refits some layers of a group on their inputs, if that lowers the loss of the numbers that are stored."""
         architecture, ridge = self.dense.architecture, self.settings.ridge
-        stored = factors_of(self.compressed, architecture, group)
+        device = self.device(group)
+        stored = _on(factors_of(self.compressed, architecture, group), device)
         layout = stored.layout
         present = layout.restore(stored)
-        weight = torch.cat([weight_of(self.dense.module, self.matrix(group, i)).double() for i in layers], dim=1)
+        weights = [weight_of(self.dense.module, self.matrix(group, i)) for i in layers]
+        weight = torch.cat([part.to(device).double() for part in weights], dim=1)
+        release(weights)
 
         def columns(blocks: Mapping[int, Tensor]) -> Tensor:
             return torch.cat([blocks[i] for i in layers], dim=1)
@@ -238,7 +246,7 @@ class _Work:
                 "update=none."
             )
         if after < before:  # not so if it overflows the dtype
-            exchange_factors(self.compressed, architecture, candidate)
+            exchange_factors(self.compressed, architecture, candidate, self.folder)
         else:
             after = before
             self._kept += 1
@@ -323,6 +331,17 @@ def _inputs_of(module: PreTrainedModel, sites: Mapping[str, str]) -> Iterator[di
         for site, name in sites.items():
             hooks.on_input(module.get_submodule(name), partial(see, site))
         yield seen
+
+
+def _on(factors: StoredFactors, device: torch.device) -> StoredFactors:
+    """The factors on a device; the same tensors if they are there."""
+    return replace(
+        factors,
+        basis=factors.basis.to(device),
+        coefficients={layer: c.to(device) for layer, c in factors.coefficients.items()},
+        kept={name: value.to(device) for name, value in factors.kept.items()},
+        corrections={layer: (down.to(device), up.to(device)) for layer, (down, up) in factors.corrections.items()},
+    )
 
 
 def _in_dtype(factors: StoredFactors, dtype: torch.dtype) -> StoredFactors:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bs_exp.calibration import walk
 from bs_exp.calibration.gather import ACCUMULATORS, gather
-from bs_exp.calibration.walk import BlockStream
+from bs_exp.models.block_stream import BlockStream
 from bs_exp.models.blocks import Blocks, recorded
 from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, tiny_random

@@ -24,12 +24,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import result_settings
 from bs_exp.cli.explain import explain
 from bs_exp.cli.setting_types import check_kind, wrong_settings
 from bs_exp.errors import ConfigError, RecordError
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import read_record
+from bs_exp.records.settings import result_settings
 from bs_exp.records.sweep import objectives
 from bs_exp.source_code import targets_code
 

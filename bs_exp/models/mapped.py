@@ -1,0 +1,168 @@
+"""Tensors that lie in files: views of memory-mapped files, whose pages come into memory when they are read.
+
+Nothing is copied: a page takes memory from its first use until `release`, or until the system needs the memory for
+something else, and is then read again from the file when it is used again.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+import tempfile
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+# Python names the flag from 3.13 on. Without it, the system wants as much memory and swap as the file is long.
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+_ALIGNMENT = 64
+# Where a file lies in memory -> its mapping, by start address; a mapping leaves with its last tensor.
+_Mapping: TypeAlias = "tuple[int, weakref.ref[mmap.mmap]]"
+_mappings: list[_Mapping] = []
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file by its header: None for a dtype that torch has no counterpart of."""
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def can_map() -> bool:
+    """Whether this system lets a process give back pages of a file."""
+    return hasattr(mmap.mmap, "madvise") and hasattr(mmap, "MADV_DONTNEED")
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name; no weight is read. SafetensorError or OSError for a damaged file."""
+    with safe_open(file, framework="pt"):  # refuses headers that do not fit the file
+        pass
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    start = 8 + length
+    return {
+        name: StoredTensor(
+            file,
+            _DTYPES.get(entry["dtype"]),
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def map_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors as views of their files. What changes in them changes in memory alone, and is lost by `release`."""
+    files: dict[Path, mmap.mmap] = {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        assert tensor.dtype is not None
+        if tensor.file not in files:
+            with tensor.file.open("rb") as opened:
+                files[tensor.file] = _map(opened.fileno(), tensor.file.stat().st_size, shared=False)
+        found[name] = _view(files[tensor.file], tensor.dtype, tensor.shape, tensor.offset)
+    return found
+
+
+def write_tensors(tensors: Sequence[Tensor], folder: Path | None) -> list[Tensor]:
+    """Copies of tensors, on the CPU, that lie in a file of `folder` (None: the system's temporary folder).
+
+    The file has no name, so nothing of it stays when the tensors are gone, however the process ends. OSError if the
+    disk has too little space, before anything is written.
+    """
+    found = empty_tensors([(tensor.shape, tensor.dtype) for tensor in tensors], folder)
+    for copy, tensor in zip(found, tensors, strict=True):
+        copy.copy_(tensor)
+        release([copy])
+    return found
+
+
+def empty_tensors(kinds: Sequence[tuple[Sequence[int], torch.dtype]], folder: Path | None) -> list[Tensor]:
+    """Tensors of zeros, by shape and dtype, in a file without a name. What is written into them stays."""
+    offsets, end = [], 0
+    for shape, dtype in kinds:
+        offsets.append(end)
+        end += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, max(1, end))
+        else:
+            file.truncate(max(1, end))
+        mapped = _map(file.fileno(), max(1, end), shared=True)
+    return [_view(mapped, dtype, shape, offset) for (shape, dtype), offset in zip(kinds, offsets, strict=True)]
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a file."""
+    return _mapping_of(tensor) is not None
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Gives the memory of tensors that lie in files back to the system; of others, none."""
+    for tensor in tensors:
+        if (found := _mapping_of(tensor)) is not None:
+            mapped, start = found
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, start + tensor.nbytes - first)
+
+
+def _map(descriptor: int, length: int, *, shared: bool) -> mmap.mmap:
+    flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _NO_RESERVE
+    mapped = mmap.mmap(descriptor, length, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    address = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+    _mappings[:] = [entry for entry in _mappings if entry[1]() is not None]
+    _mappings.append((address, weakref.ref(mapped)))
+    _mappings.sort(key=lambda entry: entry[0])
+    return mapped
+
+
+def _view(mapped: mmap.mmap, dtype: torch.dtype, shape: Sequence[int], offset: int) -> Tensor:
+    count = prod(shape)
+    if count == 0:
+        return torch.empty(*shape, dtype=dtype)
+    if offset % dtype.itemsize:  # written by a program that does not align: a copy, since kernels may not read it
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+        return raw.clone().view(dtype).view(*shape)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(*shape)
+
+
+def _mapping_of(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
+    """The mapping in which a tensor lies, and at which byte of it; None if it lies in none."""
+    if tensor.device.type != "cpu" or not _mappings:
+        return None
+    address = tensor.data_ptr()
+    position = bisect_right(_mappings, address, key=lambda entry: entry[0]) - 1
+    if position < 0:
+        return None
+    start, reference = _mappings[position]
+    mapped = reference()
+    return None if mapped is None or address >= start + len(mapped) else (mapped, address - start)

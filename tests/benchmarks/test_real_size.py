@@ -1,0 +1,26 @@
+"""The benchmark of real sizes, at a small one: the figures of a run whose weights stay in their files."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bs_exp.benchmarks.real_size import main
+
+
+@pytest.mark.slow
+def test_figures_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    size = ["--layers", "2", "--width", "64", "--d-ff", "96", "--windows", "2", "--length", "32"]
+    main([*size, "--offload", "none", "disk", "--", "experiment=svd_llm", "retain_ratio=0.5"])
+    told = capfd.readouterr().out
+    for offload in ("none", "disk"):
+        assert re.search(rf"2 layers, 4 M parameters, offload={offload}\n  peak resident memory [\d.]+ GB, cache", told)
+    perplexities = re.findall(r"compressed: ppl/text ([\d.]+)", told)
+    assert len(perplexities) == 2 and perplexities[0] == perplexities[1]
+    assert "decompose" in told
+
+
+def test_sizes_that_make_no_model() -> None:
+    with pytest.raises(SystemExit):
+        main(["--width", "65"])
