@@ -22,7 +22,7 @@ from bs_exp.identity import identity
 from bs_exp.protocols import Allocation, AllocationProblem, Layout, PlanObjective, Score
 from bs_exp.rank_budget import check_affordable, make_plan, share_out
 from bs_exp.search.storage import answering, open_storage
-from bs_exp.search.study import Wording, check_identity, find_study, open_study
+from bs_exp.search.study import Wording, check_identity, find_study, open_study, parsing, seal
 from bs_exp.types import RankPlan, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice, check_seed
 
@@ -113,8 +113,12 @@ class BayesianSearch:
         if self.storage is None:
             return
         storage = open_storage(self.storage, setting="allocation.storage")
-        if self.study_name is not None and (study := find_study(self.study_name, storage)) is not None:
-            check_identity(study, self._identity(identity), _wording(self.study_name))
+        if self.study_name is None:
+            return
+        wording = _wording(self.study_name)
+        with parsing(wording):
+            if (study := find_study(self.study_name, storage)) is not None:
+                check_identity(study, self._identity(identity), wording)
 
     def allocate(self, problem: AllocationProblem) -> RankPlan:
         """The best plan of the search; less than one component of the budget is left over.
@@ -168,6 +172,7 @@ class BayesianSearch:
                     break
             else:
                 state = TrialState.COMPLETE
+                seal(study, trial, None if value is None else [value])
         finally:
             study.tell(trial, value if state is TrialState.COMPLETE else None, state)
 

@@ -33,7 +33,7 @@ from bs_exp.records.folder_names import point_folder, run_words, sweep_folder
 from bs_exp.records.inputs import CODE, FILES, file_stamps
 from bs_exp.records.record import RunRecord
 from bs_exp.records.settings import WITHOUT_EFFECT, result_settings
-from bs_exp.records.sweep import shown_settings
+from bs_exp.records.sweep import finished_record, shown_settings
 from bs_exp.source_code import targets_code
 from bs_exp.validation import check_objective, check_retain_ratio, check_seed, shown
 
@@ -322,6 +322,14 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 def hash_of(cfg: DictConfig) -> str:
     """`config_hash` of a composed configuration."""
     return config_hash(_settings(cfg))
+
+
+def is_kept(cfg: DictConfig, folder: Path) -> bool:
+    """Whether a point that finished before, in its folder, need not be run again."""
+    config = _settings(cfg)
+    inputs = file_stamps(result_settings(config))
+    finished = partial(finished_record, folder, config_hash(config), with_model=cfg.save_model, inputs=inputs)
+    return not cfg.force and finished(tell=None) is not None
 
 
 def sweep_name(cfg: DictConfig) -> str:

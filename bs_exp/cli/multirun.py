@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import check_root, point_name
+from bs_exp.cli.config import check_root, is_kept, point_name
 from bs_exp.errors import ConfigError
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
@@ -27,6 +27,8 @@ from bs_exp.runs.sweep_table import print_sweep
 _FOLDER = "hydra.sweep.dir"
 # Where Hydra itself keeps the settings that names of jobs leave out.
 _COMMON = "hydra.job.config.override_dirname.exclude_keys"
+# What Hydra, the lock of a point and a study write by name; records, plans and tables get fresh names.
+_WRITTEN = (".hydra", ".hydra/*", "*.log", "multirun.yaml", ".lock", "*study*")
 # By name: Hydra imports its plug-ins a second time, as classes of their own.
 _GRID_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
 
@@ -62,32 +64,45 @@ class SweepCallback(Callback):
         """Ends a single run that a setting of the root forbids; with `debug` it is left to end as others do."""
         try:
             check_root(config)
+            _refuse_links(Path(config.hydra.run.dir), points=False)
         except (ConfigError, OmegaConfBaseException) as error:
             if not config.debug:
                 # Hydra makes a warning of every Exception of a callback. `main` shows the cause.
                 raise SystemExit(1) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Fixes the sweep's folder for all jobs, and announces its points."""
+        """Fixes the sweep's folder for all jobs, and announces its points.
+
+        Ends a sweep that has no points, or none that could be run, and one whose folder holds links.
+        """
         _fix_folder(config)
         _note_common_settings(config)
         folder = Path(config.hydra.sweep.dir)
-        points = _grid(config)
-        if points is not None and not points:
-            empty = ", ".join(str(o) for o in config.hydra.overrides.task if "(" in str(o)) or "its settings"
+        try:
+            _refuse_links(folder, points=True)
+            jobs = _grid(config)
+            if jobs is not None and not jobs:
+                empty = ", ".join(str(o) for o in config.hydra.overrides.task if "(" in str(o)) or "its settings"
+                raise ConfigError(
+                    f"the sweep has no points: {empty} gives no value. range(FROM,TO,STEP) ends before TO; name "
+                    "values, as in retain_ratio=0.8,0.5."
+                )
+            refused = [job.refused for job in jobs or () if job.refused is not None]
+            if jobs and len(refused) == len(jobs):
+                raise refused[0]
+        except (ConfigError, OmegaConfBaseException) as error:
             # As in on_run_start: an Exception would become a warning.
-            raise SystemExit(1) from ConfigError(
-                f"the sweep has no points: {empty} gives no value. range(FROM,TO,STEP) ends before TO; name values, as "
-                "in retain_ratio=0.8,0.5."
-            )
+            raise SystemExit(1) from error
+        points = None if jobs is None else tuple(job.point for job in jobs)
         plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points)
         plan.write(folder)
         _current.folder, _current.plan = folder, plan
         _current.compare, _current.closing = self.compare, self.closing
-        if points is not None:
-            kept = sum(state.outcome is PointOutcome.KEPT for state in survey(folder, plan))
+        if jobs is not None:
+            old = {state.point.folder for state in survey(folder, plan) if state.outcome is PointOutcome.KEPT}
+            kept = sum(job.point.folder in old and is_kept(job.cfg, folder / job.point.folder) for job in jobs)
             again = f", {kept} of them finished before" if kept else ""
-            print(printable(f"sweep {folder.name}: {len(points)} points in {folder}{again}"), file=sys.stderr)
+            print(printable(f"sweep {folder.name}: {len(jobs)} points in {folder}{again}"), file=sys.stderr)
 
 
 def end_sweep() -> None:
@@ -134,18 +149,58 @@ def _settings(config: DictConfig) -> list[str]:
     return [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
 
 
-def _grid(config: DictConfig) -> tuple[SweepPoint, ...] | None:
+def _refuse_links(folder: Path, *, points: bool) -> None:
+    """ConfigError if a file that Hydra or a study will write in the folder of a run, or a sweep, is a link."""
+    try:
+        inside = sorted(folder.iterdir()) if points else []
+        place = next((link for path in (folder, *inside) if (link := _link(path, inside=path != folder))), None)
+    except OSError:  # there is none yet; who makes it tells what is wrong
+        return
+    if place is not None:
+        raise ConfigError(
+            f"{place} is a link, which what is written there would follow out of the folder. Remove it, or name "
+            f"another folder, as in hydra.{'sweep' if points else 'run'}.dir=DIR."
+        )
+
+
+def _link(folder: Path, *, inside: bool) -> Path | None:
+    """The folder itself, if it is a link inside of a sweep, or else the first link among what is written in it."""
+    if inside and folder.is_symlink() and folder.is_dir():
+        return folder
+    written = [path for pattern in _WRITTEN for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
+    return next((path for path in written if path.is_symlink()), None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A point of a grid with its configuration, and the error of a setting of the root that forbids it."""
+
+    point: SweepPoint
+    cfg: DictConfig
+    refused: ConfigError | OmegaConfBaseException | None
+
+
+def _grid(config: DictConfig) -> list[_Job] | None:
     """The points of a grid, each once; None for a sweeper that chooses its points, or settings that do not compose."""
     if config.hydra.sweeper._target_ != _GRID_SWEEPER:
         return None
     loader = GlobalHydra.instance().config_loader()
-    points: dict[str, SweepPoint] = {}
+    jobs: dict[str, _Job] = {}
     try:
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(_settings(config))
         for batch in BasicSweeper.split_arguments(overrides, None):
             for job in batch:
-                folder = point_name(loader.load_sweep_config(config, job))
-                points.setdefault(folder, SweepPoint(folder, shown_settings(job)))
+                cfg = loader.load_sweep_config(config, job)
+                folder = point_name(cfg)
+                jobs.setdefault(folder, _Job(SweepPoint(folder, shown_settings(job)), cfg, _refused(cfg)))
     except (HydraException, OmegaConfBaseException, ConfigError):
         return None  # the sweeper meets the same error next, and ends with it
-    return tuple(points.values())
+    return list(jobs.values())
+
+
+def _refused(cfg: DictConfig) -> ConfigError | OmegaConfBaseException | None:
+    try:
+        check_root(cfg)
+    except (ConfigError, OmegaConfBaseException) as error:
+        return error
+    return None

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -114,29 +114,38 @@ _CHECKS: dict[str, Check] = {
 }
 
 
+def _tell(line: str) -> None:
+    print(printable(line), file=sys.stderr)
+
+
 def finished_record(
-    folder: Path, config_hash: str, *, with_model: bool, inputs: Mapping[str, str] | None = None
+    folder: Path,
+    config_hash: str,
+    *,
+    with_model: bool,
+    inputs: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] | None = _tell,
 ) -> RunRecord | None:
     """The record of a point that need not be run again: completed as configured, with the model saved if asked for.
 
     `inputs` are stamps of the files that it would read now (`file_stamps`). A record that cannot be read, or was made
-    from other content, is named on stderr, and its point is run again.
+    from other content, is told (on stderr), and its point is run again.
     """
+    tell = tell or (lambda line: None)
     if not (folder / FILE_NAME).exists():
         return None
     try:
         record = read_record(folder)
     except RecordError as error:
-        print(printable(f"{error} The point is run again."), file=sys.stderr)
+        tell(f"{error} The point is run again.")
         return None
     if record.status is not Status.COMPLETED or record.config_hash != config_hash:
         return None
     if with_model and (fault := _model_fault(record, folder)):
-        print(printable(f"{fault} Point {folder.name} is run again."), file=sys.stderr)
+        tell(f"{fault} Point {folder.name} is run again.")
         return None
     if changed := changed_inputs(record, inputs or {}):
-        what = f"{', '.join(changed)} changed since point {folder.name} was run: it is run again."
-        print(printable(what), file=sys.stderr)
+        tell(f"{', '.join(changed)} changed since point {folder.name} was run: it is run again.")
         return None
     return record
 

@@ -204,6 +204,14 @@ def _make_folder(path: Path, setting: str) -> None:
         raise SearchError(f"{setting}: {path} cannot be made: {error}. Give another place.") from error
 
 
+def _check_pages(storage: RDBStorage, place: str) -> None:
+    """SearchError if SQLite finds that pages or indexes of its file do not fit together."""
+    with storage.engine.connect() as connection:
+        found = str(connection.execute(text("PRAGMA integrity_check(1)")).scalar())
+    if found != "ok":
+        raise SearchError(f"{place} is damaged ({found}). Move it away, or give another place.")
+
+
 def _database(url: str, setting: str) -> BaseStorage:
     try:
         parsed = make_url(url)
@@ -219,7 +227,10 @@ def _database(url: str, setting: str) -> BaseStorage:
     engine = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return RDBStorage(url, engine_kwargs=engine)
+            storage = RDBStorage(url, engine_kwargs=engine)
+            if sqlite:
+                _check_pages(storage, f"{setting}={shown(url)}")
+            return storage
         except ImportError as error:
             missing = getattr(error.__cause__, "name", None) or "its module"
             raise SearchError(
@@ -231,4 +242,8 @@ def _database(url: str, setting: str) -> BaseStorage:
             if attempt == _ATTEMPTS:
                 raise SearchError(f"{setting}={shown(url)} cannot be opened: {_reason(error)}.") from error
             time.sleep(0.2 * attempt)
+        except (ValueError, LookupError, TypeError) as error:  # what the tables hold is no version of theirs
+            raise SearchError(
+                f"{setting}={shown(url)} is damaged ({error!r}). Move it away, or give another place."
+            ) from error
     raise AssertionError("unreachable")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ ERROR = "error"
 OVERRIDES = "overrides"
 METRICS = "metrics"  # names of its values
 REPEATS = "repeats"  # the number of the trial whose point it runs again
+_CHECKSUM = "crc32"  # of what the trial says, as it ended; see _checksum
 _DROPPED = "dropped"  # why it is no point of the search: its process ended
 # Attributes of the study.
 _IDENTITY = "identity"
@@ -106,17 +109,62 @@ def open_study(
 ) -> tuple[optuna.Study, bool]:
     """The study of this name, made if it does not exist, and whether it was there before.
 
-    Raises the wording's error if the stored one is about something else.
+    Raises the wording's error if the stored one is about something else, or damaged.
     """
-    study = find_study(name, storage) or optuna.create_study(
-        study_name=name, storage=storage, directions=as_optuna(directions), load_if_exists=True
-    )
-    study.sampler, study.pruner = sampler, pruner or NopPruner()
-    check_identity(study, identity, wording)
-    was_there = _IDENTITY in study.user_attrs
+    with parsing(wording):
+        study = find_study(name, storage) or optuna.create_study(
+            study_name=name, storage=storage, directions=as_optuna(directions), load_if_exists=True
+        )
+        study.sampler, study.pruner = sampler, pruner or NopPruner()
+        check_identity(study, identity, wording)
+        was_there = _IDENTITY in study.user_attrs
+        _check_trials(study.get_trials(deepcopy=False), wording)
     if not was_there:
         study.set_user_attr(_IDENTITY, dict(identity))
     return study, was_there
+
+
+@contextmanager
+def parsing(wording: Wording) -> Iterator[None]:
+    """Turns what Optuna raises for stored texts and numbers that it cannot read into the wording's error."""
+    try:
+        yield
+    except BsExpError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise wording.error(f"{wording.study} is damaged ({error!r}). {wording.remedy}") from error
+
+
+def seal(study: optuna.Study, trial: Trial, values: Sequence[float] | None) -> None:
+    """Stores the checksum of a trial, whose attributes are there, with the values that it is about to end with."""
+    stored = study.get_trials(deepcopy=False)[trial.number]
+    trial.set_user_attr(_CHECKSUM, _checksum(stored, values))
+
+
+def _check_trials(trials: Sequence[FrozenTrial], wording: Wording) -> None:
+    """The wording's error unless all trials are there, and those that have ended here say what they said then.
+
+    Journals have checksums for every line; databases have none.
+    """
+    for number, trial in enumerate(trials):
+        if trial.number != number:
+            raise wording.error(f"{wording.study} is damaged: trial {number} is missing. {wording.remedy}")
+        if WORKER in trial.user_attrs:
+            Worker(**trial.user_attrs[WORKER])
+        # A dropped one was told to fail after it had been sealed.
+        stored = None if _DROPPED in trial.user_attrs else trial.user_attrs.get(_CHECKSUM)
+        if trial.state.is_finished() and stored not in (None, _checksum(trial, trial.values)):
+            raise wording.error(
+                f"{wording.study} is damaged: trial {number} is not what was stored, its checksum differs. "
+                f"{wording.remedy}"
+            )
+
+
+def _checksum(trial: FrozenTrial, values: Sequence[float] | None) -> str:
+    """CRC-32 of a trial's number, parameters, attributes, and the values that it ends with, as 8 hex digits."""
+    attributes = {key: value for key, value in trial.user_attrs.items() if key != _CHECKSUM}
+    said = [trial.number, trial.params, attributes, None if values is None else [float(value) for value in values]]
+    return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -197,6 +245,7 @@ class SharedStudy:
                 return False
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
+            seal(self.study, trial, values)
             self._tell(trial.number, values)
         return True
 

@@ -139,6 +139,48 @@ def test_journals(tmp_path: Path, campaign: Start) -> None:
     assert not found.faults, "\n".join(found.faults[:20])
 
 
+def test_databases(tmp_path: Path, campaign: Start) -> None:
+    """A SQLite file that is cut or has a flipped bit: refused in words, or its ended trials are what they were."""
+    found = campaign("damaged databases", 0.04)
+
+    def place(folder: Path) -> str:
+        return f"sqlite:///{folder}/study.db"
+
+    def read(folder: Path) -> str:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = open_storage(place(folder), setting="storage")
+        trials = optuna.load_study(study_name="study", storage=storage).trials
+        return repr([(t.number, t.state, t.params, t.values, t.user_attrs, t.distributions) for t in trials])
+
+    (tmp_path / "whole").mkdir()
+    search(tmp_path / "whole", n_trials=4, storage=place(tmp_path / "whole")).run(Runner())
+    expected, whole = read(tmp_path / "whole"), (tmp_path / "whole" / "study.db").read_bytes()
+    used = [position for position, byte in enumerate(whole) if byte]  # most of its pages are empty
+    for case in found.cases(2000):
+        content, what = damage(whole, found.draw)
+        if "cut" not in what:
+            position = found.draw.choice(used)
+            content, what = _flip(whole, position, found.draw), f"a bit of byte {position} flipped"
+        folder, runner = tmp_path / str(case), Runner()
+        folder.mkdir()
+        (folder / "study.db").write_bytes(content)
+        lost, other, outcome = list[str](), list[str](), "harmless"
+        try:
+            search(folder, n_trials=4, storage=place(folder)).run(runner)
+            if not content:
+                outcome = "empty"  # no study yet
+            elif runner.points or read(folder) != expected:
+                lost.append(f"it was read, with other content; {len(runner.points)} trials were run again")
+        except BsExpError:
+            outcome = "noticed"
+        except Exception as error:
+            other.append(f"unexpected {error!r}")
+        found.count(f"{case}: {what}", lost=lost, other=other)
+        found.details[outcome] += 1
+        shutil.rmtree(folder)
+    assert not found.faults, "\n".join(found.faults[:20])
+
+
 # Beside the tensors, what a model computes from its configuration alone.
 _Loaded = tuple[dict[str, Tensor], dict[str, object]]
 

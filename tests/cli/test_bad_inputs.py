@@ -317,6 +317,8 @@ SWEEPS = """
 -m retain_ratio=range(0) => no points: retain_ratio=range(0)
 -m sharing.groupsize=1,2 => sharing.groupsize | Did you mean group_size?
 -m retain_ratio=2,3 => retain_ratio must be | got 2
+-m retain_ratio=0.5,0.6 name=../../x => a plain name | '../../x'
+-m hydra/sweeper=optuna whitening.ridge=interval(0.1,0.2) name=../../x => a plain name | '../../x'
 -m whitening=gram,moon => whitening=moon | identity
 -m hydra/sweeper=moon => moon
 -m hydra/launcher=moon => moon

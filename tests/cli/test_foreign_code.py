@@ -104,6 +104,19 @@ def test_an_edited_strategy_gets_no_old_results(sweep: Sweep, plugin: Path, tiny
     assert mended.cache["misses"]["decomposition"] == broken.cache["misses"]["decomposition"] > 0
 
 
+def test_a_search_that_may_choose_edited_code_is_another(sweep: Sweep, plugin: Path, tiny: Tiny, cli: Cli) -> None:
+    """Also if no trial has chosen it: points of other code do not compare."""
+    more = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "experiment=svd_llm", "whitening=choice(gram,mine)"]
+    settings = [*tiny, *more, f"hydra.sweep.dir={plugin}/search"]
+    sweep(*settings)
+    assert "1 of 1 trials done" in sweep(*settings)
+    (plugin / "code" / "my_helper.py").write_text(AS_IS, encoding="utf-8")
+    for module in ("my_whitening", "my_helper"):
+        sys.modules.pop(module, None)
+    done = cli("--config-dir", str(plugin / "conf"), *settings, "-m")
+    assert done.status == 1 and "code of my_whitening.GramWhitening: " in done.err
+
+
 def test_a_point_whose_text_or_model_changed_is_run_again(sweep: Sweep, plugin: Path, tiny: Tiny, texts: Path) -> None:
     """Under the same path, so that the configuration and its hash are the same."""
     text, model, dense = plugin / "a.txt", plugin / "model", tiny_random()

@@ -105,10 +105,37 @@ def test_a_point_whose_model_was_cut_is_run_again(cli: Cli, tiny: Tiny) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     again = cli(*command)
+    assert "1 of them finished before" in again.err
     assert again.status == 0 and f"{len(whole) - 8:,} bytes, {len(whole)} were saved" in again.err
     assert weights.read_bytes() == whole
     started = [first[ratio].started != record.started for ratio, record in _records(_sweep_folder(Path.cwd())).items()]
     assert sorted(started) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "place", ["point/.hydra", "point/.hydra/config.yaml", "point/__main__.log", "multirun.yaml", "point"]
+)
+def test_a_received_sweep_with_links_is_refused_before_anything_is_written(
+    cli: Cli, tiny: Tiny, tmp_path: Path, place: str
+) -> None:
+    """What is written by its name would follow them out of the folder."""
+    outside, link = tmp_path / "outside", tmp_path / "sweep" / place
+    link.parent.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "config.yaml").write_text("mine")
+    link.symlink_to(outside / "config.yaml" if "." in link.name[1:] else outside)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    done = cli(*tiny, "retain_ratio=0.8,0.6", "-m", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert done.status == 1 and f"{link} is a link" in done.err and "hydra.sweep.dir=DIR" in done.err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert (outside / "config.yaml").read_text() == "mine"
+
+
+def test_a_run_in_a_folder_with_links_is_refused(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".hydra").symlink_to(tmp_path)
+    done = cli(*tiny, f"hydra.run.dir={tmp_path}/run")
+    assert done.status == 1 and "run/.hydra is a link" in done.err and "hydra.run.dir=DIR" in done.err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import multiprocessing
 import sqlite3
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -433,3 +434,23 @@ def test_a_front_is_saved(tmp_path: Path) -> None:
     front = json.loads((tmp_path / "front.json").read_text())
     assert front["objectives"] == {"loss": "minimize", "speed": "maximize"}
     assert [tuple(entry["values"].values()) for entry in front["front"]] == [point.values for point in results.best]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("UPDATE trial_values SET value = value + 1e-9 WHERE trial_id = 2", "trial 1 is not what was stored"),
+        ("UPDATE trial_params SET param_value = 0.5 WHERE trial_id = 1 AND param_name = 'x'", "trial 0 is not what"),
+        ("DELETE FROM trials WHERE number = 1", "trial 1 is missing"),
+        ("UPDATE trial_user_attributes SET value_json = '{' || value_json", "is damaged .*JSONDecodeError"),
+        ("UPDATE trials SET state = 'COMPLEDE'", "is damaged .*LookupError"),
+    ],
+)
+def test_a_damaged_database_is_refused(tmp_path: Path, change: str, message: str) -> None:
+    place = f"sqlite:///{tmp_path}/study.db"
+    search(tmp_path, n_trials=3, storage=place).run(Runner())
+    search(tmp_path, n_trials=3, storage=place).run(Runner())
+    with closing(sqlite3.connect(tmp_path / "study.db")) as base, base:
+        base.execute(change)
+    with pytest.raises(SearchError, match=message):
+        search(tmp_path, n_trials=3, storage=place).run(Runner())

@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bs_exp.cli.config import check_root
 from bs_exp.cli.explain import explain
 from bs_exp.cli.setting_types import check_kind, wrong_settings
 from bs_exp.errors import ConfigError, RecordError
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from bs_exp.search.search import TrialOutcome
     from bs_exp.search.space import SearchSpace, Value
     from bs_exp.search.study import Identity
+
+
+# What `check_root` looks at.
+_ROOT_DIALS = {"name", "seed", "retain_ratio", "objective", "evaluation", "evaluation.parts"}
 
 
 class OptunaSweeper(Sweeper):
@@ -103,6 +108,8 @@ class OptunaSweeper(Sweeper):
         space = parse_space({str(key): value for key, value in params.items()}, arguments, parser)
         # Misspelt settings are found here, before there is a study.
         config = self._compose(space.overrides(self._somewhere(space)))
+        if not _ROOT_DIALS & space.distributions.keys():  # else points may be refused one by one
+            check_root(config)
         if wrong := wrong_settings(self._sampler, "hydra.sweeper.sampler", {}):
             raise ConfigError(wrong[0].message)
         with ignoring_experimental():
@@ -110,7 +117,7 @@ class OptunaSweeper(Sweeper):
         search = Search(
             settings=self._settings,
             space=space,
-            identity=_identity(config, space, self._settings.directions),
+            identity=_identity(config, space, self._settings.directions, self._searched(space)),
             sampler=sampler,
             folder=Path(self.config.hydra.sweep.dir).absolute(),
         )
@@ -165,6 +172,22 @@ class OptunaSweeper(Sweeper):
             return dict(point)
         config = OmegaConf.to_container(self._compose(space.overrides({key: point[key] for key in groups})))
         return {key: value for key, value in point.items() if key in groups or _has(config, key)}
+
+    def _searched(self, space: SearchSpace) -> list[Any]:
+        """Configurations, as plain data, that name every class that the search may choose."""
+        found: list[Any] = [
+            {"_target_": option}
+            for key in space.distributions
+            if key.rpartition(".")[2] == "_target_"
+            for option in space.options(key)
+        ]
+        groups, anywhere = self._groups(space), space.anywhere()
+        for group in groups:
+            for option in space.options(group):
+                config = self._compose(space.overrides({**{key: anywhere[key] for key in groups}, group: option}))
+                own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+                found.append(OmegaConf.to_container(own, resolve=False))
+        return found
 
     def _somewhere(self, space: SearchSpace) -> dict[str, Value]:
         """The first point of the space. A parameter that belongs to no option stays in it, so composing refuses it."""
@@ -229,8 +252,11 @@ def _names(folder: str | None) -> tuple[str, ...]:
         return ()
 
 
-def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str]) -> Identity:
-    """The study's identity: directions, objectives, parameters, and every other setting that results depend on."""
+def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str], searched: Sequence[Any]) -> Identity:
+    """The study's identity: directions, objectives, parameters, and every other setting that results depend on.
+
+    So is the source of foreign code, that of classes too that the search may choose (`searched`).
+    """
     from bs_exp.search.study import Identity
 
     asked = config.objective
@@ -254,9 +280,9 @@ def _identity(config: DictConfig, space: SearchSpace, directions: Sequence[str])
         for key, value in _leaves(settings)
         if not any(key == name or key.startswith(f"{name}.") for name in varied)
     }
-    # Trials of other code do not compare with this one's. What a parameter chooses is told by the trial's own folder.
+    # Trials of other code do not compare with this one's.
     named = [{"_target_": value} for key, value in fixed.items() if key.rpartition(".")[2] == "_target_"]
-    fixed |= {f"code of {target}": _digest(code) for target, code in targets_code(named).items()}
+    fixed |= {f"code of {target}": _digest(code) for target, code in targets_code([named, *searched]).items()}
     return Identity(tuple(directions), objectives, space.describe(), fixed)
 
 
