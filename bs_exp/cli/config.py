@@ -272,7 +272,9 @@ def _built(cfg: DictConfig, written: Any, key: str) -> Any:
         if isinstance(cause, TypeError | AttributeError | ValueError) and "unexpected keyword" not in str(cause):
             dials = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)
             assert isinstance(dials, dict)
-            given = ", ".join(f"{dial!s}={value!r}" for dial, value in dials.items() if not str(dial).startswith("_"))
+            given = ", ".join(
+                f"{dial!s}={shown(value)}" for dial, value in dials.items() if not str(dial).startswith("_")
+            )
             raise ConfigError(
                 f"{key}: one of its settings has a value of the wrong kind ({cause}). They are: {given}. The option "
                 f"files in conf/{group} say what each may be."
