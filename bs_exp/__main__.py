@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import build, describe, in_sweep
+from bs_exp.cli.config import build, check_objectives, check_root, describe, in_sweep
 from bs_exp.cli.explain import explain
 from bs_exp.cli.help import asks_for_help, help_text, version_text
 from bs_exp.cli.multirun import end_sweep
@@ -125,6 +125,8 @@ def _work(
 
     with Recorder(record, folder, progress) as recorder:
         with progress.stage(Stage.CONFIGURE):
+            check_root(cfg)
+            check_objectives(cfg)
             experiment = build(cfg, dense)
         objective = experiment.run(recorder)
     return objective, recorder.record

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from bs_exp.printable import printable, printable_lines
 
@@ -20,6 +21,7 @@ Item = TypeVar("Item")
 
 # What notes begin with that must not be missed.
 WARNING = "WARNING: "
+_REDRAW_SECONDS = 0.2
 
 
 def _stderr() -> Console:
@@ -27,11 +29,31 @@ def _stderr() -> Console:
     return Console(file=sys.stderr, soft_wrap=True, highlight=False)
 
 
+class _NotebookDisplay:
+    """Bars below a cell, drawn anew in place; Rich's own live display would need ipywidgets there."""
+
+    def __init__(self, bars: Bars) -> None:
+        from IPython.display import display  # there is one wherever there is a notebook
+
+        self._bars, self._drawn = bars, time.monotonic()
+        self._handle: Any = display(bars, display_id=True)
+
+    def refresh(self) -> None:
+        """Draws the bars, a few times per second."""
+        if time.monotonic() - self._drawn >= _REDRAW_SECONDS:
+            self._drawn = time.monotonic()
+            self._handle.update(self._bars)
+
+    def close(self) -> None:
+        """Takes the bars away."""
+        self._handle.update(Text(""))
+
+
 @dataclass
 class Progress:
     """Prints what a run does to stderr, and keeps it: `timings` in seconds by stage, `notes` in order.
 
-    Progress bars are drawn on terminals only. `quiet` prints nothing.
+    Progress bars are drawn on terminals and in notebooks only. `quiet` prints nothing.
     """
 
     quiet: bool = False
@@ -41,6 +63,7 @@ class Progress:
     _failed: str | None = None
     _console: Console = field(default_factory=_stderr)
     _bars: Bars | None = None
+    _notebook: _NotebookDisplay | None = None
 
     @property
     def current(self) -> str | None:
@@ -83,25 +106,33 @@ class Progress:
 
         A label that is a function is called again after every item. `total` is the number of items, None if unknown.
         """
-        if self.quiet or not self._console.is_terminal:
+        in_notebook = self._console.is_jupyter
+        if self.quiet or not (self._console.is_terminal or in_notebook):
             yield from iterable
             return
         # One live display per terminal: an inner bar joins the outer one's.
         outermost = self._bars is None
         bars = self._bars = self._bars or self._new_bars()
         if outermost:
-            bars.start()
+            self._notebook = _NotebookDisplay(bars) if in_notebook else None
+            if self._notebook is None:
+                bars.start()
         title = label if callable(label) else lambda: label
         task = bars.add_task(title(), total=total)
         try:
             for item in iterable:
                 yield item
                 bars.update(task, advance=1, description=title())
+                if self._notebook is not None:
+                    self._notebook.refresh()
         finally:
             bars.remove_task(task)
             if outermost:
-                bars.stop()
-                self._bars = None
+                if self._notebook is None:
+                    bars.stop()
+                else:
+                    self._notebook.close()
+                self._bars = self._notebook = None
 
     def _new_bars(self) -> Bars:
         return Bars(

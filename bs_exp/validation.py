@@ -16,37 +16,37 @@ _MOST_SHOWN = 50
 def check_choice(setting: str, value: str, allowed: Sequence[str]) -> None:
     """ConfigError, with the allowed values, if a setting is none of them."""
     if value not in allowed:
-        raise ConfigError(f"{setting} must be one of {', '.join(allowed)}, got {value!r}.")
+        raise ConfigError(f"{setting} must be one of {', '.join(allowed)}, got {shown(value)}.")
 
 
 def check_at_least(minimum: int, **settings: int | None) -> None:
     """ConfigError unless every setting that is not None is a whole number of at least `minimum`."""
     for setting, value in settings.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-            raise ConfigError(f"{setting} must be a whole number of at least {minimum}, got {value!r}.")
+            raise ConfigError(f"{setting} must be a whole number of at least {minimum}, got {shown(value)}.")
 
 
 def check_number(minimum: float, **settings: float | None) -> None:
     """ConfigError unless every setting that is not None is a finite number of at least `minimum`."""
     for setting, value in settings.items():
         if value is not None and not (is_number(value) and minimum <= value < float("inf")):
-            raise ConfigError(f"{setting} must be a finite number of at least {minimum:g}, got {value!r}.")
+            raise ConfigError(f"{setting} must be a finite number of at least {minimum:g}, got {shown(value)}.")
 
 
 def check_positive(**settings: float | None) -> None:
     """ConfigError unless every setting that is not None is a finite number above 0."""
     for setting, value in settings.items():
         if value is not None and not (is_number(value) and 0.0 < value < float("inf")):
-            raise ConfigError(f"{setting} must be a finite number above 0, got {value!r}.")
+            raise ConfigError(f"{setting} must be a finite number above 0, got {shown(value)}.")
 
 
 def check_share(*, above: float | None = None, **settings: float) -> None:
     """ConfigError unless every setting lies in [0, 1), or in (`above`, 1] where `above` is given."""
     for setting, value in settings.items():
         if above is None and not (is_number(value) and 0.0 <= value < 1.0):
-            raise ConfigError(f"{setting} must be at least 0 and below 1, got {value!r}.")
+            raise ConfigError(f"{setting} must be at least 0 and below 1, got {shown(value)}.")
         if above is not None and not (is_number(value) and above < value <= 1.0):
-            raise ConfigError(f"{setting} must be above {above:g} and at most 1, got {value!r}.")
+            raise ConfigError(f"{setting} must be above {above:g} and at most 1, got {shown(value)}.")
 
 
 def check_step(**settings: float) -> None:
@@ -63,13 +63,13 @@ def check_unit(meaning: str = "", **settings: float | None) -> None:
     """ConfigError unless every setting that is not None lies in [0, 1]; the message has `meaning` after the bounds."""
     for setting, value in settings.items():
         if value is not None and not (is_number(value) and 0.0 <= value <= 1.0):
-            raise ConfigError(f"{setting} must be between 0 and 1{meaning}, got {value!r}.")
+            raise ConfigError(f"{setting} must be between 0 and 1{meaning}, got {shown(value)}.")
 
 
 def check_names(setting: str, value: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple; ConfigError if they are no list of texts (one text would be taken letter by letter)."""
     if isinstance(value, str) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{setting} must be a list of names, as in [q,k,v], got {value!r}.")
+        raise ConfigError(f"{setting} must be a list of names, as in [q,k,v], got {shown(value)}.")
     if twice := [name for name, count in Counter(value).items() if count > 1]:
         raise ConfigError(f"{setting} names {twice[0]} twice, got {list(value)}; take one of them out.")
     return tuple(value)

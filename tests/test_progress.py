@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -78,3 +81,28 @@ def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(progress.track([1], label="x")) == [1]
     assert capfd.readouterr() == ("", "")
     assert progress.notes == ["kept"]
+
+
+def test_a_notebook_draws_bars_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    class Handle:
+        def update(self, shown: Any) -> None:
+            text = Console(file=io.StringIO(), width=100)
+            text.print(shown)
+            drawn.append(cast(io.StringIO, text.file).getvalue().strip())
+
+    # IPython's: nothing here needs it, so it may not be installed.
+    ipython = ModuleType("IPython.display")
+    vars(ipython).update(display=lambda shown, display_id=None: Handle())
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+    monkeypatch.setattr("bs_exp.progress._REDRAW_SECONDS", 0.0)
+    progress = Progress(_console=Console(file=io.StringIO(), force_jupyter=True))
+    for _ in progress.track(range(2), label="outer", total=2):
+        assert list(progress.track(range(3), label="inner", total=3)) == [0, 1, 2]
+    assert len(drawn) == 2 * (3 + 1) + 1
+    assert "outer" in drawn[0] and "inner" in drawn[0] and "1/3" in drawn[0]
+    assert drawn[-1] == "" and "2/2" in drawn[-2]
+    progress.quiet = True
+    assert list(progress.track(range(2), label="outer")) == [0, 1] and len(drawn) == 9

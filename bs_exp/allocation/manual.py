@@ -13,7 +13,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.rank_budget import check_affordable, make_plan, mean_over_layers, share_out
 from bs_exp.types import MATRIX_TYPES, RankPlan, Statistic, WeightGroup
-from bs_exp.validation import check_share
+from bs_exp.validation import check_share, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,6 @@ def _check_shares(setting: str, shares: Mapping[Any, float] | None) -> None:
         raise ConfigError(f"{setting} is empty: give numbers, or null.")
     for key, value in shares.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < math.inf:
-            raise ConfigError(f"{setting} must hold finite numbers of at least 0, got {value!r} for {key}.")
+            raise ConfigError(f"{setting} must hold finite numbers of at least 0, got {shown(value)} for {key}.")
     if not any(shares.values()):
         raise ConfigError(f"{setting} must hold a number above 0, got zeros alone.")

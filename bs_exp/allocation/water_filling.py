@@ -18,7 +18,7 @@ from bs_exp.rank_budget import (
     spend,
 )
 from bs_exp.types import RankPlan, Statistic, WeightGroup
-from bs_exp.validation import check_at_least, check_retain_ratio, check_share, is_number
+from bs_exp.validation import check_at_least, check_retain_ratio, check_share, is_number, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,10 @@ def _as_bounds(given: Mapping[int, tuple[float, float]] | None) -> dict[int, tup
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise ConfigError(f"layer_bounds must name layers, as in {{0:[0.9,1.0]}}, or be null, got {given!r}.")
+        raise ConfigError(f"layer_bounds must name layers, as in {{0:[0.9,1.0]}}, or be null, got {shown(given)}.")
     for layer, pair in given.items():
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise ConfigError(f"layer_bounds must name layers by their numbers, from 0, got {layer!r}.")
+            raise ConfigError(f"layer_bounds must name layers by their numbers, from 0, got {shown(layer)}.")
         is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_number, pair))
         if not (is_pair and 0.0 <= pair[0] <= pair[1] <= 1.0):
             raise ConfigError(

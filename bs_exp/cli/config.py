@@ -26,6 +26,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.dials import with_dials
 from bs_exp.cli.explain import INTERNAL_KEYS, list_options
+from bs_exp.cli.objectives import check_reported
 from bs_exp.cli.setting_types import source_key, wrong_settings
 from bs_exp.errors import ConfigError
 from bs_exp.files import name_fault
@@ -129,6 +130,13 @@ def maker(cfg: DictConfig) -> Callable[[str], Any]:
     return partial(_make, filled, OmegaConf.to_container(filled, resolve=False))
 
 
+def strategy_keys(cfg: DictConfig) -> list[str]:
+    """The keys of all strategies that a run is built from, in the order in which they are built."""
+    recipe = ("sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")
+    evaluators = (f"evaluation.evaluators.{name}" for name in _parts(cfg))
+    return ["model", "calibration.set", *recipe, *evaluators, "analysis", "tracking", "selection"]
+
+
 def build_recipe(cfg: DictConfig, make: Callable[[str], Any]) -> Recipe:
     """The strategies of the compression, and the share of parameters to keep."""
     from bs_exp.pipeline import Recipe
@@ -169,6 +177,11 @@ def check_root(cfg: DictConfig) -> None:
     check_seed(own.seed)
     check_objective(_objective(own.objective))
     _parts(own)
+
+
+def check_objectives(cfg: DictConfig) -> None:
+    """ConfigError for an objective that none of the evaluators that are to run can report; torch stays away."""
+    check_reported(_objective(cfg.objective), {name: cfg.evaluation.evaluators[name] for name in _parts(cfg)})
 
 
 def _check_complete(cfg: DictConfig) -> None:
@@ -259,7 +272,9 @@ def _built(cfg: DictConfig, written: Any, key: str) -> Any:
         if isinstance(cause, TypeError | AttributeError | ValueError) and "unexpected keyword" not in str(cause):
             dials = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)
             assert isinstance(dials, dict)
-            given = ", ".join(f"{dial!s}={value!r}" for dial, value in dials.items() if not str(dial).startswith("_"))
+            given = ", ".join(
+                f"{dial!s}={shown(value)}" for dial, value in dials.items() if not str(dial).startswith("_")
+            )
             raise ConfigError(
                 f"{key}: one of its settings has a value of the wrong kind ({cause}). They are: {given}. The option "
                 f"files in conf/{group} say what each may be."

@@ -16,7 +16,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from bs_exp.cli.config import check_root, is_kept, point_name
+from bs_exp.cli.config import check_objectives, check_root, is_kept, point_name
+from bs_exp.cli.early_check import check_early
 from bs_exp.errors import ConfigError
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
@@ -61,10 +62,13 @@ class SweepCallback(Callback):
         self.compare, self.closing = compare, closing
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends a single run that a setting of the root forbids; with `debug` it is left to end as others do."""
+        """Ends a single run that a setting forbids, as far as that is known without torch; with `debug` it goes on."""
         try:
             check_root(config)
             _refuse_links(Path(config.hydra.run.dir), points=False)
+            check_objectives(config)
+            if "torch" not in sys.modules:  # else nothing is gained: the run checks the same
+                check_early(config)
         except (ConfigError, OmegaConfBaseException) as error:
             if not config.debug:
                 # Hydra makes a warning of every Exception of a callback. `main` shows the cause.

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from bs_exp.corpora.provenance import describe
 from bs_exp.demo.documentation import PACKAGES, PYTHON, Split, read_python_docs
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.validation import check_choice
+from bs_exp.validation import check_choice, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,9 @@ class PythonDocs:
         known = (PYTHON, *PACKAGES)
         listed = isinstance(self.packages, list | tuple) and self.packages
         if not listed or any(package not in known for package in self.packages):
-            raise ConfigError(f"packages must be a list of some of {', '.join(known)}, or null, got {self.packages!r}.")
+            raise ConfigError(
+                f"packages must be a list of some of {', '.join(known)}, or null, got {shown(self.packages)}."
+            )
         object.__setattr__(self, "packages", tuple(self.packages))
 
     def read(self) -> tuple[str, Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_feeding, feeder
 from bs_exp.protocols import Corpus
 from bs_exp.types import Activations, Feeding, LoadedModel, Target, TokenWindows
-from bs_exp.validation import check_at_least, check_choice, check_seed
+from bs_exp.validation import check_at_least, check_choice, check_seed, shown
 
 Order: TypeAlias = Literal["sequential", "random"]
 Tail: TypeAlias = Literal["drop", "keep"]
@@ -36,7 +36,7 @@ def check_special_tokens(value: object) -> None:
     """ConfigError unless the value is one of `SpecialTokens`."""
     if not isinstance(value, bool) and value != PER_WINDOW:
         raise ConfigError(
-            f"special_tokens must be true (once around the whole text), false or {PER_WINDOW}, got {value!r}."
+            f"special_tokens must be true (once around the whole text), false or {PER_WINDOW}, got {shown(value)}."
         )
 
 

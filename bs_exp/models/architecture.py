@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.types import Architecture, WeightMatrix
+from bs_exp.validation import shown
 
 Roles = Mapping[str, str]
 """Dotted suffix of a linear layer's name inside its block (`*` stands for one part) -> matrix type, or `dense`."""
@@ -66,7 +67,9 @@ class RoleTable:
 
     def __post_init__(self) -> None:
         if not isinstance(self.own, Mapping):
-            raise ConfigError(f"model.roles must map names to matrix types, such as {{q_proj: q}}, got {self.own!r}.")
+            raise ConfigError(
+                f"model.roles must map names to matrix types, such as {{q_proj: q}}, got {shown(self.own)}."
+            )
         for suffix, matrix in {**self.names, **self.own}.items():
             if matrix not in (*self.sites, DENSE):
                 raise ConfigError(

@@ -18,7 +18,7 @@ from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.offload import check_offload, place
 from bs_exp.types import LoadedModel, Task
-from bs_exp.validation import check_choice
+from bs_exp.validation import check_choice, shown
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -147,9 +147,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, got {name!r}.") from error
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, got {shown(name)}.") from error
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, got {name!r}.")
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, got {shown(name)}.")
     if device.type in ("mps", "xpu") and not getattr(torch, device.type).is_available():
         raise ConfigError(
             f"device is {name!r}, which torch {torch.__version__} does not have here. Use model.device=cpu or auto."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.mapped import can_map, is_mapped, release
-from bs_exp.validation import check_choice
+from bs_exp.validation import check_choice, shown
 
 OFFLOADS = ("none", "cpu", "disk")
 _RESIDENCE = "_bs_exp_residence"
@@ -33,8 +33,8 @@ def check_offload(offload: str, device: torch.device) -> None:
         )
     if offload != "none" and device.type not in ("cpu", "cuda"):
         raise ConfigError(
-            f"offload must be none with device={device}, got {offload!r}: blocks are moved to cuda devices alone. Use "
-            "model.device=cpu with model.offload=disk, or model.offload=none."
+            f"offload must be none with device={device}, got {shown(offload)}: blocks are moved to cuda devices alone. "
+            "Use model.device=cpu with model.offload=disk, or model.offload=none."
         )
     if offload == "disk" and not can_map():
         raise ConfigError("offload must be none or cpu here, got 'disk': this system cannot give back pages of files.")

@@ -18,7 +18,7 @@ from bs_exp.models.architecture import Roles
 from bs_exp.models.auto_classes import AUTO_CLASSES
 from bs_exp.models.loading import assemble, check_settings, resolve_device, resolve_dtype
 from bs_exp.types import LoadedModel, Task
-from bs_exp.validation import check_choice, check_seed
+from bs_exp.validation import check_choice, check_seed, shown
 
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _EOS, _BOS = "<|endoftext|>", "<|begin|>"
@@ -129,9 +129,9 @@ class TinyRandom:
     def __post_init__(self) -> None:
         check_choice("family", self.family, tuple(_TASKS))
         if not isinstance(self.layers, int) or self.layers < 1:
-            raise ConfigError(f"layers must be a whole number of at least 1, got {self.layers!r}.")
+            raise ConfigError(f"layers must be a whole number of at least 1, got {shown(self.layers)}.")
         if not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
+            raise ConfigError(f"seed must be a whole number, got {shown(self.seed)}.")
         check_seed(self.seed)
         check_settings(self.dtype, self.device, self.roles)
 

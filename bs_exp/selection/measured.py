@@ -12,7 +12,7 @@ from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.protocols import Contest, PlanObjective
 from bs_exp.types import TokenWindows
-from bs_exp.validation import check_choice, check_seed, check_share, is_plain
+from bs_exp.validation import check_choice, check_seed, check_share, is_plain, shown
 
 PARTS = ("sharing", "whitening", "importance", "allocation", "layout", "schedule")
 _ROUNDS = ("single", "all")
@@ -41,7 +41,7 @@ class MeasuredSelection:
             if not isinstance(parts, Mapping | None):
                 raise ConfigError(
                     f"candidates.{name} must say which parts it replaces, as in +sharing@selection.candidates.{name}"
-                    f".sharing=all, got {parts!r}."
+                    f".sharing=all, got {shown(parts)}."
                 )
         object.__setattr__(
             self, "candidates", {str(name): dict(parts or {}) for name, parts in self.candidates.items()}
@@ -62,7 +62,7 @@ class MeasuredSelection:
             for part, value in parts.items():
                 check_members(part, value)
         if not isinstance(self.recalibrate, bool):
-            raise ConfigError(f"recalibrate must be true or false, got {self.recalibrate!r}.")
+            raise ConfigError(f"recalibrate must be true or false, got {shown(self.recalibrate)}.")
         check_choice("rounds", self.rounds, _ROUNDS)
         check_seed(self.seed)
         check_share(holdout=self.holdout)

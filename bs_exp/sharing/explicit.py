@@ -10,6 +10,7 @@ from typing import ClassVar
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.types import MATRIX_TYPES, Architecture, Statistic, WeightGroup
+from bs_exp.validation import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def _lists(matrix: str, listed: object) -> tuple[tuple[int, ...], ...]:
 
 def _malformed(value: object) -> ConfigError:
     return ConfigError(
-        f"layers must give lists of layers by matrix type, such as {{q: [[0, 1], [2, 5]]}}, got {value!r}."
+        f"layers must give lists of layers by matrix type, such as {{q: [[0, 1], [2, 5]]}}, got {shown(value)}."
     )
 
 

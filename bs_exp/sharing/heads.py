@@ -10,7 +10,7 @@ from bs_exp.models.head_blocks import ALL, KV, check_separate, cut_heads
 from bs_exp.protocols import SharingProblem
 from bs_exp.sharing.layers import check_matrices, check_named, check_size, cut, runs
 from bs_exp.types import Architecture, LoadedModel, Statistic, WeightGroup
-from bs_exp.validation import check_at_least, check_names
+from bs_exp.validation import check_at_least, check_names, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,9 @@ class HeadSharing:
         check_at_least(1, group_size=self.group_size)
         if self.heads_per_block not in (KV, ALL):
             if isinstance(self.heads_per_block, str):
-                raise ConfigError(f"heads_per_block must be a number, {KV} or {ALL}, got {self.heads_per_block!r}.")
+                raise ConfigError(
+                    f"heads_per_block must be a number, {KV} or {ALL}, got {shown(self.heads_per_block)}."
+                )
             check_at_least(1, heads_per_block=self.heads_per_block)
 
     def view(self, dense: LoadedModel) -> LoadedModel:

@@ -18,6 +18,7 @@ from bs_exp.records.folder_names import run_words, words_of
 from bs_exp.records.metrics import dense_ratios, is_setting
 from bs_exp.records.record import FILE_NAME, RunRecord
 from bs_exp.types import RankPlan
+from bs_exp.validation import shown
 
 Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
@@ -50,7 +51,7 @@ class WandbTracker:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+            raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {shown(self.mode)}.")
         for name, seconds in (("timeout", self.timeout), ("finish_timeout", self.finish_timeout)):
             if seconds <= 0:
                 raise ConfigError(f"{name} must be above 0 seconds, got {seconds}.")

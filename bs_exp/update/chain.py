@@ -12,7 +12,7 @@ from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import Update
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan
-from bs_exp.validation import is_plain
+from bs_exp.validation import is_plain, shown
 from bs_exp.workspace import Workspace
 
 
@@ -26,7 +26,7 @@ class UpdateChain:
         object.__setattr__(self, "updates", {name: u for name, u in self.updates.items() if u is not None})
         for name, update in self.updates.items():
             if is_plain(update):
-                raise ConfigError(f"updates.{name} must be an update with its _target_, or null, got {update!r}.")
+                raise ConfigError(f"updates.{name} must be an update with its _target_, or null, got {shown(update)}.")
             check_members("update", update)
         if not self.updates:
             raise ConfigError("updates is empty: name some, or use update=none.")

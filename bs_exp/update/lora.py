@@ -27,7 +27,7 @@ from bs_exp.training.objectives import LogitDivergence, Objective, TokenLoss
 from bs_exp.training.settings import TrainerSettings, split_windows
 from bs_exp.training.trainer import Trainer, trainable
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows
-from bs_exp.validation import check_at_least, check_choice, check_positive, check_share
+from bs_exp.validation import check_at_least, check_choice, check_positive, check_share, shown
 from bs_exp.workspace import Workspace
 
 KIND = "lora"
@@ -63,7 +63,7 @@ class LoRA(TrainerSettings):
 
     def __post_init__(self) -> None:
         if isinstance(self.matrices, str):
-            raise ConfigError(f"matrices must be a list such as [q, v], or null for all, got {self.matrices!r}.")
+            raise ConfigError(f"matrices must be a list such as [q, v], or null for all, got {shown(self.matrices)}.")
         object.__setattr__(self, "matrices", None if self.matrices is None else tuple(self.matrices))
         TrainerSettings.__post_init__(self)
         check_choice("factors", self.factors, tuple(FACTORS))

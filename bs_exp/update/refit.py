@@ -29,7 +29,7 @@ from bs_exp.models.offload import is_offloaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
-from bs_exp.validation import check_choice, check_number, check_unit, is_number
+from bs_exp.validation import check_choice, check_number, check_unit, is_number, shown
 from bs_exp.workspace import Workspace
 
 MODES = ("one_shot", "sequential")
@@ -68,7 +68,7 @@ class Refit:
         check_choice("gram", self.gram, GRAMS)
         check_number(0.0, ridge=self.ridge)
         if self.below is not None and not (is_number(self.below) and 0.0 < self.below <= 1.0):
-            raise ConfigError(f"below must be above 0 and at most 1, or null for always, got {self.below!r}.")
+            raise ConfigError(f"below must be above 0 and at most 1, or null for always, got {shown(self.below)}.")
         check_unit(", or null for the closed form", beta=self.beta)
         if self.beta is not None and self.target != "mixed":
             raise ConfigError(f"beta is only read with target=mixed, got beta={self.beta} and target={self.target}.")

@@ -1,0 +1,156 @@
+"""What is refused before torch is imported is what the run would refuse, in the same words; and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from bs_exp.cli.conf_root import root_folder
+from bs_exp.cli.config import RootConfig, check_objectives, maker, strategy_keys
+from bs_exp.cli.early_check import check_early
+from bs_exp.cli.explain import explain
+from bs_exp.errors import BsExpError, ConfigError
+
+CONF = root_folder() / "conf"
+ROOT = Path(__file__).parents[2]
+GROUPS = sorted(RootConfig.__dataclass_fields__.keys() & {path.name for path in CONF.iterdir() if path.is_dir()})
+
+# One slip of each kind, where a constructor looks: a bound, a choice, a type, an unknown key, one inside a strategy.
+REFUSED = """
+calibration.batch_size=0
+calibration.num_sequences=some
+calibration.order=sorted
+calibration.corpus.split=test
+sharing.group_size=0
+sharing.group_size=two
+sharing.matrices=q
+sharing.matrices=[q,q]
+whitening.ridge=-1
+importance=channel importance.p=2
+importance=channel importance.a=none
+allocation=bayesopt allocation.trials=0
+allocation=water_filling allocation.multiple=1.5
+schedule=steps schedule.size=0
+update=recover update.steps=-1
+update=refit_recover update.updates.recover.learning_rate=0
+update=lora update.rank=0
+evaluation.batch_size=x
+evaluation.tail=maybe
+evaluation.sequence_length=1
+evaluation.stride=9999
+evaluation.limit=-2
+evaluation.corpora.python_docs.split=all
+model.dtype=float99
+tracking.mode=sometimes
++sharing.size=3
++model.depth=3
+""".strip().splitlines()
+# What needs a library, or is right: the run will tell.
+LEFT = """
+model.device=moon
+model.device=cpu
+calibration.batch_size=8
+sharing.group_size=3
++sharing._convert_=all
+""".strip().splitlines()
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def composed() -> Iterator[Compose]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *settings: compose("config", list(settings))
+
+
+def _refusal(cfg: DictConfig) -> str | None:
+    """What the run says of the first strategy that cannot be built."""
+    make = maker(cfg)
+    for key in strategy_keys(cfg):
+        try:
+            make(key)
+        except BsExpError as error:
+            return explain(error)
+    return None
+
+
+@pytest.mark.parametrize("settings", REFUSED)
+def test_the_same_words_as_the_run(composed: Compose, settings: str) -> None:
+    cfg = composed(*settings.split())
+    with pytest.raises(ConfigError) as caught:
+        check_early(cfg)
+    assert explain(caught.value) == _refusal(cfg)
+    assert "unloaded" not in str(caught.value)
+    assert not [name for name in sys.modules if name.startswith("bs_exp_unloaded")]
+
+
+@pytest.mark.parametrize("settings", LEFT)
+def test_what_is_right_or_needs_a_library_is_left_to_the_run(composed: Compose, settings: str) -> None:
+    check_early(composed(*settings.split()))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_option_is_refused(composed: Compose, group: str) -> None:
+    for path in sorted((CONF / group).glob("[!_]*.yaml")):
+        try:
+            files = [f"{group}.files=[a.txt]"] if path.stem in ("text", "text_part") else []
+            cfg = composed(f"{group}={path.stem}", *files)
+            for key in OmegaConf.missing_keys(cfg):
+                OmegaConf.update(cfg, key, "name")
+            check_early(cfg)
+            check_objectives(cfg)
+        except BsExpError as error:
+            pytest.fail(f"{group}={path.stem}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        ("objective=ppl/python_docs", True),
+        ("objective=acc/mean", True),
+        ("objective=throughput/decode_tok_s_min", True),
+        ("objective=[ppl/python_docs,size/bytes,throughput/prefill_tok_s]", True),
+        ("evaluation=encoder objective=cosine/python_docs", True),
+        ("evaluation.tasks=[arc_easy] objective=exact_match/arc_easy", True),  # lm-eval says what its tasks report
+        ("evaluation=papers objective=ppl/c4", True),
+        ("objective=ppl/wikitext2", False),
+        ("objective=exact_match/docs_cloze", False),
+        ("objective=cosine/python_docs", False),
+        ("objective=[ppl/python_docs,size/weight]", False),
+        ("objective=throughput/speed", False),
+        ("evaluation=papers objective=ppl/python_docs", False),
+        ("evaluation.parts=[accuracy] objective=ppl/python_docs", False),
+    ],
+)
+def test_objectives_are_names_that_evaluators_report(composed: Compose, settings: str, fits: bool) -> None:
+    cfg = composed(*settings.split())
+    if fits:
+        check_objectives(cfg)
+        return
+    with pytest.raises(ConfigError, match=r"^objective must be one of .*size/bytes, or a list of these, got '"):
+        check_objectives(cfg)
+
+
+@pytest.mark.parametrize(
+    "slip", ["retain_ratio=1.5", "calibration.batch_size=0", "model.dtype=float99", "objective=a/b"]
+)
+def test_a_slip_is_answered_without_torch_and_leaves_no_folder(tmp_path: Path, slip: str) -> None:
+    program = (
+        "import resource, sys; from bs_exp.__main__ import main\ntry: main()\nfinally: "
+        "print('torch' in sys.modules, sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) < 2.5)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, slip],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "False True\n"), done.stderr
+    key = slip.partition("=")[0]
+    assert done.stderr.startswith(f"error: {key} must be ") and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
