@@ -19,10 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp import pipeline
-from bs_exp.cache import Cache
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import build_recipe, check_root, maker
+from bs_exp.cli.config import build_cache, build_recipe, check_root, maker
 from bs_exp.cli.explain import explain
 from bs_exp.corpora.fitting import fitted
 from bs_exp.corpora.given_texts import GivenTexts
@@ -170,13 +169,15 @@ def compress(
     recipe = replace(recipe, calibration=calibration)
     for warning in data_warnings(dense, recipe, {}):
         progress.warn(warning)
-    folder = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
-    workspace = Workspace(Cache(folder, model=str(dense.provenance.get("name", "-"))), progress)
+    workspace = Workspace(build_cache(cfg, cache_dir, model=str(dense.provenance.get("name", "-"))), progress)
     workspace.cache.check()
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        prepared = pipeline.prepare(dense, recipe, progress)
-        made = pipeline.compress(dense, recipe, workspace, prepared)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            prepared = pipeline.prepare(dense, recipe, progress)
+            made = pipeline.compress(dense, recipe, workspace, prepared)
+    finally:
+        workspace.cache.release()
     return Compression(
         model=made.module,
         tokenizer=dense.tokenizer,

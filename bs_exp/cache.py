@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bs_exp.errors import CacheError
+from bs_exp.cache_folder import SUFFIX, Lease, prune, remove
+from bs_exp.errors import CacheError, ConfigError
 from bs_exp.files import remove_leftovers, replacing
 
-FORMAT_VERSION = 6
-# Entries of a file's metadata that are no checksum of a tensor. Files of earlier versions lack the second.
+FORMAT_VERSION = 7
+# Entries of a file's metadata that are no checksum of a tensor. Files of earlier versions lack all but the first.
 _KEY, _DECLARED, _MODEL = "key", "declared", "_model"
+DTYPES = ("auto", "float64", "float32")
+# `auto` stores numbers in fp64 up to so many bytes of one kind (Grams, factors) and model.
+_AFFORDABLE = 4 * 2**30
+# Rounds that take more are not kept, unless asked.
+_SMALL_ROUND = 2**30
+_Read = TypeVar("_Read")
 _Header = tuple[str, str, list[int]]  # name, dtype, shape
 
 
@@ -45,6 +54,9 @@ class Entry(Protocol):
     def rows(self, name: str, stop: int) -> Tensor:
         """The first `stop` rows of a tensor; only these are read from a file."""
 
+    def length(self, name: str) -> int:
+        """The number of rows of a tensor."""
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryEntry:
@@ -58,6 +70,9 @@ class MemoryEntry:
     def rows(self, name: str, stop: int) -> Tensor:
         return self.tensors[name][:stop]
 
+    def length(self, name: str) -> int:
+        return len(self.tensors[name])
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -66,12 +81,17 @@ class FileEntry:
     path: Path
 
     def tensor(self, name: str) -> Tensor:
-        return self._read(lambda file: file.get_tensor(name))
+        found: Tensor = self._read(lambda file: file.get_tensor(name))
+        return found
 
     def rows(self, name: str, stop: int) -> Tensor:
-        return self._read(lambda file: file.get_slice(name)[:stop])
+        found: Tensor = self._read(lambda file: file.get_slice(name)[:stop])
+        return found
 
-    def _read(self, read: Callable[[Any], Tensor]) -> Tensor:
+    def length(self, name: str) -> int:
+        return self._read(lambda file: int(file.get_slice(name).get_shape()[0]))
+
+    def _read(self, read: Callable[[Any], _Read]) -> _Read:
         try:
             with safe_open(self.path, framework="pt") as file:
                 return read(file)
@@ -87,17 +107,39 @@ class FileEntry:
 class Cache:
     """Content-keyed tensors under `folder`; without a folder they live in memory, as long as this object.
 
-    `hits`, `misses` and `damaged` count look-ups by kind (such as "gram" and "decomposition"). `model` is what files
-    say they were computed from, for people.
+    `hits`, `misses` and `damaged` count look-ups by kind (such as "gram" and "decomposition"). `dtype` is that of
+    Grams and factors (`stored_dtype`). With `max_gb` the folder is kept below so many GiB: what no living process uses
+    goes, the longest unused first; `over` are the bytes above it that are in use. `keep_rounds` is for `drop`.
+    `model` is what files say they were computed from, for people.
+    Raises ConfigError for settings that make no sense.
     """
 
     folder: Path | None
     model: str = "-"
+    dtype: str = "auto"
+    max_gb: float | None = None
+    keep_rounds: bool | str = "auto"
     hits: Counter[str] = field(default_factory=Counter)
     misses: Counter[str] = field(default_factory=Counter)
     damaged: Counter[str] = field(default_factory=Counter)
+    over: int = 0
+    made: list[str] = field(default_factory=list)
     _memory: dict[tuple[str, str], MemoryEntry] = field(default_factory=dict)
     _verified: set[Path] = field(default_factory=set)
+    _lease: Lease | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"cache.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.keep_rounds not in (True, False, "auto"):
+            raise ConfigError(f"cache.keep_rounds must be auto, true or false, got {self.keep_rounds!r}.")
+        if self.max_gb is not None and (isinstance(self.max_gb, bool) or not self.max_gb > 0):
+            raise ConfigError(f"cache.max_gb must be above 0, or null for no limit, got {self.max_gb!r}.")
+
+    def stored_dtype(self, numbers: int) -> torch.dtype:
+        """The dtype in which so many numbers of one kind and model are stored: `auto` is fp64 up to 4 GiB of them."""
+        exact = self.dtype == "float64" or (self.dtype == "auto" and 8 * numbers <= _AFFORDABLE)
+        return torch.float64 if exact else torch.float32
 
     def check(self) -> None:
         """CacheError if the folder does not exist and cannot be made; called before any work.
@@ -118,6 +160,8 @@ class Cache:
 
     def find(self, kind: str, key: str) -> Entry | None:
         """The entry under a key, or None. A damaged file counts as absent, and is overwritten by the next `store`."""
+        if self.folder is not None:
+            self._use(f"{kind}/{key}")
         entry = self._memory.get((kind, key)) if self.folder is None else self._open(kind, key)
         (self.misses if entry is None else self.hits)[kind] += 1
         return entry
@@ -127,9 +171,12 @@ class Cache:
 
         Raises CacheError if the folder cannot be written; no partly written file stays behind.
         """
+        self.made.append(f"{kind}/{key}")
         if self.folder is None:
-            return self._memory.setdefault((kind, key), MemoryEntry(dict(tensors)))
+            self._memory[kind, key] = MemoryEntry(dict(tensors))
+            return self._memory[kind, key]
         path = self._path(kind, key)
+        self._use(f"{kind}/{key}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -137,13 +184,57 @@ class Cache:
             with replacing(path) as temporary:
                 declared = json.dumps([_header(name, tensor) for name, tensor in sorted(stored.items())])
                 save_file(stored, temporary, {_KEY: key, _DECLARED: declared, _MODEL: self.model, **checksums})
+            if self.max_gb is not None:
+                most = int(self.max_gb * 2**30)
+                self.over = max(0, prune(self.folder, most)[1] - most)
         except (OSError, SafetensorError) as error:
             raise _unwritable(path, error) from error
         return FileEntry(path)
 
+    def drop(self, names: Collection[str]) -> None:
+        """Removes the entries (KIND/KEY, as in `made`) of a round that has ended, but for those that others use.
+
+        Nothing goes if rounds are kept; `keep_rounds="auto"` keeps those of up to 1 GiB.
+        """
+        if self.keep_rounds is True or (self.keep_rounds == "auto" and self._bytes(names) <= _SMALL_ROUND):
+            return
+        if self.folder is None:
+            for name in names:
+                kind, _, key = name.partition("/")
+                self._memory.pop((kind, key), None)
+        else:
+            remove(self.folder, set(names), lease=self._lease)
+
+    def release(self) -> None:
+        """Says that nothing that was found or stored is needed any more, so that others may remove it."""
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+    def _use(self, name: str) -> None:
+        """Keeps others from removing an entry; without effect in a folder that cannot be written."""
+        assert self.folder is not None
+        try:
+            self._lease = self._lease or Lease(self.folder)
+            self._lease.add(name)
+        except OSError:  # read-only, or full: what is there can still be read, and `store` says what is wrong
+            return
+
+    def _bytes(self, names: Collection[str]) -> int:
+        total = 0
+        for name in set(names):
+            kind, _, key = name.partition("/")
+            if self.folder is None:
+                held = self._memory.get((kind, key))
+                total += sum(tensor.nbytes for tensor in held.tensors.values()) if held else 0
+            else:
+                with suppress(FileNotFoundError):
+                    total += self._path(kind, key).stat().st_size
+        return total
+
     def _path(self, kind: str, key: str) -> Path:
         assert self.folder is not None
-        return self.folder / kind / f"{key}.safetensors"
+        return self.folder / kind / f"{key}{SUFFIX}"
 
     def _open(self, kind: str, key: str) -> FileEntry | None:
         path = self._path(kind, key)
@@ -161,6 +252,8 @@ class Cache:
             self.damaged[kind] += 1
             return None
         self._verified.add(path)
+        with suppress(OSError):  # the time of its last use; in a read-only folder it stays
+            os.utime(path)
         return FileEntry(path)
 
 

@@ -216,6 +216,7 @@ def compress(
     if recipe.allocation.needs:
         with progress.stage(Stage.PROFILE):
             profile = profile_blocks(whole, data, needs=recipe.allocation.needs, workspace=workspace)
+    start_of_round = len(workspace.cache.made)
     measures = _measures(dense, dense, data, recipe, recipe.metric_needs | recipe.sharing.needs, workspace)
     groups = prepared.groups
     if groups is None:
@@ -225,7 +226,7 @@ def compress(
             recipe.allocation.check(groups, recipe.retain_ratio, recipe.layout)
     rounds = [1.0]
     while True:
-        decompositions = decompose_groups(groups, measures)
+        decompositions = decompose_groups(groups, measures, recipe.layout)
         with progress.stage(Stage.ALLOCATE):
             score = None
             if comparison is not None:
@@ -246,6 +247,8 @@ def compress(
             break
         told = f"{plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}"
         progress.note(f"round {len(rounds) - 1}: {told}")
+        workspace.cache.drop(workspace.cache.made[start_of_round:])
+        start_of_round = len(workspace.cache.made)
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
         measures = _measures(dense, current, data, recipe, recipe.metric_needs, workspace)
     with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):

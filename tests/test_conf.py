@@ -162,6 +162,8 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
     assert (
         digest("name=other", "tracking=none", "cache.dir=null", "save_model=true", "debug=true", "force=true") == plain
     )
+    assert digest("cache.max_gb=1", "cache.keep_rounds=false", "cache.dtype=auto") == plain
+    assert digest("cache.dtype=float32") != plain
     assert digest("retain_ratio=0.7") != plain
     assert digest("seed=1") != plain
     assert digest("experiment=svd") != plain

@@ -26,7 +26,7 @@ STRATEGIES = (
 KNOW_HYDRA = {"bs_exp.search.space", "bs_exp.__main__", "bs_exp.api"}
 # From the ground up: a room may import rooms of earlier floors only (and its own files).
 FLOORS = (
-    {"errors", "files", "printable", "types"},
+    {"cache_folder", "errors", "files", "printable", "types"},
     {"cache", "identity", "linalg", "progress", "source_code", "validation"},
     {"records", "workspace"},
     {"contracts", "protocols"},

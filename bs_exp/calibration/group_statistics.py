@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from bs_exp.cache import Entry, content_key
+from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.calibration.statistics import Place, subjects
+from bs_exp.linalg.packing import pack_symmetric, unpack_symmetric
 from bs_exp.models.model_inputs import check_has_logits, feeder
 from bs_exp.types import (
     Architecture,
@@ -30,6 +31,7 @@ from bs_exp.workspace import Workspace
 WITH_LOSS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
 # Statistics of input sites and of matrices, in contrast to those of whole blocks.
 OF_MATRICES = frozenset(s for s, kind in ACCUMULATORS.items() if kind.place in (Place.INPUT, Place.OUTPUT_GRADIENT))
+_GRAMS = frozenset({Statistic.GRAM, Statistic.OUTPUT_GRAM})
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +53,11 @@ class CalibrationStats:
         gram, output_grams, moments, gradient = None, None, None, None
         tokens = self.tokens
         if found := self.entries.get(Statistic.GRAM):
-            gram = _sum(found[m.input_site].tensor("gram").to(device) for m in matrices)
+            gram = _sum(_gram(found[m.input_site]).to(device) for m in matrices)
             # An encoder and its decoder read different numbers of tokens.
             tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
         if found := self.entries.get(Statistic.OUTPUT_GRAM):
-            output_grams = {m.layer: found[m.module].tensor("gram").to(device) for m in matrices}
+            output_grams = {m.layer: _gram(found[m.module]).to(device) for m in matrices}
         if found := self.entries.get(Statistic.INPUT_MOMENTS):
             moments = _moments([found[m.input_site] for m in matrices], device)
         if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
@@ -95,6 +97,13 @@ def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
     )
 
 
+def gram_dtype(cache: Cache, architecture: Architecture) -> torch.dtype:
+    """That in which the cache stores the Grams of a model, of which every number is stored once."""
+    sites = {m.input_site: m.d_in for m in architecture.matrices}
+    sizes = [*sites.values(), *(m.d_out for m in architecture.matrices)]
+    return cache.stored_dtype(sum(size * (size + 1) // 2 for size in sizes))
+
+
 def calibrate(
     model: LoadedModel,
     data: CalibrationData,
@@ -104,13 +113,16 @@ def calibrate(
 ) -> CalibrationStats:
     """The needed statistics of a model on its calibration windows; from the cache where it has all of them."""
     key, cache = statistics_key(model, data), workspace.cache
+    dtype = gram_dtype(cache, model.architecture)
     keys: dict[Statistic, Mapping[str, str]] = {}
     entries: dict[Statistic, dict[str, Entry]] = {}
     missing: dict[Statistic, set[int]] = {}  # layers by statistic
     for statistic in sorted(needs & OF_MATRICES):
         layers = {s.name: s.layer for s in subjects(model.architecture, ACCUMULATORS[statistic].place)}
         names = sorted(layers)
-        keys[statistic] = {name: content_key(statistics=key, name=name) for name in names}
+        # Rounded Grams are others; what else there is, is not rounded.
+        stored = {} if dtype is torch.float64 or statistic not in _GRAMS else {"dtype": str(dtype)}
+        keys[statistic] = {name: content_key(statistics=key, name=name, **stored) for name in names}
         found = {name: cache.find(statistic, name_key) for name, name_key in keys[statistic].items()}
         entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
         if absent := {layers[name] for name in names if name not in entries[statistic]}:
@@ -120,6 +132,8 @@ def calibrate(
         gathered = gather(model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=lacking)
         for statistic, name, tensors in gathered:
             if name not in entries[statistic]:
+                if statistic in _GRAMS:
+                    tensors = {**tensors, "gram": pack_symmetric(tensors["gram"], dtype)}
                 entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
     count, length = data.windows.ids.shape
     predictions = count * feeder(model, data.windows.feeding).predictions(length)
@@ -134,6 +148,10 @@ def _together(missing: Mapping[Statistic, set[int]]) -> Iterator[tuple[frozenset
     for statistic, layers in missing.items():
         found.setdefault(frozenset(layers), set()).add(statistic)
     yield from found.items()
+
+
+def _gram(entry: Entry) -> Tensor:
+    return unpack_symmetric(entry.tensor("gram"))
 
 
 def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:

@@ -1,4 +1,4 @@
-"""`bs-exp cache`: what the cache holds."""
+"""`bs-exp cache`: what the cache holds; `bs-exp cache prune`: less of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bs_exp.cache_folder import prune
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.errors import CacheError
 from bs_exp.printable import printable
@@ -54,6 +55,19 @@ def print_cache(folder: Path | None) -> None:
     console.print(printable(f"{folder.absolute()}: {_bytes(total)}. It can be deleted at any time."), markup=False)
 
 
+def prune_cache(folder: Path | None, max_gb: float) -> None:
+    """Removes what was not used for longest until so many GiB are left, and says what that freed.
+
+    What running processes use stays.
+    """
+    folder = folder or Path(_default_folder())
+    survey(folder)  # refuses a folder that does not exist
+    freed, left = prune(folder, int(max_gb * 2**30))
+    print(printable(f"{folder.absolute()}: {_bytes(freed)} freed, {_bytes(left)} left."))
+    if left > max_gb * 2**30:
+        print("The rest is in use by running processes.")
+
+
 def survey(folder: Path) -> tuple[Holding, ...]:
     """What a cache folder holds, by kind and model, the largest first; CacheError if there is no such folder."""
     if not folder.is_dir():
@@ -64,7 +78,7 @@ def survey(folder: Path) -> tuple[Holding, ...]:
     for path in sorted(folder.glob("*/*")):
         if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
             about = path.stat()
-            entry = about.st_size, max(about.st_atime, about.st_mtime)
+            entry = about.st_size, about.st_mtime  # set at every use, which `st_atime` is not everywhere
             found.setdefault((path.parent.name, _model(path)), []).append(entry)
     return tuple(sorted(_holdings(found), key=lambda holding: -holding.size))
 

@@ -23,7 +23,7 @@ class Command:
 COMMANDS = {
     "report": Command("FOLDER ...", "one HTML page, CSV, Markdown and figures of finished runs"),
     "figures": Command("FOLDER ...", "every figure anew, as SVG and PNG"),
-    "cache": Command("[FOLDER]", "what the cache holds: kind, model, size, last use"),
+    "cache": Command("[prune --max-gb N] [FOLDER]", "what the cache holds: kind, model, size, last use; or less of it"),
     "export": Command("OUT/model --to dense", "a saved compressed model with ordinary nn.Linear layers"),
 }
 # Skipped files beyond these are named on the page alone.
@@ -32,12 +32,15 @@ _MOST_SKIPPED = 20
 
 def run_command(arguments: Sequence[str]) -> None:
     """Runs the command that `arguments` begin with; an error of `bs_exp.errors` if it has nothing to work on."""
-    options = _parser().parse_args(list(arguments))
+    options = _options(arguments)
     # Imported late: --help answers at once.
     if options.command == "cache":
-        from bs_exp.cli.cache_command import print_cache
+        from bs_exp.cli.cache_command import print_cache, prune_cache
 
-        print_cache(options.folder)
+        if options.max_gb is None:
+            print_cache(options.folder)
+        else:
+            prune_cache(options.folder, options.max_gb)
     elif options.command == "export":
         from bs_exp.cli.export_command import export
 
@@ -70,6 +73,20 @@ def _report(options: argparse.Namespace) -> None:
     print(printable(str(result)))
 
 
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed arguments; `cache prune` is `cache` with a limit."""
+    parser, given = _parser(), list(arguments)
+    prunes = given[:2] == ["cache", "prune"]
+    if prunes:
+        del given[1]
+    options = parser.parse_args(given)
+    if options.command == "cache" and prunes != (options.max_gb is not None):
+        parser.error("it is `bs-exp cache [FOLDER]`, or `bs-exp cache prune --max-gb N [FOLDER]`")
+    if options.command == "cache" and prunes and not options.max_gb >= 0:
+        parser.error(f"--max-gb must be at least 0, got {options.max_gb}")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bs-exp", description="Commands beside runs and sweeps.")
     added = parser.add_subparsers(dest="command", required=True)
@@ -83,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     commands["cache"].add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, help="cache.dir of runs (default: outputs/cache)"
+    )
+    commands["cache"].add_argument(
+        "--max-gb", metavar="N", type=float, help="with prune: remove the longest unused until N GiB are left"
     )
     export = commands["export"]
     export.add_argument("folder", metavar="MODEL", type=Path, help="a saved model, such as RUN_FOLDER/model")

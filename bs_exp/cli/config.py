@@ -39,6 +39,7 @@ from bs_exp.source_code import targets_code
 from bs_exp.validation import check_objective, check_retain_ratio, check_seed, shown
 
 if TYPE_CHECKING:
+    from bs_exp.cache import Cache
     from bs_exp.pipeline import Recipe
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
@@ -52,9 +53,12 @@ _PLAIN_NAME = re.compile(r"[\w.,=+-]{1,80}")
 
 @dataclass
 class CacheConfig:
-    """Where Grams and decompositions are kept."""
+    """Where Grams and decompositions are kept, in which dtype, and how much of them."""
 
     dir: str | None = MISSING
+    dtype: str = MISSING
+    max_gb: float | None = MISSING
+    keep_rounds: Any = MISSING  # auto, true or false
 
 
 @dataclass
@@ -100,7 +104,6 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     """
     check_root(cfg)
 
-    from bs_exp.cache import Cache
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
@@ -111,7 +114,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         evaluators={name: make(f"evaluation.evaluators.{name}") for name in _parts(cfg)},
         analysis=make("analysis"),
         tracker=make("tracking"),
-        cache=Cache(None if cfg.cache.dir is None else Path(cfg.cache.dir).expanduser().absolute()),
+        cache=build_cache(cfg, cfg.cache.dir),
         seed=cfg.seed,
         objective=_objective(cfg.objective),
         save_model=cfg.save_model,
@@ -121,6 +124,19 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     # Now that it is loaded: from here on its source counts as it is, whatever is edited while this process lives.
     targets_code(_settings(cfg))
     return experiment
+
+
+def build_cache(cfg: DictConfig, folder: str | Path | None, *, model: str = "-") -> Cache:
+    """The cache in a folder, or in memory, with the dials of `cache`."""
+    from bs_exp.cache import Cache
+
+    return Cache(
+        None if folder is None else Path(folder).expanduser().absolute(),
+        model,
+        dtype=cfg.cache.dtype,
+        max_gb=cfg.cache.max_gb,
+        keep_rounds=cfg.cache.keep_rounds,
+    )
 
 
 def maker(cfg: DictConfig) -> Callable[[str], Any]:

@@ -10,6 +10,8 @@ from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
 from bs_exp.linalg.corrections import corrections_of
 from bs_exp.linalg.decomposition import decompose, split_by_layer
+from bs_exp.protocols import Layout
+from bs_exp.rank_budget import largest_rank
 from bs_exp.records.stages import Stage
 from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
 
@@ -18,7 +20,10 @@ KIND = "decomposition"
 
 @dataclass(frozen=True, eq=False)
 class Decompositions:
-    """One cache entry per group. Spectra are small and read at once, factors group by group and up to their rank."""
+    """One cache entry per group. Spectra are small and read at once, factors group by group and up to their rank.
+
+    An entry holds the leading components; of a group that a plan wants more of, all are computed again.
+    """
 
     entries: Mapping[WeightGroup, Entry]
     measures: GroupMeasures
@@ -29,13 +34,16 @@ class Decompositions:
         return tuple(read_spectrum(group, entry) for group, entry in self.entries.items())
 
     def truncated(self, plan: RankPlan) -> Iterator[SharedFactors]:
-        """The factors of a plan, one group at a time; groups that stay dense are left out."""
+        """The factors of a plan in fp64, one group at a time; groups that stay dense are left out."""
         for planned in plan.groups:
             if planned.rank is not None:
                 entry = self.entries[planned.group]
-                shared = split_by_layer(
-                    planned.group, entry.rows("basis_t", planned.rank), entry.rows("coefficients", planned.rank)
+                if entry.length("basis_t") < planned.rank:
+                    entry = _decomposed(planned.group, self.measures, planned.group.full_rank)
+                basis_t, coefficients = (
+                    entry.rows(name, planned.rank).double() for name in ("basis_t", "coefficients")
                 )
+                shared = split_by_layer(planned.group, basis_t, coefficients)
                 yield replace(shared, corrections=self._corrections(planned.group, entry, planned.rank))
 
     def _corrections(self, group: WeightGroup, entry: Entry, rank: int) -> Corrections:
@@ -43,30 +51,55 @@ class Decompositions:
             return {}
         metric = self.measures.metric(group)
         device = self.measures.dense.device
-        basis_t, coefficients = (entry.tensor(name).to(device) for name in ("basis_t", "coefficients"))
+        basis_t, coefficients = (entry.tensor(name).to(device).double() for name in ("basis_t", "coefficients"))
         return corrections_of(group, basis_t, coefficients, metric, rank)
 
 
-def decompose_groups(groups: Iterable[WeightGroup], measures: GroupMeasures) -> Decompositions:
+def decompose_groups(
+    groups: Iterable[WeightGroup], measures: GroupMeasures, layout: Layout | None = None
+) -> Decompositions:
     """The decompositions of groups, from the cache where it has them; the others are made one at a time and stored.
 
-    Statistics are gathered only if some decomposition is missing.
+    Stored are the components that a plan can ask for: with a `layout`, those of ranks that cost less than the dense
+    group. Statistics are gathered only if some decomposition is missing.
     Raises DecompositionError, with the group's name, if its weights or its Gram cannot be factorised.
     """
-    cache, progress = measures.workspace.cache, measures.workspace.progress
-    keys = {group: measures.key(group) for group in groups}
-    entries = {group: cache.find(KIND, key) for group, key in keys.items()}
+    progress = measures.workspace.progress
+    ranks = {group: _largest_rank(group, layout) for group in groups}
+    entries = {group: _stored(group, measures, rank) for group, rank in ranks.items()}
     missing = [group for group, entry in entries.items() if entry is None]
     if missing:
         measures.gather()
     with progress.stage(Stage.DECOMPOSE):
         for group in progress.track(missing, label="decomposing", total=len(missing)):
-            try:
-                found = decompose(group, measures.weight(group), measures.metric(group))
-            except (DecompositionError, LinAlgError) as error:
-                raise measures.failure(group, error) from error
-            factors = {"basis_t": found.basis_t.cpu(), "coefficients": found.coefficients.cpu()}
-            entries[group] = cache.store(KIND, keys[group], factors | spectrum_tensors(found.spectrum))
-    if count := len(keys) - len(missing):
-        progress.note(f"{count} of {len(keys)} decompositions came from the cache")
+            entries[group] = _decomposed(group, measures, ranks[group])
+    if count := len(entries) - len(missing):
+        progress.note(f"{count} of {len(entries)} decompositions came from the cache")
     return Decompositions({group: entry for group, entry in entries.items() if entry is not None}, measures)
+
+
+def _largest_rank(group: WeightGroup, layout: Layout | None) -> int:
+    """The largest rank that costs less than the dense group; all where corrections are made of the components."""
+    if layout is None or group.correction:
+        return group.full_rank
+    return max(1, largest_rank(group, group.parameters - 1, layout))
+
+
+def _stored(group: WeightGroup, measures: GroupMeasures, rank: int) -> Entry | None:
+    """The entry of a decomposition in the cache, if it has so many components."""
+    entry = measures.workspace.cache.find(KIND, measures.key(group))
+    return entry if entry is not None and entry.length("basis_t") >= rank else None
+
+
+def _decomposed(group: WeightGroup, measures: GroupMeasures, rank: int) -> Entry:
+    """The decomposition of a group, made now; its leading components are stored."""
+    try:
+        found = decompose(group, measures.weight(group), measures.metric(group))
+    except (DecompositionError, LinAlgError) as error:
+        raise measures.failure(group, error) from error
+    factors = {
+        name: rows[:rank].to(device="cpu", dtype=measures.factor_dtype)
+        for name, rows in (("basis_t", found.basis_t), ("coefficients", found.coefficients))
+    }
+    cache = measures.workspace.cache
+    return cache.store(KIND, measures.key(group), factors | spectrum_tensors(found.spectrum))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.cache import Entry, content_key
-from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, statistics_key
+from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, gram_dtype, statistics_key
 from bs_exp.contracts import check_metric, untouched_statistics
 from bs_exp.errors import DecompositionError
 from bs_exp.identity import identity
@@ -99,8 +99,10 @@ class GroupMeasures:
         return self.workspace.progress.track(groups, label=label, total=len(groups))
 
     def key(self, group: WeightGroup) -> str:
-        """Hash of the weights, the statistics, and the strategies that make the metric from them."""
+        """Hash of the weights, the statistics, the strategies that make the metric from them, and of the rounding."""
+        rounding = {} if self.factor_dtype is torch.float64 else {"dtype": str(self.factor_dtype)}
         return content_key(
+            **rounding,
             model=self.dense.fingerprint,
             device=self.dense.device.type,
             statistics=self._statistics_key,
@@ -108,6 +110,12 @@ class GroupMeasures:
             importance=identity(self.importance) if self._statistics_key else None,
             group=asdict(group),
         )
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """That in which the cache stores the factors of this model's groups."""
+        numbers = sum(min(m.d_in, m.d_out) * (m.d_in + m.d_out) for m in self.dense.architecture.matrices)
+        return self.workspace.cache.stored_dtype(numbers)
 
     def failure(self, group: WeightGroup, error: Exception) -> DecompositionError:
         """The error with the names of the group's modules."""
@@ -119,7 +127,9 @@ class GroupMeasures:
         # What a sharing strategy asks for besides does not change a decomposition.
         if not self.needs or not self.whitening.needs | self.importance.needs:
             return None
-        return statistics_key(self.current, self.data)
+        key = statistics_key(self.current, self.data)
+        dtype = gram_dtype(self.workspace.cache, self.current.architecture)
+        return key if dtype is torch.float64 else content_key(statistics=key, dtype=str(dtype))
 
     @cached_property
     def _statistics(self) -> CalibrationStats | None:

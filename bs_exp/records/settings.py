@@ -13,7 +13,11 @@ _PLACES = frozenset({"model.offload", "calibration.activations", "calibration.se
 
 def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """The part of a configuration that can change a result."""
-    return {key: _without_places(value, str(key)) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    settings = {key: _without_places(value, str(key)) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    # Of the cache, only the rounding of what it holds.
+    if (dtype := (config.get("cache") or {}).get("dtype", "auto")) != "auto":
+        settings["cache"] = {"dtype": dtype}
+    return settings
 
 
 def _without_places(value: Any, path: str) -> Any:

@@ -77,7 +77,8 @@ class Experiment:
         try:
             return self._compare(recorder)
         finally:
-            _tell_of_damage(self.cache, recorder)
+            _tell_of_cache(self.cache, recorder)
+            self.cache.release()
             recorder.update(memory=environment.peak_memory(), cache=_counts(self.cache))
             _free_memory()
 
@@ -149,6 +150,7 @@ class Experiment:
             if dense is None:
                 dense = self.model.load()
                 self.dense.keep(self.model, dense, recorder.record.run_id)
+        self.cache.model = str(dense.provenance.get("name", ""))
         model = {**dense.provenance, "loaded_by": self.dense.loaded_by}
         recorder.update(provenance={**recorder.record.provenance, "model": model})
         if unused := dense.provenance.get("unused_weights"):
@@ -198,11 +200,16 @@ def _quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _tell_of_damage(cache: Cache, recorder: Recorder) -> None:
+def _tell_of_cache(cache: Cache, recorder: Recorder) -> None:
     if cache.damaged:
         kinds = ", ".join(f"{count} ({kind})" for kind, count in sorted(cache.damaged.items()))
         recorder.progress.note(
             f"damaged cache files were not used: {kinds}. What they held is computed again; is the disk in order?"
+        )
+    if cache.over:
+        recorder.progress.note(
+            f"the cache is {cache.over / 2**30:.2f} GiB above cache.max_gb={cache.max_gb:g}, since running processes "
+            "use that much. Raise it, or lower the need with cache.dtype=float32."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,7 +86,24 @@ def test_the_cache_is_listed_and_a_model_exported(cli: Cli, tiny: Tiny) -> None:
     assert again.status == 1 and "exists already. Name another folder with --out." in again.err
 
 
-@pytest.mark.parametrize("arguments", [("export", "out/model"), ("export", "x", "--to", "onnx"), ("cache", "a", "b")])
+def test_the_cache_is_pruned_and_made_again(cli: Cli, tiny: Tiny) -> None:
+    assert "there is no cache in" in cli("cache", "prune", "--max-gb", "1").err
+    assert cli(*tiny, "hydra.run.dir=one").status == 0
+    kept = cli("cache", "prune", "--max-gb", "1")
+    assert kept.status == 0 and ": 0 B freed, " in kept.out
+    pruned = cli("cache", "prune", "--max-gb", "0", "outputs/cache")
+    assert pruned.status == 0 and "freed, 0 B left." in pruned.out
+    assert not list(Path("outputs/cache").glob("*/*.safetensors"))
+    assert cli(*tiny, "hydra.run.dir=two").status == 0
+    one, two = (json.loads(Path(folder, "record.json").read_text()) for folder in ("one", "two"))
+    assert one["plan"] == two["plan"] and two["cache"]["hits"] == {}
+
+
+@pytest.mark.parametrize("arguments", [
+    ("export", "out/model"), ("export", "x", "--to", "onnx"), ("cache", "a", "b"),
+    ("cache", "prune"), ("cache", "--max-gb", "1"), ("cache", "prune", "--max-gb", "-1"),
+    ("cache", "prune", "--max-gb", "x"),
+])  # fmt: skip
 def test_wrong_arguments_of_commands_end_with_their_usage(cli: Cli, arguments: tuple[str, ...]) -> None:
     done = cli(*arguments)
     assert done.status == 2 and "usage: bs-exp" in done.err
