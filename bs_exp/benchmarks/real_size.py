@@ -8,6 +8,7 @@ pages of files that the process had in memory, the size of the cache, and second
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -106,7 +107,9 @@ def lines(record: RunRecord, layers: int, offload: str, folder: Path) -> Iterato
     peak, parameters = record.memory["process_bytes"], record.provenance["model"]["parameters"]
     cache = sum(file_sizes(folder / "cache").values())
     yield f"{layers} layers, {parameters / 1e6:,.0f} M parameters, offload={offload}"
-    yield f"  peak resident memory {peak / _GB:.2f} GB, cache {cache / _GB:.2f} GB"
+    hits = sum(record.cache["hits"].values())
+    earlier = f"; {hits} entries are of an interrupted run, whose seconds are not counted" if hits else ""
+    yield f"  peak resident memory {peak / _GB:.2f} GB, cache {cache / _GB:.2f} GB{earlier}"
     yield "  seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in record.timings.items())
     for label, metrics in record.metrics.items():
         yield f"  {label}: " + ", ".join(f"{k} {v:.6g}" for k, v in metrics.items() if isinstance(v, float))
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--offload", nargs="+", default=["disk"], choices=["none", "disk"])
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens per window")
-    parser.add_argument("--folder", help="where models and caches are written; the system's temporary folder")
+    parser.add_argument("--folder", help="keeps models and caches, to go on after an interruption")
     parser.add_argument("overrides", nargs="*", default=["experiment=svd_llm"], help="as for python -m bs_exp")
     given = parser.parse_args(arguments)
     check_at_least(1, layers=min(given.layers), width=given.width, d_ff=given.d_ff, windows=given.windows)
@@ -129,12 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--width must be a multiple of {_HEADS}, the number of heads, got {given.width}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     for layers in given.layers:
-        with tempfile.TemporaryDirectory(dir=given.folder, prefix="bs-exp-real-size-") as scratch:
-            model = Path(scratch, "model")
-            model.mkdir()
-            write_model(model, layers=layers, width=given.width, d_ff=given.d_ff)
+        with contextlib.ExitStack() as stack:
+            scratch = given.folder and Path(given.folder, f"{layers}-layers-{given.width}-{given.d_ff}")
+            scratch = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bs-exp-real-size-")))
+            model = scratch / "model"
+            if not model.exists():
+                model.mkdir(parents=True)
+                write_model(model, layers=layers, width=given.width, d_ff=given.d_ff)
             for offload in given.offload:
-                folder = Path(scratch, offload)
+                folder = scratch / offload
                 record = run(
                     model, folder, given.overrides, offload=offload, windows=given.windows, length=given.length
                 )

@@ -44,19 +44,21 @@ def gather(
     progress: Progress,
     folder: Path | None = None,
     layers: Collection[int] | None = None,
+    key: str | None = None,
 ) -> Iterator[Gathered]:
     """The statistics of all their subjects on the calibration windows, as soon as each has seen all of them.
 
     One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
     gradients of one loss: the model's own, on the text's own tokens (empirical Fisher). `layers` are those whose
-    statistics are wanted (None: all); hidden states that wait on disk do so in `folder`. Tensors are on the CPU. Hooks,
+    statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where
+    a walk that was interrupted takes them up by their `key`. Tensors are on the CPU. Hooks,
     `requires_grad` flags and gradients are as before afterwards, whatever happened.
     Raises CalibrationError if what was seen is not finite, or matrices of one site read different inputs.
     """
     for loss in _LOSSES:
         if chosen := [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss]:
             sums = _Sums(model, chosen, loss, batches=len(data.batches))
-            for done in walk(model, data, sums, progress=progress, folder=folder, layers=layers):
+            for done in walk(model, data, sums, progress=progress, folder=folder, layers=layers, key=key):
                 yield from sums.finished(done)
 
 

@@ -129,7 +129,9 @@ def calibrate(
             missing[statistic] = absent
     # An earlier walk that was interrupted left the statistics of the blocks that it finished.
     for lacking, statistics in _together(missing):
-        gathered = gather(model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=lacking)
+        gathered = gather(
+            model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=lacking, key=key
+        )
         for statistic, name, tensors in gathered:
             if name not in entries[statistic]:
                 if statistic in _GRAMS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from bs_exp.models.architecture import trunks
 from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.hooks import Hooks
+from bs_exp.models.kept_states import KeptStates, kept_states
 from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states
 from bs_exp.models.offload import check_whole_backward, is_offloaded
@@ -57,6 +59,18 @@ def is_large(model: LoadedModel) -> bool:
     return is_offloaded(model.module) or sum(parameter.numel() for parameter in model.module.parameters()) >= LARGE
 
 
+def check_room(model: LoadedModel, data: CalibrationData, folder: Path | None, *, backward: bool) -> None:
+    """CacheError if the hidden states of a walk are to wait on a disk that has too little space for them.
+
+    Forward they are there twice, backward once for every block.
+    """
+    width = getattr(model.module.config, "hidden_size", None)
+    if is_large(model) and isinstance(width, int):
+        times = len(model.architecture.blocks) + 1 if backward else 2
+        total = times * data.windows.ids.numel() * width * model.module.dtype.itemsize
+        Waiting(data.activations, folder).fixed(total)
+
+
 def walk(
     model: LoadedModel,
     data: CalibrationData,
@@ -65,6 +79,7 @@ def walk(
     progress: Progress,
     folder: Path | None = None,
     layers: Collection[int] | None = None,
+    key: str | None = None,
 ) -> Iterator[Sequence[int]]:
     """Runs the model over all windows with `watch` attached; yields layers as soon as all windows went through them.
 
@@ -74,13 +89,15 @@ def walk(
     computed again from its stored input. All batches of an offloaded model go backward together, so that its weights
     are read once, and each layer is yielded in turn, from the last one; hidden states wait as `data.activations` says,
     on disk in `folder`. A large model whose blocks cannot be run alone runs as a whole and a note says so; its blocks
-    are computed again in the backward pass, too. Only `layers` are watched and yielded (None: all). All ways give the
+    are computed again in the backward pass, too. Only `layers` are watched and yielded (None: all). With a
+    `key`, a hash of model and data, hidden states that wait on disk are kept there, and a forward walk that was
+    interrupted goes on at its block. All ways give the
     same tensors in the same order to what is attached, on the CPU bit for bit. Hooks, `requires_grad` flags and
     gradients are as before afterwards, whatever happened.
     """
     wanted = sorted(range(len(model.architecture.blocks)) if layers is None else layers)
     waiting = Waiting(data.activations, folder)
-    run = _Run(model, data, watch, feeder(model, data.windows.feeding), progress, waiting, wanted)
+    run = _Run(model, data, watch, feeder(model, data.windows.feeding), progress, waiting, wanted, key)
     large = is_large(model)
     blocks = run.blocks() if large else None
     if watch.loss is None and blocks is not None:
@@ -112,6 +129,7 @@ class _Run:
         progress: Progress,
         waiting: Waiting,
         layers: Sequence[int],
+        key: str | None,
     ) -> None:
         self._model = model
         self._data = data
@@ -120,6 +138,7 @@ class _Run:
         self._progress = progress
         self._waiting = waiting
         self._layers = layers
+        self._key = key
 
     def blocks(self) -> Blocks | None:
         """The blocks of the model, each on its own; None if they cannot be run so."""
@@ -163,8 +182,13 @@ class _Run:
 
     def forward(self, blocks: Blocks) -> Iterator[int]:
         """All batches through one block after the other; yields the layer when its hooks are gone."""
-        stream = BlockStream(blocks, self._inputs(self._data.batches), self._waiting)
-        layers = range(max(self._layers, default=-1) + 1)
+        with self._kept_states(blocks) as kept:
+            batches, first = self._inputs(self._data.batches), min(self._layers, default=0)
+            stream = BlockStream(blocks, batches, self._waiting, kept, latest=first)
+            yield from self._forward(blocks, stream)
+
+    def _forward(self, blocks: Blocks, stream: BlockStream) -> Iterator[int]:
+        layers = range(stream.layer, max(self._layers, default=-1) + 1)
         for layer in self._progress.track(layers, label=self._label, total=len(layers)):
             with Hooks() as hooks, blocks.resident(layer):
                 if layer in self._layers:
@@ -172,8 +196,25 @@ class _Run:
                 for batch in range(len(stream)):
                     with torch.inference_mode():
                         stream.advance(batch, stream.run(layer, batch))
+            # Statistics of the layer reach the cache before the states that it leaves behind are kept.
             if layer in self._layers:
                 yield layer
+            stream.next_layer()
+
+    @contextmanager
+    def _kept_states(self, blocks: Blocks) -> Iterator[KeptStates | None]:
+        """Where the states of an interrupted walk are kept, if they wait on disk."""
+        folder = self._waiting.folder
+        if self._key is None or folder is None or self._waiting.where == "memory":
+            yield None
+            return
+        first = blocks.embedded(next(self._inputs(self._data.batches)))
+        total = first.nbytes // len(first) * len(self._data.windows.ids)
+        if self._waiting.fixed(2 * total).where != "disk":
+            yield None
+            return
+        with kept_states(folder / "hidden_states", self._key) as kept:
+            yield kept
 
     def backward(self, blocks: Blocks) -> None:
         """Forward and backward block by block, one wave of batches after the other."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bs_exp.errors import CacheError
 from bs_exp.models.blocks import Blocks
+from bs_exp.models.kept_states import KeptStates
 from bs_exp.models.mapped import release, write_tensors
 from bs_exp.models.model_inputs import Inputs
 from bs_exp.types import Activations
@@ -54,22 +55,36 @@ class Waiting:
         try:
             [stored] = write_tensors([states], self.folder)
         except OSError as error:
-            raise CacheError(
-                f"Cannot write hidden states into {self.folder}: {error}. Free some space, or set "
-                "calibration.activations=memory."
-            ) from error
+            raise _unwritable(self.folder, error) from error
         return stored
+
+
+def _unwritable(folder: Path | None, error: OSError) -> CacheError:
+    return CacheError(
+        f"Cannot write hidden states into {folder}: {error}. Free some space, or set calibration.activations=memory."
+    )
 
 
 class BlockStream:
     """The hidden states of all batches in front of a block, carried on by one block after the other.
 
-    They wait as `waiting` says, in the model's dtype.
+    They wait as `waiting` says, in the model's dtype. Those of a walk that was interrupted are taken up from `kept`,
+    in front of `layer`, which is `latest` or an earlier one, and what is in front of further layers is kept there.
     """
 
-    def __init__(self, blocks: Blocks, batches: Iterable[Inputs], waiting: Waiting | None = None) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        batches: Iterable[Inputs],
+        waiting: Waiting | None = None,
+        kept: KeptStates | None = None,
+        *,
+        latest: int = 0,
+    ) -> None:
         self._blocks = blocks
+        self._kept = kept
         self._states: list[Tensor] = []
+        self.layer = 0
         chosen = waiting or Waiting("memory")
         inputs = list(batches)
         for each in inputs:
@@ -78,6 +93,8 @@ class BlockStream:
                 chosen = chosen.fixed(len(inputs) * states.nbytes)
             self._states.append(chosen.put(states))
         self._waiting = chosen
+        if kept is not None and (found := kept.found(self._states)) is not None and found[0] <= latest:
+            self.layer, self._states = found
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -91,7 +108,19 @@ class BlockStream:
     def advance(self, batch: int, states: Tensor) -> None:
         """Puts a batch in front of the next block."""
         release([self._states[batch]])
-        self._states[batch] = self._waiting.put(states)
+        if self._kept is None:
+            self._states[batch] = self._waiting.put(states)
+            return
+        try:
+            self._states[batch] = self._kept.put(self.layer + 1, batch, states)
+        except OSError as error:
+            raise _unwritable(self._kept.folder, error) from error
+
+    def next_layer(self) -> None:
+        """Told when all batches are in front of the next block."""
+        self.layer += 1
+        if self._kept is not None:
+            self._kept.complete(self.layer, len(self))
 
     def states(self, batch: int) -> Tensor:
         """The states of a batch, on the CPU."""

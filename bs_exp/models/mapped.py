@@ -6,6 +6,7 @@ something else, and is then read again from the file when it is used again.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -113,12 +114,23 @@ def empty_tensors(kinds: Sequence[tuple[Sequence[int], torch.dtype]], folder: Pa
         offsets.append(end)
         end += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, max(1, end))
-        else:
-            file.truncate(max(1, end))
+        _allocate(file.fileno(), max(1, end))
         mapped = _map(file.fileno(), max(1, end), shared=True)
     return [_view(mapped, dtype, shape, offset) for (shape, dtype), offset in zip(kinds, offsets, strict=True)]
+
+
+def map_file(file: Path, shape: Sequence[int], dtype: torch.dtype, *, create: bool = False) -> Tensor:
+    """The tensor that a file of nothing else holds; what is written into it stays there.
+
+    OSError if the file is not of that size, or, with `create`, if the disk has too little space.
+    """
+    length = max(1, prod(shape) * dtype.itemsize)
+    with file.open("w+b" if create else "r+b") as opened:
+        if create:
+            _allocate(opened.fileno(), length)
+        elif (found := os.fstat(opened.fileno()).st_size) != length:
+            raise OSError(errno.EINVAL, f"{found} bytes instead of {length}", str(file))
+        return _view(_map(opened.fileno(), length, shared=True), dtype, shape, 0)
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -133,6 +145,14 @@ def release(tensors: Iterable[Tensor]) -> None:
             mapped, start = found
             first = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, start + tensor.nbytes - first)
+
+
+def _allocate(descriptor: int, length: int) -> None:
+    """Takes the space from the disk now: a full one is an error here, not a fault when pages are written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, length)
+    else:
+        os.ftruncate(descriptor, length)
 
 
 def _map(descriptor: int, length: int, *, shared: bool) -> mmap.mmap:

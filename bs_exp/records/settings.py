@@ -7,21 +7,24 @@ from typing import Any
 
 # Names, places and switches: configurations that differ in these alone have one hash, and are one point of a study.
 WITHOUT_EFFECT = frozenset({"name", "cache", "debug", "force", "save_model", "tracking"})
-# Of groups: where weights and hidden states wait while they are not used.
-_PLACES = frozenset({"model.offload", "calibration.activations", "calibration.set.activations"})
+# Of groups: where weights, and the hidden states of windows, wait while they are not used.
+_OFFLOAD, _ACTIVATIONS = "offload", "activations"
+_WINDOWS = "bs_exp.corpora.windows.CalibrationSet"
 
 
 def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """The part of a configuration that can change a result."""
-    settings = {key: _without_places(value, str(key)) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    settings = {key: _of_results(value, str(key)) for key, value in config.items() if key not in WITHOUT_EFFECT}
     # Of the cache, only the rounding of what it holds.
     if (dtype := (config.get("cache") or {}).get("dtype", "auto")) != "auto":
         settings["cache"] = {"dtype": dtype}
     return settings
 
 
-def _without_places(value: Any, path: str) -> Any:
+def _of_results(value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         return value
-    found = {key: (f"{path}.{key}", inner) for key, inner in value.items()}
-    return {key: _without_places(inner, below) for key, (below, inner) in found.items() if below not in _PLACES}
+    ignored = {_OFFLOAD} if path == "model" else set()
+    if path == "calibration" or value.get("_target_") == _WINDOWS:
+        ignored.add(_ACTIVATIONS)
+    return {key: _of_results(inner, f"{path}.{key}") for key, inner in value.items() if key not in ignored}

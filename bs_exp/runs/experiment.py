@@ -13,6 +13,8 @@ import transformers
 from datasets.utils import logging as datasets_logging
 
 from bs_exp.cache import Cache
+from bs_exp.calibration.group_statistics import WITH_LOSS
+from bs_exp.calibration.walk import check_room
 from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.cost import measure_cost
@@ -109,6 +111,7 @@ class Experiment:
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
         compares = bool(self.selection.candidates)
         prepared = prepare(dense, self.recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
+        check_room(dense, prepared.data, self.cache.folder, backward=bool(self.recipe.needs & WITH_LOSS))
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)
         return judge, dense, prepared
