@@ -29,13 +29,13 @@ class DenseMethod(Protocol):
 
 
 class Factor(nn.Module):
-    """A map without bias by `weight [out, in]`, which the server may pack once it is loaded."""
+    """A map without bias by `weight [out, in]`, of `stored` numbers, which the server may pack once it is loaded."""
 
     def __init__(self, d_out: int, d_in: int, dtype: torch.dtype, method: DenseMethod):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype), requires_grad=False)
         self.method = method
-        self.is_empty = self.weight.numel() == 0
+        self.stored = self.weight.numel()
 
     def keep(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Drops all rows, or columns, but these."""
@@ -43,11 +43,11 @@ class Factor(nn.Module):
         weight = weight if rows is None else weight[rows.to(weight.device)]
         weight = weight if columns is None else weight[:, columns.to(weight.device)]
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-        self.is_empty = self.weight.numel() == 0
+        self.stored = self.weight.numel()
 
     def finish(self) -> None:
         """Lets the server pack the weight."""
-        if not self.is_empty:
+        if self.stored:
             self.method.process_weights_after_loading(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,9 +227,9 @@ class PartOfLayer(nn.Module):
     def components_of(self, x: Tensor, bases: Bases) -> Tensor:
         """`z` of a basis with pivots among its inputs: those inputs, and what the others are worth in them."""
         own = x.index_select(-1, cast("Tensor", self.own))
-        if bases.map.is_empty and self.all_components:
+        if not bases.map.stored and self.all_components:
             return own
-        if bases.map.is_empty:
+        if not bases.map.stored:
             z = x.new_zeros(*x.shape[:-1], self.rank)
         else:
             z = bases.map(x.index_select(-1, cast("Tensor", self.others)))
@@ -242,7 +242,7 @@ class PartOfLayer(nn.Module):
             return [(whole, self.weight(x if z is None else z))]
         own = z if self.all_components else z.index_select(-1, cast("Tensor", self.components))
         values: list[tuple[Tensor | slice, Tensor]] = [(cast("Tensor", self.own), own)]
-        if not self.weight.is_empty:
+        if self.weight.stored:
             values.append((cast("Tensor", self.others), self.weight(z)))
         return values
 
