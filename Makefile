@@ -19,13 +19,13 @@ CODE := bs_exp bs_exp_autoload.py tests tools
 
 # CI sets this variable; slow tests are left out elsewhere.
 ifdef CI
-MARKERS := not gpu and not network and not chaos
+MARKERS := not gpu and not network and not chaos and not vllm
 else
-MARKERS := not slow and not gpu and not network and not chaos
+MARKERS := not slow and not gpu and not network and not chaos and not vllm
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep-demo smoke test chaos check fix lock clean
+.PHONY: help demo sweep-demo smoke test test-vllm chaos check fix lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

@@ -31,7 +31,7 @@ FLOORS = (
     {"records", "workspace"},
     {"contracts", "protocols"},
     {"models", "rank_budget", "search", "demo"},
-    {"corpora", *(set(STRATEGIES) - {"update"})},
+    {"corpora", "serving", *(set(STRATEGIES) - {"update"})},
     {"calibration", "evaluation", "training"},
     {"factorization", "update"},
     {"plan_score", "reporting"},
