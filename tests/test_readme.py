@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "sweeps" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FLAGS = ("-m", "--multirun", "--cfg", "--help")
+FLAGS = ("-m", "--multirun", "--cfg", "--help", "--version", "--shell-completion")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -71,13 +71,20 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_compose(page: Path) -> None:
-    """Every setting that a page names exists; files and models of the reader's are not looked for."""
+def test_commands_compose(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting that a page names exists, where the reader has the files that it names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DIR", "FOLDER"):
+        Path(name).mkdir()
+    for name in ("FILE", "TEXT.txt"):
+        Path(name).touch()
     with initialize_config_dir(str(root_folder() / "conf"), version_base="1.3"):
         for words in commands(page.read_text(encoding="utf-8")):
             if words[:1] and words[0] in COMMANDS:
                 continue
-            settings = for_hydra([word for word in words if word not in (*FLAGS, "job")])
+            settings = for_hydra(
+                [word for word in words if word not in (*FLAGS, "job") and not word.startswith("install=")]
+            )
             if not settings:
                 continue
             named = ["sweeps=table_group_size" if setting == "sweeps=NAME" else setting for setting in settings]
@@ -97,13 +104,14 @@ def test_the_demo_of_readme_is_the_demo() -> None:
 def test_what_readme_says_of_an_own_model(
     cli: Callable[..., Any], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command and the two pieces of Python as they stand, for a folder DIR and two texts."""
+    """The command and the two pieces of Python as they stand, for a folder DIR and a text."""
     dense = tiny_random()
     dense.module.save_pretrained(tmp_path / "DIR")
     dense.tokenizer.save_pretrained(tmp_path / "DIR")
-    for name in ("A.txt", "B.txt"):
-        (tmp_path / name).write_bytes((texts / name).read_bytes())
-    (own,) = (words for words in commands(README) if "model.path=DIR" in words)
+    (tmp_path / "TEXT.txt").write_text(
+        "".join((texts / name).read_text("utf-8") for name in ("A.txt", "B.txt")), "utf-8"
+    )
+    (own,) = (words for words in commands(README) if "model=DIR" in words)
     # Windows that fit the tiny model's context; no files of a tracker.
     short = ["calibration.sequence_length=64", "evaluation.sequence_length=64", "tracking=none"]
     done = cli(*own, *short)
