@@ -38,7 +38,7 @@ def blocks(page: str, language: str) -> list[str]:
 def commands(page: str) -> list[list[str]]:
     """The words of every `bs-exp` command that stands in a block for a shell."""
     lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines]
+    found = [shlex.split(line.partition(" | ")[0], comments=True) for line in lines]
     return [
         words[1:] if words[0] == "bs-exp" else words[3:]
         for words in found
