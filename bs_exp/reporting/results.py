@@ -71,10 +71,7 @@ def _by_ratio(section: Section, name: str, key: str) -> Table:
     columns = [*series_columns(section)]
     columns += [Column(removed_title(removed), hint=f"retain ratio {1 - removed:.4g}") for removed in section.ratios]
     cells = {
-        removed: mark_best(
-            [measured(series.by_removed.get(removed), name) for series in section.series],
-            lowest=metrics.lower_is_better(name),
-        )
+        removed: _marked(section, [measured(series.by_removed.get(removed), name) for series in section.series], name)
         for removed in section.ratios
     }
     dense = section.dense.get(name)
@@ -87,8 +84,18 @@ def _by_ratio(section: Section, name: str, key: str) -> Table:
         f"{formats.sentence(metrics.title(name))} by share removed",
         tuple(columns),
         tuple(rows),
-        note=f"Columns: share of the targeted parameters removed. {arrow.capitalize()}; the best of a column is bold.",
+        note=f"Columns: share of the targeted parameters removed. {arrow.capitalize()}; {_best_words(section)}.",
     )
+
+
+def _marked(section: Section, cells: list[Cell], name: str) -> list[Cell]:
+    return cells if section.mixed else mark_best(cells, lowest=metrics.lower_is_better(name))
+
+
+def _best_words(section: Section) -> str:
+    if section.mixed:
+        return "NOT COMPARABLE between rows that were made from other texts or code, so none is the best"
+    return "the best of a column is bold"
 
 
 def _dense_row(section: Section, values: Sequence[Any], names: Sequence[str], before: int = 0) -> Row:
@@ -107,23 +114,22 @@ def _everything(section: Section, key: str) -> Table:
     end = (Cell("100.00 %", value=1.0), Cell(formats.size(dense_bytes), value=dense_bytes))
     rows = [Row((*dense.cells, *end), kind="dense")]
     for removed in section.ratios:
-        rows += _block(removed, [(s, p) for s in section.series if (p := s.by_removed.get(removed))], names)
+        rows += _block(section, removed, [(s, p) for s in section.series if (p := s.by_removed.get(removed))], names)
     return Table(
         key,
         "Everything measured, by ratio and method",
         tuple(columns),
         tuple(rows),
-        note="The best of every column within a ratio is bold; differences below a standard error (shown on hovering) "
+        note=f"Within a ratio {_best_words(section)}; differences below a standard error (shown on hovering) "
         "say little.",
         sortable=True,
     )
 
 
-def _block(removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]) -> Iterator[Row]:
-    columns = [
-        mark_best([measured(point, name) for _, point in entries], lowest=metrics.lower_is_better(name))
-        for name in names
-    ]
+def _block(
+    section: Section, removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]
+) -> Iterator[Row]:
+    columns = [_marked(section, [measured(point, name) for _, point in entries], name) for name in names]
     for i, (series, point) in enumerate(entries):
         kept, stored = point.record.size.get("retain_ratio"), point.record.size.get("bytes")
         yield Row(
