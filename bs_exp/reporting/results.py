@@ -85,10 +85,11 @@ def _by_ratio(section: Section, name: str, key: str) -> Table:
     columns += [Column(ratio_title(removed), key=f"{1 - removed:.6g}") for removed in section.ratios]
     columns += [Column("kept exactly", numeric=False, hint="shares of the targeted parameters, ratio by ratio")]
     cells = {
-        removed: mark_best(
+        removed: _marked(
+            section,
             [measured(series.by_removed.get(removed), name) for series in section.series],
             [_kept(series.by_removed.get(removed)) for series in section.series],
-            lowest=metrics.lower_is_better(name),
+            name,
         )
         for removed in section.ratios
     }
@@ -105,8 +106,19 @@ def _by_ratio(section: Section, name: str, key: str) -> Table:
         f"{formats.sentence(metrics.title(name))} by share kept",
         tuple(columns),
         tuple(rows),
-        note=f"Columns: share of the targeted parameters to be kept (removed). {arrow.capitalize()}; {STATED}.",
+        note=f"Columns: share of the targeted parameters to be kept (removed). {arrow.capitalize()}; "
+        f"{_best_words(section)}.",
     )
+
+
+def _marked(section: Section, cells: list[Cell], shares: Sequence[float | None], name: str) -> list[Cell]:
+    return cells if section.mixed else mark_best(cells, shares, lowest=metrics.lower_is_better(name))
+
+
+def _best_words(section: Section) -> str:
+    if section.mixed:
+        return "NOT COMPARABLE between rows that were made from other texts or code, so none is the best"
+    return STATED
 
 
 def _dense_row(section: Section, values: Sequence[Any], names: Sequence[str], before: int = 0) -> Row:
@@ -125,13 +137,14 @@ def _everything(section: Section, key: str) -> Table:
     end = (Cell("100.00 %", value=1.0), Cell(formats.size(dense_bytes), value=dense_bytes))
     rows = [Row((*dense.cells, *end), kind="dense")]
     for removed in section.ratios:
-        rows += _block(removed, [(s, p) for s in section.series if (p := s.by_removed.get(removed))], names)
+        rows += _block(section, removed, [(s, p) for s in section.series if (p := s.by_removed.get(removed))], names)
     return Table(
         key,
         "Everything measured, by ratio and method",
         tuple(columns),
         tuple(rows),
-        note=f"Within a ratio, {STATED}; differences below a standard error (shown on hovering) say little.",
+        note=f"Within a ratio, {_best_words(section)}; differences below a standard error (shown on hovering) "
+        "say little.",
         sortable=True,
     )
 
@@ -141,12 +154,11 @@ def _kept(point: ReportedRun | None) -> float | None:
     return None if point is None else point.kept
 
 
-def _block(removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]) -> Iterator[Row]:
+def _block(
+    section: Section, removed: float, entries: Sequence[tuple[Series, ReportedRun]], names: Iterable[str]
+) -> Iterator[Row]:
     shares = [_kept(point) for _, point in entries]
-    columns = [
-        mark_best([measured(point, name) for _, point in entries], shares, lowest=metrics.lower_is_better(name))
-        for name in names
-    ]
+    columns = [_marked(section, [measured(point, name) for _, point in entries], shares, name) for name in names]
     for i, (series, point) in enumerate(entries):
         stored = point.record.size.get("bytes")
         yield Row(

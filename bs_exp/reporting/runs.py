@@ -123,7 +123,19 @@ def _metric(name: str, value: Any) -> Cell:
 
 
 def problems(study: Study) -> Iterator[Table]:
-    """Points without a result, records that cannot be read, points that were run twice."""
+    """Results of other inputs, points without one, records that cannot be read, points that were run twice."""
+    if study.mixtures:
+        yield Table(
+            "mixed",
+            "Not comparable: same settings, other inputs",
+            _words("what changed", "where", "found"),
+            tuple(
+                Row((text(m.what, style="bad"), text(m.where, style="wrap"), text("; ".join(m.kinds), style="wrap")))
+                for m in study.mixtures
+            ),
+            note="These records say the same settings, and were made from different models, texts or code under the "
+            "same names. They stand in sections and rows of their own: compare within one only.",
+        )
     if broken := study.with_status(Status.FAILED, Status.INTERRUPTED):
         yield _failed(broken)
     if running := study.with_status(Status.RUNNING):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +13,16 @@ from typing import Any
 
 from bs_exp.records import metrics
 from bs_exp.records.comparison import equal_sizes
+from bs_exp.records.inputs import CODE
 from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting import dials, formats
 from bs_exp.reporting.collect import Collection, Skipped, Waiting
 from bs_exp.reporting.dials import Flat
 from bs_exp.types import PlannedGroup
+
+# The column that tells rows of the same settings apart.
+_MADE_FROM = "made from"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +103,11 @@ class Section:
     series: tuple[Series, ...]
     points: tuple[ReportedRun, ...]
 
+    @property
+    def mixed(self) -> bool:
+        """Whether rows were made from different texts or code, so that none is the best of a column."""
+        return _MADE_FROM in self.dials
+
     @cached_property
     def ratios(self) -> list[float]:
         """Shares removed, in ascending order."""
@@ -125,10 +136,12 @@ class Section:
         return metrics.default_objective(self.quality) or next(iter(self.quality), None)
 
     def best(self, removed: float, metric: str) -> Series | None:
-        """The series that is best at a ratio of those that kept the same; None if nothing was measured there.
+        """The series that is best at a ratio of those that kept the same; None if nothing was measured, or compares.
 
         Where methods kept more or less, the largest group of equals counts.
         """
+        if self.mixed:
+            return None
         found = [
             (series, point)
             for series in self.series
@@ -152,6 +165,15 @@ class Repeat:
     same_hash: bool
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Runs that are the same by their settings and were made from other content: of a model, a text or code."""
+
+    what: str
+    where: str
+    kinds: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """The content of a report, in order."""
@@ -162,6 +184,7 @@ class Study:
     skipped: tuple[Skipped, ...]
     waiting: tuple[Waiting, ...]
     pairs: tuple[PairTable, ...]
+    mixtures: tuple[Mixture, ...] = ()
 
     @property
     def name(self) -> str:
@@ -182,11 +205,20 @@ def arrange(collection: Collection) -> Study:
     groups: dict[tuple[str, str], list[ReportedRun]] = defaultdict(list)
     for point in points:
         groups[_identity(point.record)].append(point)
-    parts = [part for group in groups.values() for part in _by_text(group)]
-    titles = _titles(parts)
     repeats: list[Repeat] = []
-    sections = tuple(_section(title, part, repeats) for title, part in zip(titles, parts, strict=True))
-    return Study(sections, points, tuple(repeats), collection.skipped, collection.waiting, collection.pairs)
+    mixtures: list[Mixture] = []
+    parts = []
+    for group in groups.values():
+        models = _by_model(group)
+        parts += [part for model in models for part in _by_text(model)]
+        if len(models) > 1:
+            kinds = tuple(_fingerprint(model) or formats.ABSENT for model in models)
+            mixtures.append(Mixture("the model's weights", model_name(group[0].record), kinds))
+    titles = _titles(parts)
+    sections = tuple(_section(title, part, repeats, mixtures) for title, part in zip(titles, parts, strict=True))
+    return Study(
+        sections, points, tuple(repeats), collection.skipped, collection.waiting, collection.pairs, tuple(mixtures)
+    )
 
 
 def model_name(record: RunRecord) -> str:
@@ -206,6 +238,41 @@ def model_name(record: RunRecord) -> str:
 def _identity(record: RunRecord) -> tuple[str, str]:
     protocol = dials.protocol_dials(record.config, {})
     return model_name(record), str(sorted(protocol.items(), key=lambda item: item[0]))
+
+
+def _noted(record: RunRecord, key: str, name: str) -> str | None:
+    part = record.provenance.get(key)
+    value = part.get(name) if isinstance(part, Mapping) else None
+    return value if isinstance(value, str) else None
+
+
+def _by_model(points: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
+    """Points of the same weights; those that never loaded any stay with the first."""
+    return _apart(points, lambda point: _noted(point.record, "model", "fingerprint"))
+
+
+def _fingerprint(points: Sequence[ReportedRun]) -> str | None:
+    """The beginning of the fingerprint of a part's weights."""
+    found = (_noted(point.record, "model", "fingerprint") for point in points)
+    return next((value[:8] for value in found if value), None)
+
+
+def _inputs(point: ReportedRun) -> str | None:
+    """What a compressed model came from besides the dense one: its calibration windows, and code of others."""
+    windows, code = _noted(point.record, "calibration", "sha256"), point.record.provenance.get(CODE)
+    if windows is None:
+        return None
+    digest = hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest() if code else ""
+    return f"windows {windows[:8]}" + (f", code {digest[:8]}" if digest else "")
+
+
+def _apart(points: Sequence[ReportedRun], key: Callable[[ReportedRun], str | None]) -> list[list[ReportedRun]]:
+    """Points by a key, in the order of its values; those without one stay with the first."""
+    found = dict.fromkeys(value for point in points if (value := key(point)) is not None)
+    if len(found) < 2:
+        return [list(points)]
+    first = next(iter(found))
+    return [[point for point in points if (key(point) or first) == value] for value in found]
 
 
 def _by_text(points: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
@@ -233,12 +300,15 @@ def _titles(parts: Sequence[Sequence[ReportedRun]]) -> list[str]:
         names = dials.short_names(keys)
         words = [f"{names[key]} {dials.show(protocols[i], key)}" for key in keys if key in protocols[i]]
         title = " · ".join([model, *words])
+        weights = {_fingerprint(part) for part, other in zip(parts, models, strict=True) if other == model}
+        if len(weights - {None}) > 1:  # one name, several models
+            title = f"{title} · weights {_fingerprint(parts[i]) or formats.ABSENT}"
         # The settings agree and the texts do not: other versions of what the text is made of.
         titles.append(f"{title} · text {titles.count(title) + 1}" if title in titles else title)
     return titles
 
 
-def _section(title: str, points: Sequence[ReportedRun], repeats: list[Repeat]) -> Section:
+def _section(title: str, points: Sequence[ReportedRun], repeats: list[Repeat], mixtures: list[Mixture]) -> Section:
     methods: dict[str, list[ReportedRun]] = defaultdict(list)
     for point in points:
         methods[point.record.name].append(point)
@@ -248,11 +318,25 @@ def _section(title: str, points: Sequence[ReportedRun], repeats: list[Repeat]) -
     groups: dict[tuple[str, tuple[str, ...]], list[ReportedRun]] = defaultdict(list)
     for point in points:
         groups[point.record.name, tuple(dials.show(point.dials, key) for key in keys)].append(point)
+    titles, mixed = [names[key] for key in keys], False
+    for (method, values), group in groups.items():
+        # A row holds what compares: settings that agree do not mean that texts and code do.
+        if len(kinds := dict.fromkeys(found for point in group if (found := _inputs(point)))) > 1:
+            mixed = True
+            label = f"{title}: {_label(method, titles, values)}"
+            mixtures.append(Mixture("calibration text or code", label, tuple(kinds)))
+    if mixed:
+        titles.append(_MADE_FROM)
+        groups = {
+            (method, (*values, _inputs(part[0]) or formats.ABSENT)): part
+            for (method, values), group in groups.items()
+            for part in _apart(group, _inputs)
+        }
     series = tuple(
-        Series(method, values, _label(method, [names[key] for key in keys], values), tuple(_unique(group, repeats)))
+        Series(method, values, _label(method, titles, values), tuple(_unique(group, repeats)))
         for (method, values), group in sorted(groups.items(), key=lambda entry: order.index(entry[0][0]))
     )
-    return Section(title, model_name(points[0].record), tuple(names[key] for key in keys), series, tuple(points))
+    return Section(title, model_name(points[0].record), tuple(titles), series, tuple(points))
 
 
 def _label(method: str, names: Sequence[str], values: Sequence[str]) -> str:

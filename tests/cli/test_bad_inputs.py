@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.hydra import Hydra
 from safetensors.torch import load_file, save_file
 
 from bs_exp.models.tiny import byte_tokenizer, tiny_random
@@ -388,6 +389,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     gc.freeze()
     yield folder
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def composing_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes everything a first time to learn `hydra.mode`, which here only files of sweeps set.
+
+    That is two fifths of the time of a row. What it would say of a wrong setting it keeps to itself.
+    """
+    ask = Hydra.get_mode
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        may_set = any(override.startswith(("sweeps=", "hydra.mode=")) for override in overrides)
+        return ask(self, config_name, overrides) if may_set else None
+
+    monkeypatch.setattr(Hydra, "get_mode", get_mode)
 
 
 def _build_texts(folder: Path) -> None:

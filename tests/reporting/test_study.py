@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bs_exp.records.record import RunRecord, Status
 from bs_exp.reporting.collect import Collection, Found
+from bs_exp.reporting.results import result_tables
+from bs_exp.reporting.runs import problems
 from bs_exp.reporting.study import Study, arrange
+from bs_exp.reporting.table import to_csv
 from tests.support import synthetic
 
 
@@ -124,3 +128,40 @@ def test_a_run_that_failed_before_it_had_a_model_is_kept() -> None:
     study = _study(bare)
     assert study.sections[0].points[0].removed is None
     assert study.sections[0].main_metric is None
+
+
+def _made_from(ratio: float, windows: str, weights: str, code: str | None = None) -> RunRecord:
+    record = synthetic.record("svd_llm", ratio)
+    noted = {
+        "calibration": {"sha256": windows},
+        "model": {**record.provenance.get("model", {}), "fingerprint": weights},
+    }
+    if code:
+        noted["code"] = {"mine.Gram": {"mine": code}}
+    return replace(record, provenance={**record.provenance, **noted})
+
+
+def test_what_was_made_from_other_texts_or_code_is_a_row_of_its_own() -> None:
+    """Settings hold the name of a file alone."""
+    one = [_made_from(ratio, "a" * 64, "m") for ratio in (0.2, 0.4)]
+    assert _study(*one).mixtures == () and _study(*one).sections[0].dials == ()
+    study = _study(*one, _made_from(0.5, "b" * 64, "m"))
+    assert study.sections[0].dials == ("made from",)
+    assert _series(study) == [("svd_llm · made from windows aaaaaaaa", 2), ("svd_llm · made from windows bbbbbbbb", 1)]
+    (table,) = [table for table in problems(study) if table.key == "mixed"]
+    assert "windows aaaaaaaa; windows bbbbbbbb" in to_csv(table)
+    ours = to_csv(next(result_tables(study.sections[0], "m1")))
+    assert "windows aaaaaaaa" in ours and "windows bbbbbbbb" in ours
+    assert "NOT COMPARABLE" in next(result_tables(study.sections[0], "m1")).note
+    assert study.sections[0].best(0.2, "ppl/wikitext2") is None
+    coded = _study(*(_made_from(ratio, "a" * 64, "m", code) for ratio, code in ((0.2, "x"), (0.4, "y"))))
+    assert len(coded.sections[0].series) == 2 and coded.mixtures[0].what == "calibration text or code"
+
+
+def test_other_weights_under_the_same_name_are_never_compared() -> None:
+    study = _study(*(_made_from(ratio, "a" * 64, weights * 64) for ratio, weights in ((0.2, "m"), (0.4, "n"))))
+    assert [section.title.rpartition(" · ")[2] for section in study.sections] == [
+        "weights mmmmmmmm",
+        "weights nnnnnnnn",
+    ]
+    assert study.mixtures[0].kinds == ("mmmmmmmm", "nnnnnnnn")
