@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Names, places and switches: configurations that differ in these alone have one hash, and are one point of a study.
-WITHOUT_EFFECT = frozenset({"name", "cache", "debug", "force", "save_model", "tracking"})
+WITHOUT_EFFECT = frozenset({"name", "cache", "debug", "force", "sample", "save_model", "tracking"})
 # Of groups: where weights and hidden states wait while they are not used.
 _PLACES = frozenset({"model.offload", "calibration.activations", "calibration.set.activations"})
 

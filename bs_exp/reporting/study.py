@@ -13,8 +13,9 @@ from bs_exp.records import metrics
 from bs_exp.records.comparison import equal_sizes
 from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord, Status
+from bs_exp.records.trials import TrialTable
 from bs_exp.reporting import dials, formats
-from bs_exp.reporting.collect import Collection, Skipped, Waiting
+from bs_exp.reporting.collect import Claim, Collection, Skipped, Waiting
 from bs_exp.reporting.dials import Flat
 from bs_exp.types import PlannedGroup
 
@@ -162,6 +163,9 @@ class Study:
     skipped: tuple[Skipped, ...]
     waiting: tuple[Waiting, ...]
     pairs: tuple[PairTable, ...]
+    claims: tuple[Claim, ...] = ()
+    left: int = 0
+    searches: tuple[TrialTable, ...] = ()
 
     @property
     def name(self) -> str:
@@ -169,7 +173,7 @@ class Study:
         sweeps = dict.fromkeys(
             str(p.record.sweep["id"]) for p in self.points if p.record.sweep and "id" in p.record.sweep
         )
-        names = list(sweeps or dict.fromkeys(point.record.name for point in self.points))
+        names = list(sweeps or dict.fromkeys(point.record.method for point in self.points))
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def with_status(self, *statuses: Status) -> list[ReportedRun]:
@@ -186,16 +190,27 @@ def arrange(collection: Collection) -> Study:
     titles = _titles(parts)
     repeats: list[Repeat] = []
     sections = tuple(_section(title, part, repeats) for title, part in zip(titles, parts, strict=True))
-    return Study(sections, points, tuple(repeats), collection.skipped, collection.waiting, collection.pairs)
+    return Study(
+        sections,
+        points,
+        tuple(repeats),
+        collection.skipped,
+        collection.waiting,
+        collection.pairs,
+        collection.claims,
+        collection.left,
+        collection.searches,
+    )
 
 
 def model_name(record: RunRecord) -> str:
     """Hub id, folder or option of the model."""
     model = record.config.get("model")
     model = model if isinstance(model, Mapping) else {}
-    for key in ("name", "path"):
-        if isinstance(value := model.get(key), str):
-            return value
+    if isinstance(value := model.get("name"), str):
+        return value
+    if isinstance(value := model.get("path"), str):
+        return dials.base_names([value])[value]
     source = record.provenance.get("model", {}).get("source")
     if isinstance(source, str):
         return source
@@ -241,13 +256,15 @@ def _titles(parts: Sequence[Sequence[ReportedRun]]) -> list[str]:
 def _section(title: str, points: Sequence[ReportedRun], repeats: list[Repeat]) -> Section:
     methods: dict[str, list[ReportedRun]] = defaultdict(list)
     for point in points:
-        methods[point.record.name].append(point)
+        methods[point.record.method].append(point)
     order = list(methods)
     keys = dials.varying([[point.dials for point in family] for family in methods.values()])
     names = dials.short_names(keys)
     groups: dict[tuple[str, tuple[str, ...]], list[ReportedRun]] = defaultdict(list)
+    short = {key: dials.base_names([dials.show(point.dials, key) for point in points]) for key in keys}
     for point in points:
-        groups[point.record.name, tuple(dials.show(point.dials, key) for key in keys)].append(point)
+        values = tuple(short[key][dials.show(point.dials, key)] for key in keys)
+        groups[point.record.method, values].append(point)
     series = tuple(
         Series(method, values, _label(method, [names[key] for key in keys], values), tuple(_unique(group, repeats)))
         for (method, values), group in sorted(groups.items(), key=lambda entry: order.index(entry[0][0]))
