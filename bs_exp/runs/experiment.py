@@ -86,7 +86,7 @@ class Experiment:
 
     def _compare(self, recorder: Recorder) -> Objective:
         judge, dense, prepared = self._prepare(recorder)
-        objectives = self._objectives(judge.dense(dense))
+        objectives = self._objectives(judge.dense(dense), judge.promised)
         recipe, prepared, compressed = self._compress(dense, prepared, recorder)
         self._save(compressed, dense, recorder)
         self._analyse(prepared, recipe, recorder)
@@ -161,13 +161,13 @@ class Experiment:
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
         return dense
 
-    def _objectives(self, metrics: Mapping[str, Any]) -> tuple[str, ...]:
-        """The metrics to return, checked on the dense model's before the work of compression begins."""
+    def _objectives(self, metrics: Mapping[str, Any], promised: Sequence[str]) -> tuple[str, ...]:
+        """The metrics to return, checked on the dense model's, and on what is promised, before compression begins."""
         if self.objective is None:
             default = names.default_objective(metrics)
             return () if default is None else (default,)
         numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-        known = [*numbers, *(names.metric(names.SIZE, name) for name in names.SIZES)]
+        known = [*numbers, *promised, *(names.metric(names.SIZE, name) for name in names.SIZES)]
         asked = (self.objective,) if isinstance(self.objective, str) else self.objective
         for name in asked:
             if name not in known:

@@ -9,8 +9,8 @@ from typing import Any
 
 from bs_exp.corpora.fitting import fitted, told
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.protocols import Evaluator
-from bs_exp.records.stages import Stage, evaluation_stage
+from bs_exp.protocols import Evaluator, PairedEvaluator
+from bs_exp.records.stages import BOTH, Stage, evaluation_stage
 from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.recorder import Recorder
 from bs_exp.types import LoadedModel
@@ -39,6 +39,10 @@ class Judge:
             self.recorder.update(provenance={**self.recorder.record.provenance, "evaluation_sequence_length": lengths})
         return replace(self, evaluators=evaluators)
 
+    @property
+    def _paired(self) -> dict[str, PairedEvaluator]:
+        return {name: found for name, found in self.evaluators.items() if isinstance(found, PairedEvaluator)}
+
     def check(self, dense: LoadedModel) -> None:
         """An error for an evaluator that does not fit the model, before the long work."""
         with self.recorder.progress.stage(Stage.CHECK_EVALUATION):
@@ -51,6 +55,8 @@ class Judge:
         metrics: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for name, evaluator in self.evaluators.items():
+            if name in self._paired:
+                continue
             found = self.store.measurement(evaluator)
             if found is None:
                 self._measure_dense(metrics, name, evaluator, model)
@@ -61,16 +67,30 @@ class Judge:
             self.recorder.update(provenance={**self.recorder.record.provenance, "dense_metrics": origins})
         return metrics
 
+    @property
+    def promised(self) -> tuple[str, ...]:
+        """Names of numbers that are not measured before there is a compressed model."""
+        return tuple(name for evaluator in self._paired.values() for name in evaluator.compared)
+
     def compressed(self, model: LoadedModel) -> dict[str, Any]:
-        """Metrics of the compressed model by name.
+        """Metrics of the compressed model by name; paired evaluators measure those of the dense one beside them.
 
         Dense metrics that were taken over from a run with other text, or on another device, are measured again.
         """
-        metrics: dict[str, Any] = {}
-        for name, evaluator in self.evaluators.items():
-            self.add(metrics, self._measure(name, evaluator, model, "compressed"), name, "compressed")
         assert model.original is not None
-        self._measure_again_if_changed(model.original, metrics)
+        metrics: dict[str, Any] = {}
+        alone: dict[str, Any] = {}
+        paired: dict[str, Mapping[str, Any]] = {}
+        for name, evaluator in self.evaluators.items():
+            if isinstance(evaluator, PairedEvaluator):
+                with self.recorder.progress.stage(evaluation_stage(name, BOTH)), _about(name):
+                    paired[name], found = evaluator.compare(model.original, model)
+                self.add(dict(self.recorder.record.metrics.get("dense", {})), paired[name], name, "dense")
+            else:
+                found = self._measure(name, evaluator, model, "compressed")
+                alone |= found
+            self.add(metrics, found, name, "compressed")
+        self._measure_again_if_changed(model.original, alone, paired)
         return metrics
 
     def add(self, metrics: dict[str, Any], found: Mapping[str, Any], name: str, label: str) -> None:
@@ -84,7 +104,9 @@ class Judge:
         self.recorder.update(metrics={**self.recorder.record.metrics, label: dict(metrics)})
         self.recorder.log({f"{label}/{key}": value for key, value in found.items()})
 
-    def _measure_again_if_changed(self, dense: LoadedModel, after: Mapping[str, Any]) -> None:
+    def _measure_again_if_changed(
+        self, dense: LoadedModel, after: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         record = self.recorder.record
         before = record.metrics.get("dense", {})
         # Texts say how numbers came about: a hash of the evaluation text, the device.
@@ -94,7 +116,10 @@ class Judge:
         self.recorder.progress.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
         metrics: dict[str, Any] = {}
         for name, evaluator in self.evaluators.items():
-            self._measure_dense(metrics, name, evaluator, dense)
+            if name in paired:
+                self.add(metrics, paired[name], name, "dense")
+            else:
+                self._measure_dense(metrics, name, evaluator, dense)
         provenance = {key: value for key, value in record.provenance.items() if key != "dense_metrics"}
         self.recorder.update(provenance=provenance)
 
