@@ -419,6 +419,17 @@ class RunReport(Protocol):
 
 
 @runtime_checkable
+class ReadsContent(Protocol):
+    """An evaluator or a calibration whose results can be kept: it says by content what it reads besides the model."""
+
+    def content(self) -> Mapping[str, str]:
+        """By name a hash of everything that is read (texts, items of tasks), so that what changes is noticed.
+
+        Settings, the model, the tokenizer and code need not be in it.
+        """
+
+
+@runtime_checkable
 class PairedEvaluator(Evaluator, Protocol):
     """An evaluator that measures the dense and the compressed model of a run together, since only so can they be
     compared. `evaluate` measures a model that stands alone."""

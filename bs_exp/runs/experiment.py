@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.judge import Judge
 from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
+from bs_exp.runs.stored_values import NOT_OF_COMPRESSION
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.validation import check_objective, check_seed
@@ -92,7 +94,7 @@ class Experiment:
         self._analyse(prepared, recipe, recorder)
         metrics = judge.compressed(replace(dense, module=compressed.module, original=dense))
         # What an earlier run left in the cache would make it look cheap.
-        if self.cache.folder is None or not self.cache.hits:
+        if self.cache.folder is None or not self.cache.hits.keys() - NOT_OF_COMPRESSION:
             before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
             judge.add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed")
         return self._report(objectives, metrics, recorder)
@@ -106,11 +108,12 @@ class Experiment:
             recorder.progress.warn(warning)
         dense = self._load(recorder)
         self.cache.model = str(dense.provenance.get("name", self.cache.model))
-        judge = Judge(self.evaluators, self.dense, recorder).fitted(dense)
+        judge = Judge(self.evaluators, self.dense, recorder, self.cache).fitted(dense)
         judge.check(dense)
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
         compares = bool(self.selection.candidates)
-        prepared = prepare(dense, self.recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
+        cut = partial(self.dense.windows, cache=self.cache)
+        prepared = prepare(dense, self.recipe, recorder.progress, cut=cut, reads_windows=compares)
         check_room(dense, prepared.data, self.cache.folder, backward=bool(self.recipe.needs & WITH_LOSS))
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bs_exp.cache import Cache
 from bs_exp.corpora.fitting import fitted, told
 from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.protocols import Evaluator, PairedEvaluator
 from bs_exp.records.stages import BOTH, Stage, evaluation_stage
-from bs_exp.runs.dense_cache import DenseStore
+from bs_exp.runs.content_keys import evaluation_key
+from bs_exp.runs.dense_cache import DenseStore, Measurement
 from bs_exp.runs.recorder import Recorder
+from bs_exp.runs.stored_values import EVALUATION, find_data, store_data
 from bs_exp.types import LoadedModel
 
 
@@ -20,12 +23,14 @@ from bs_exp.types import LoadedModel
 class Judge:
     """Runs the evaluators and records what each of them finds as it ends.
 
-    What an earlier point of the sweep measured on the same dense model is taken from `store`.
+    What an earlier point of the sweep measured on the same dense model is taken from `store`, and what another process
+    measured from `cache`.
     """
 
     evaluators: Mapping[str, Evaluator]
     store: DenseStore
     recorder: Recorder
+    cache: Cache
 
     def fitted(self, dense: LoadedModel) -> Judge:
         """The same evaluators, with windows that the model has positions for; notes and the record say what changed."""
@@ -57,9 +62,12 @@ class Judge:
         for name, evaluator in self.evaluators.items():
             if name in self._paired:
                 continue
-            found = self.store.measurement(evaluator)
+            found, key = self.store.measurement(evaluator), None
             if found is None:
-                self._measure_dense(metrics, name, evaluator, model)
+                key = self._key(name, evaluator, model)
+                found = self._find_dense(key, evaluator)
+            if found is None:
+                self._measure_dense(metrics, name, evaluator, model, key)
             else:
                 origins[name] = found.run_id
                 self.add(metrics, found.metrics, name, "dense")
@@ -119,14 +127,31 @@ class Judge:
             if name in paired:
                 self.add(metrics, paired[name], name, "dense")
             else:
-                self._measure_dense(metrics, name, evaluator, dense)
+                self._measure_dense(metrics, name, evaluator, dense, self._key(name, evaluator, dense))
         provenance = {key: value for key, value in record.provenance.items() if key != "dense_metrics"}
         self.recorder.update(provenance=provenance)
 
-    def _measure_dense(self, metrics: dict[str, Any], name: str, evaluator: Evaluator, model: LoadedModel) -> None:
+    def _measure_dense(
+        self, metrics: dict[str, Any], name: str, evaluator: Evaluator, model: LoadedModel, key: str | None
+    ) -> None:
         fresh = self._measure(name, evaluator, model, "dense")
-        self.store.measured(evaluator, fresh, self.recorder.record.run_id)
+        run_id = self.recorder.record.run_id
+        self.store.measured(evaluator, fresh, run_id)
+        if key is not None and self._key(name, evaluator, model) == key:  # nothing changed while it was read
+            store_data(self.cache, EVALUATION, key, {"metrics": fresh, "run_id": run_id})
         self.add(metrics, fresh, name, "dense")
+
+    def _key(self, name: str, evaluator: Evaluator, model: LoadedModel) -> str | None:
+        with self.recorder.progress.stage(Stage.CHECK_EVALUATION), _about(name):
+            return evaluation_key(evaluator, model)
+
+    def _find_dense(self, key: str | None, evaluator: Evaluator) -> Measurement | None:
+        """What another process measured on the same model, text and machine, by the same code."""
+        data = None if key is None else find_data(self.cache, EVALUATION, key)
+        if data is None:
+            return None
+        self.store.measured(evaluator, data["metrics"], data["run_id"])
+        return Measurement(data["metrics"], data["run_id"])
 
     def _measure(self, name: str, evaluator: Evaluator, model: LoadedModel, label: str) -> dict[str, Any]:
         with self.recorder.progress.stage(evaluation_stage(name, label)), _about(name):
