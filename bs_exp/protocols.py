@@ -434,8 +434,7 @@ class PairedEvaluator(Evaluator, Protocol):
     """An evaluator that measures the dense and the compressed model of a run together, since only so can they be
     compared. `evaluate` measures a model that stands alone."""
 
-    @property
-    def compared(self) -> tuple[str, ...]:
+    def compared(self, dense: LoadedModel) -> tuple[str, ...]:
         """Names of numbers that `compare` always finds of the compressed model; these can be objectives."""
 
     def compare(

@@ -62,10 +62,10 @@ class Throughput:
         check_at_least(0, warmup=self.warmup)
         check_seed(self.seed)
 
-    @property
-    def compared(self) -> tuple[str, ...]:
+    def compared(self, dense: LoadedModel) -> tuple[str, ...]:
         rates = (metrics.PREFILL, metrics.DECODE)
-        return tuple(rate + end for rate in rates for end in ("", metrics.SLOWEST, metrics.FASTEST))
+        names = (rate + end for rate in rates for end in ("", metrics.SLOWEST, metrics.FASTEST))
+        return (*names, *(() if dense.device.type == "cpu" else (metrics.PEAK_MEMORY,)))
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`throughput/prefill_tok_s` and `throughput/decode_tok_s` with their `_min` and `_max`, peak memory, settings.

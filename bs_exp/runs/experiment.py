@@ -88,7 +88,7 @@ class Experiment:
 
     def _compare(self, recorder: Recorder) -> Objective:
         judge, dense, prepared = self._prepare(recorder)
-        objectives = self._objectives(judge.dense(dense), judge.promised)
+        objectives = self._objectives(judge.dense(dense), judge.promised(dense))
         recipe, prepared, compressed = self._compress(dense, prepared, recorder)
         self._save(compressed, dense, recorder)
         self._analyse(prepared, recipe, recorder)

@@ -75,10 +75,9 @@ class Judge:
             self.recorder.update(provenance={**self.recorder.record.provenance, "dense_metrics": origins})
         return metrics
 
-    @property
-    def promised(self) -> tuple[str, ...]:
+    def promised(self, dense: LoadedModel) -> tuple[str, ...]:
         """Names of numbers that are not measured before there is a compressed model."""
-        return tuple(name for evaluator in self._paired.values() for name in evaluator.compared)
+        return tuple(name for evaluator in self._paired.values() for name in evaluator.compared(dense))
 
     def compressed(self, model: LoadedModel) -> dict[str, Any]:
         """Metrics of the compressed model by name; paired evaluators measure those of the dense one beside them.
