@@ -27,7 +27,7 @@ from bs_exp.cache_folder import SUFFIX, Lease, prune, remove
 from bs_exp.errors import CacheError, ConfigError
 from bs_exp.files import remove_leftovers, replacing
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # Entries of a file's metadata that are no checksum of a tensor. Files of earlier versions lack all but the first.
 _KEY, _DECLARED, _MODEL = "key", "declared", "_model"
 DTYPES = ("auto", "float64", "float32")

@@ -418,6 +418,31 @@ class RunReport(Protocol):
         """The folder of its files, made from the record in the run's `folder`; RecordError if that cannot be done."""
 
 
+@runtime_checkable
+class ReadsContent(Protocol):
+    """An evaluator or a calibration whose results can be kept: it says by content what it reads besides the model."""
+
+    def content(self) -> Mapping[str, str]:
+        """By name a hash of everything that is read (texts, items of tasks), so that what changes is noticed.
+
+        Settings, the model, the tokenizer and code need not be in it.
+        """
+
+
+@runtime_checkable
+class PairedEvaluator(Evaluator, Protocol):
+    """An evaluator that measures the dense and the compressed model of a run together, since only so can they be
+    compared. `evaluate` measures a model that stands alone."""
+
+    def compared(self, dense: LoadedModel) -> tuple[str, ...]:
+        """Names of numbers that `compare` always finds of the compressed model; these can be objectives."""
+
+    def compare(
+        self, dense: LoadedModel, compressed: LoadedModel
+    ) -> tuple[Mapping[str, float | str], Mapping[str, float | str]]:
+        """The metrics of the dense and of the compressed model, as `evaluate` names them. Both are as before."""
+
+
 class TrackedRun(Protocol):
     """An open run of a tracker."""
 

@@ -142,9 +142,9 @@ def test_runs_started_at_once_get_their_own_folders(composed: Compose) -> None:
 @pytest.mark.parametrize(
     ("preset", "digest"),
     [
-        ("svd_llm", "7e5c138514bf4e6ba514dfe08093c81517c3685f7d503502f8bed31007ca2306"),
-        ("basis_sharing", "318c698938b212ff3121fe62d2685e606018b5974ab2b970b364159b7af96a3f"),
-        ("best", "8ff08a8230e191672552c7d1a06927daf0279245c7e0abfa629fdda536edb2e0"),
+        ("svd_llm", "e7aafbe983df3f2bc3580bf69931de05b8f3b19fbf6ef3fde10b0632b94d88b5"),
+        ("basis_sharing", "9724f9d58700160717ace58e251ddd84d7567f981ff0073c6ae8db6c34ffbc4d"),
+        ("best", "8c50199165ecf3cee5eb862d5a29797fc7e2d95b4a85e4452194a17f69ef5c6e"),
     ],
 )
 def test_points_of_earlier_sweeps_are_found_again(composed: Compose, preset: str, digest: str) -> None:

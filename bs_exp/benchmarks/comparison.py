@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import quantile_test
 from torch import Tensor, nn
 
+from bs_exp.evaluation.in_turns import median_interval
 from bs_exp.files import write_file
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
@@ -121,12 +120,6 @@ def move(module: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def in_turn(count: int, rounds: int) -> Iterator[int]:
-    """Indices of `count` variants, each once per round; every round begins with the next one, since order matters."""
-    for number in range(rounds):
-        yield from ((number + i) % count for i in range(count))
-
-
 def compared(case: str, variants: Sequence[Variant], times: Sequence[Sequence[float]]) -> list[Measurement]:
     """Measurements from the `times` of every variant, in seconds by round; the first variant is the dense one."""
     reference = statistics.median(times[0])
@@ -134,7 +127,6 @@ def compared(case: str, variants: Sequence[Variant], times: Sequence[Sequence[fl
     found = []
     for variant, seen in zip(variants, times, strict=True):
         ratios = [theirs / own for theirs, own in zip(plain, seen, strict=True)]
-        low, high = quantile_test(ratios, p=0.5).confidence_interval(0.95)
         found.append(
             Measurement(
                 case=case,
@@ -147,7 +139,7 @@ def compared(case: str, variants: Sequence[Variant], times: Sequence[Sequence[fl
                 speedup=reference / statistics.median(seen),
                 bound=variants[0].multiply_adds / variant.multiply_adds,
                 of_plain=statistics.median(ratios),
-                of_plain_interval=(low, high) if math.isfinite(low) and math.isfinite(high) else None,
+                of_plain_interval=median_interval(ratios),
             )
         )
     return found

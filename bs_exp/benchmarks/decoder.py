@@ -23,10 +23,10 @@ from bs_exp.benchmarks.comparison import (
     compared,
     device,
     factorised,
-    in_turn,
     move,
     report,
 )
+from bs_exp.evaluation.in_turns import in_turn
 from bs_exp.evaluation.throughput import read_and_write
 from bs_exp.models.surgery import twin
 

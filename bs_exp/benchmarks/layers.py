@@ -22,10 +22,10 @@ from bs_exp.benchmarks.comparison import (
     compared,
     device,
     factorised,
-    in_turn,
     move,
     report,
 )
+from bs_exp.evaluation.in_turns import in_turn
 
 # As `torch.compile` calls them: "reduce-overhead" and "max-autotune" record CUDA graphs.
 _MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")

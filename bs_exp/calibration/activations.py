@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, is_finite
+
+
+def upper_gram(rows: Float[Tensor, "tokens channels"]) -> Float[Tensor, "channels channels"]:
+    """The upper triangle of `X^T X`, in fp64 on the CPU; what is below it is not to be read.
+
+    A Gram is symmetric, and BLAS has a product for it (`dsyrk`, Level 3) that leaves out the other half. PyTorch has
+    none: its fp64 product takes about twice as long as this one, which takes about as long as one in fp32.
+    """
+    # The transpose of rows in C order is in Fortran order, as BLAS wants it, without a copy.
+    return torch.from_numpy(dsyrk(1.0, rows.contiguous().numpy().T))
 
 
 class GramSum:
@@ -29,11 +41,12 @@ class GramSum:
 
     def add(self, seen: Seen) -> None:
         rows = seen.exact_rows
-        self._gram += (rows.mT @ rows).double().cpu()
+        self._gram += upper_gram(rows) if rows.dtype == torch.float64 else (rows.mT @ rows).double().cpu()
         self._tokens += len(rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"gram": self._gram, "tokens": torch.tensor(self._tokens)}
+        upper = self._gram.triu()
+        return {"gram": upper + upper.triu(1).mT, "tokens": torch.tensor(self._tokens)}
 
 
 class MomentSums:

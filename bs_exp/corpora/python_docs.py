@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from bs_exp.corpora.provenance import describe
-from bs_exp.demo.documentation import PACKAGES, PYTHON, Split, read_python_docs
+from bs_exp.demo.documentation import PACKAGES, PYTHON, Split, read_python_docs, sources_hash
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.validation import check_choice, shown
 
@@ -35,6 +35,9 @@ class PythonDocs:
                 f"packages must be a list of some of {', '.join(known)}, or null, got {shown(self.packages)}."
             )
         object.__setattr__(self, "packages", tuple(self.packages))
+
+    def stamp(self) -> str:
+        return sources_hash(self.split)
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
         """The text, and its provenance with the packages' versions; DataError if a listed package has no text."""

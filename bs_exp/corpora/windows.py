@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from bs_exp.corpora.content import content_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_feeding, feeder
 from bs_exp.protocols import Corpus
@@ -261,6 +262,10 @@ class CalibrationSet:
         )
         provenance: dict[str, Any] = {"corpus": dict(corpus), **windows.provenance}
         return TokenWindows(ids=windows.ids, provenance=provenance, feeding=self.feeding)
+
+    def content(self) -> Mapping[str, str]:
+        """A hash of the text."""
+        return content_of({"corpus": self.corpus})
 
     @property
     def feeding(self) -> Feeding:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import hashlib
 import io
+import json
 import logging
 import random
 import sys
@@ -62,6 +64,16 @@ class Accuracy:
                 raise ConfigError(f"include_path must name folders with task YAML files; {folder} is none.")
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "include_path", folders)
+
+    def content(self) -> Mapping[str, str]:
+        """By task a hash of all its items, and by folder or file of tasks of others one of the files there."""
+        with _quiet(), _seeded(self.seed):
+            tasks, _ = self._load_tasks()
+            found = {f"task {name}": _items_hash(task) for name, task in tasks.items()}
+        named = [Path(name).resolve().parent for name in self.tasks if Path(name).is_file()]
+        for folder in (*map(Path, self.include_path), *named):
+            found[f"files {folder}"] = _files_hash(folder)
+        return found
 
     def check(self, model: LoadedModel) -> None:
         """ConfigError if a task is unknown, or the model generates no text. The data is read later, by `evaluate`."""
@@ -138,6 +150,23 @@ def _load(name: str, manager: TaskManager) -> Mapping[str, Any]:
     except (OSError, DatasetsError) as error:
         raise DataError(f"The data of task {name} cannot be read: {error} The embedded task is docs_cloze.") from error
     return found
+
+
+def _items_hash(task: Any) -> str:
+    """SHA-256 of every row of a task's data, of all splits, and of its settings as far as they are data."""
+    digest = hashlib.sha256(json.dumps(task.dump_config(), sort_keys=True, default=str).encode())
+    for split in sorted(task.dataset):
+        digest.update(f"\n{split}\n".encode())
+        for row in task.dataset[split]:
+            digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
+
+
+def _files_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _unknown(name: str, manager: TaskManager) -> str:

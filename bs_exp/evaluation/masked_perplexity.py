@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bs_exp.corpora.content import content_of
 from bs_exp.evaluation.example_loss import example_perplexity
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit
 from bs_exp.models.model_inputs import check_task
@@ -37,6 +38,9 @@ class MaskedPerplexity:
     @property
     def feeding(self) -> Feeding:
         return Feeding(mask_share=self.mask_share, seed=self.seed)
+
+    def content(self) -> Mapping[str, str]:
+        return content_of(self.corpora)
 
     def check(self, model: LoadedModel) -> None:
         """ConfigError for a model of another task, or with too few positions."""

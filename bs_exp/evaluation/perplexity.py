@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from bs_exp.corpora.content import content_of
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import (
     PER_WINDOW,
@@ -73,6 +74,9 @@ class Perplexity:
                 f"stride must be at most sequence_length ({self.sequence_length}), got {self.stride}: "
                 "tokens between the windows would be skipped. Use null for windows one after the other."
             )
+
+    def content(self) -> Mapping[str, str]:
+        return content_of(self.corpora)
 
     def check(self, model: LoadedModel) -> None:
         """ConfigError for a model that does not predict the next token, or a window longer than its context."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from bs_exp.corpora.content import content_of
 from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, read_windows, tracked
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.outputs import hidden_states_of
@@ -42,6 +43,9 @@ class Similarity:
     @property
     def feeding(self) -> Feeding:
         return Feeding(target=self.target, source_share=self.source_share, mask_share=self.mask_share, seed=self.seed)
+
+    def content(self) -> Mapping[str, str]:
+        return content_of(self.corpora)
 
     def check(self, model: LoadedModel) -> None:
         """ConfigError if the model has too few positions, or its tokenizer cannot mark spans."""

@@ -164,7 +164,9 @@ class FactorisedLinear(nn.Module):
     @property
     def is_adapted(self) -> bool:
         """Whether something, such as an adapter, was put in place of the map by a factor."""
-        return type(self.weight_map) is not FactorMap or type(self._place[0].basis_map) is not FactorMap
+        # Every forward asks. As attributes, modules are found by `nn.Module.__getattr__`, ten times as slowly.
+        (place,) = self._place
+        return type(self._modules["weight_map"]) is not FactorMap or type(place._modules["basis_map"]) is not FactorMap
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_adapted:

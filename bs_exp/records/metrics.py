@@ -26,6 +26,14 @@ MEAN = "mean"
 
 PREFILL, DECODE = "throughput/prefill_tok_s", "throughput/decode_tok_s"
 SLOWEST, FASTEST = "_min", "_max"  # after the two names above
+# After them too, of a compressed model that was timed in turns with its dense one: how many times as fast it was (the
+# median over rounds, and the 95 % interval of that), how much the machine's own speed changed meanwhile, and in words
+# whether that is a difference.
+SPEEDUP, SPEEDUP_LOW, SPEEDUP_HIGH = "_speedup", "_speedup_low", "_speedup_high"
+DRIFT, DIFFERENCE = "_drift", "_difference"
+FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference measured"
+# How dense and compressed model were timed: in one stage round by round, or apart, which compares nothing.
+TIMED, IN_TURNS, APART = "throughput/timed", "in turns", "apart: no memory for both"
 PEAK_MEMORY = "throughput/peak_memory_bytes"
 LM_EVAL_VERSION = "lm_eval/version"
 COMPRESSION_SECONDS = "cost/compression_s"
@@ -118,6 +126,18 @@ def standard_error(metrics: Mapping[str, Any], name: str) -> Any:
 def lower_is_better(name: str) -> bool:
     """Which way results are ranked: True for perplexities, losses, errors and sizes; False for the rest."""
     return is_perplexity(name) or kind_of(name) == SIZE or kind_of(name).startswith(_LOWER_IS_BETTER)
+
+
+def measured_speedup(compressed: Mapping[str, Any], rate: str) -> float | None:
+    """How many times as fast as the dense model the compressed one reads (`PREFILL`) or writes (`DECODE`).
+
+    None where no difference was measured: the two were not timed in turns, or too few times, or the interval of the
+    speed-up holds 1, or the machine's own speed changed by more.
+    """
+    value = compressed.get(rate + SPEEDUP)
+    if compressed.get(rate + DIFFERENCE) not in (FASTER, SLOWER) or not isinstance(value, int | float):
+        return None
+    return float(value)
 
 
 def default_objective(names: Iterable[str]) -> str | None:

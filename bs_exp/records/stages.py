@@ -41,14 +41,17 @@ COMPRESSION = (
 )
 
 
+BOTH = "both"
+
+
 def evaluation_stage(evaluator: str, model: str) -> str:
-    """What an evaluator takes on the `dense` or the `compressed` model."""
+    """What an evaluator takes on the `dense` or the `compressed` model, or on `both` together."""
     return f"{evaluator} ({model})"
 
 
 def evaluated_model(stage: str) -> str | None:
-    """`dense` or `compressed` if the stage evaluates one of them, else None."""
-    return next((model for model in ("dense", "compressed") if stage.endswith(f" ({model})")), None)
+    """`dense`, `compressed` or `both` if the stage evaluates models, else None."""
+    return next((model for model in ("dense", "compressed", BOTH) if stage.endswith(f" ({model})")), None)
 
 
 def candidate_stage(candidate: str) -> str:

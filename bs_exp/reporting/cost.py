@@ -137,9 +137,7 @@ def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, 
             *series_cells(series),
         ]
         for name in (metrics.PREFILL, metrics.DECODE):
-            ratio = formats.change(point.compressed.get(name), point.dense.get(name))
-            style = "good" if ratio.startswith("+") and ratio != "+0.0 %" else "muted"
-            cells += [_with_spread(point.compressed, name), Cell(ratio, style=style)]
+            cells += [_with_spread(point.compressed, name), _against_dense(point, name)]
         cells.append(_latency(point.compressed))
         cells += [_bytes(point.compressed.get(peak))] if with_memory else []
         rows.append(Row(tuple(cells)))
@@ -148,8 +146,10 @@ def _speed(section: Section, setting: SpeedSetting, entries: list[tuple[Series, 
         "Throughput and latency",
         tuple(columns),
         tuple(rows),
-        note=f"{setting.label}. Medians; on hovering, the slowest and the fastest run. Every point is compared with "
-        "the dense numbers of its own record, which a sweep measures once; the first row is that of the first point.",
+        note=f"{setting.label}. Medians; on hovering, the slowest and the fastest run. Every point was timed in turns "
+        "with the dense model, round by round, and the change is the median over rounds; on hovering, its 95 % "
+        "interval. Where that holds 1, the machine's own speed changed by more, or the two were timed apart, no "
+        "difference was measured. The first row is the dense model beside the first point.",
         sortable=True,
     )
 
@@ -158,6 +158,17 @@ def _with_spread(found: Any, name: str) -> Cell:
     low, high = found.get(name + metrics.SLOWEST), found.get(name + metrics.FASTEST)
     hint = f"{formats.number(low)} to {formats.number(high)}" if formats.is_number(low) else ""
     return Cell(_whole(found.get(name)), value=found.get(name), hint=hint)
+
+
+def _against_dense(point: ReportedRun, name: str) -> Cell:
+    low, high = (point.compressed.get(name + end) for end in (metrics.SPEEDUP_LOW, metrics.SPEEDUP_HIGH))
+    hint = (
+        f"{low:.3f} to {high:.3f} times the dense speed" if formats.is_number(low) and formats.is_number(high) else ""
+    )
+    speedup = metrics.measured_speedup(point.compressed, name)
+    if speedup is None:
+        return Cell(metrics.NO_DIFFERENCE, style="muted", hint=hint)
+    return Cell(formats.change(speedup, 1.0), value=speedup, style="good" if speedup > 1 else "muted", hint=hint)
 
 
 def _whole(value: Any) -> str:
@@ -195,26 +206,20 @@ def _break_even(section: Section, setting: SpeedSetting, entries: list[tuple[Ser
         "Break-even: tokens until compressing has paid for itself",
         tuple(columns),
         tuple(rows),
-        note=f"Seconds of compression divided by the seconds saved per token, {setting.label}. Where the compressed "
-        "model is not faster there is none, and where its slowest run does not beat the fastest dense one, none that "
-        "can be trusted. Work that came from a cache was not paid in this run.",
+        note=f"Seconds of compression divided by the seconds saved per token, {setting.label}. There is none where the "
+        "compressed model is not faster, or no difference was measured (see above). Work that came from a cache was "
+        "not paid in this run.",
         sortable=True,
     )
 
 
-def clearly_faster(point: ReportedRun, name: str) -> bool:
-    """Whether the slowest run of the compressed model beat the fastest of the dense one."""
-    slowest, fastest = point.compressed.get(name + metrics.SLOWEST), point.dense.get(name + metrics.FASTEST)
-    return not (formats.is_number(slowest) and formats.is_number(fastest)) or slowest > fastest
-
-
 def _tokens(point: ReportedRun, name: str, cost: float) -> Cell:
-    dense, compressed = point.dense.get(name), point.compressed.get(name)
-    if not (formats.is_number(dense) and formats.is_number(compressed)) or not 0 < dense < compressed:
-        return Cell("never: not faster", style="muted")
-    tokens = break_even_tokens(cost, dense, compressed)
-    if not clearly_faster(point, name):
-        return Cell("not clearly faster", style="muted", hint=f"by the medians, {tokens:,.0f}")
+    dense, speedup = point.dense.get(name), metrics.measured_speedup(point.compressed, name)
+    if speedup is None or not formats.is_number(dense) or dense <= 0:
+        return Cell(metrics.NO_DIFFERENCE, style="muted")
+    if speedup <= 1:
+        return Cell("never: slower", style="muted")
+    tokens = break_even_tokens(cost, dense, dense * speedup)
     return Cell(f"{tokens:,.0f}" if tokens < 1e7 else f"{tokens:.2e}", value=tokens)
 
 

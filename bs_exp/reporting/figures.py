@@ -287,11 +287,9 @@ def _speed(
         axes.invert_xaxis()
         for series, look in styles.items():
             mine = [
-                (100 * (point.ratio or 0), point.compressed[name] / point.dense[name])
+                (100 * (point.ratio or 0), point.compressed[name + metrics.SPEEDUP])
                 for other, point in measured
-                if other is series
-                and formats.is_number(point.compressed.get(name))
-                and _positive(point.dense.get(name))
+                if other is series and _positive(point.compressed.get(name + metrics.SPEEDUP))
             ]
             if mine:
                 axes.plot(*zip(*mine, strict=True), **look.line())

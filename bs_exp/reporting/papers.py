@@ -65,16 +65,23 @@ def measured_by(point: ReportedRun, metric: str) -> float | None:
 
 
 def _speedup(point: ReportedRun, generated: Any) -> float | None:
-    """The dense model's time for a prompt and so many generated tokens, over the compressed one's."""
+    """The dense model's time for a prompt and so many generated tokens, over the compressed one's.
+
+    None where no difference was measured between the two in one of them that counts.
+    """
     if str(_measured_with(point, "device") or "cpu").startswith("cpu"):
         return None
-    prompt, times = _measured_with(point, "prompt_length"), []
-    for found in (point.dense, point.compressed):
-        prefill, decode = found.get(metrics.PREFILL, 0), found.get(metrics.DECODE, 0)
-        if not (formats.is_number(prompt) and formats.is_number(generated) and prefill > 0 and decode > 0):
+    dense, compressed = 0.0, 0.0
+    for rate, tokens in ((metrics.PREFILL, _measured_with(point, "prompt_length")), (metrics.DECODE, generated)):
+        if not formats.is_number(tokens) or not formats.is_number(point.dense.get(rate)) or point.dense[rate] <= 0:
             return None
-        times.append(prompt / prefill + generated / decode)
-    return float(times[0] / times[1])
+        if tokens:
+            speedup = metrics.measured_speedup(point.compressed, rate)
+            if speedup is None:
+                return None
+            dense += tokens / point.dense[rate]
+            compressed += tokens / point.dense[rate] / speedup
+    return dense / compressed if compressed else None
 
 
 def _measured_with(point: ReportedRun, setting: str) -> Any:

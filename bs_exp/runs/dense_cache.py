@@ -1,6 +1,7 @@
 """The dense model and its metrics, shared by the points of a sweep that run in one process.
 
-At most one model is kept. Its fingerprint is compared before it is used again.
+At most one model is kept. Its fingerprint is compared before it is used again. Windows come from the cache where
+another process has cut them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bs_exp.cache import Cache
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import Calibration, Evaluator, ModelSource
+from bs_exp.runs.content_keys import windows_key
+from bs_exp.runs.stored_values import find_windows, store_windows
 from bs_exp.types import LoadedModel, TokenWindows
 
 
@@ -76,12 +80,12 @@ class DenseStore:
         self._measured = [(known, found) for known, found in self._measured if known != evaluator]
         self._measured.append((evaluator, Measurement(dict(metrics), run_id)))
 
-    def windows(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
-        """The windows of a calibration, cut at the first call and kept."""
+    def windows(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> TokenWindows:
+        """The windows of a calibration, cut at the first call and kept, in the cache for other processes too."""
         for known, windows in self._windows:
             if known == calibration:
                 return windows
-        windows = calibration.windows(tokenizer)
+        windows = _kept_windows(calibration, tokenizer, cache)
         self._windows.append((calibration, windows))
         return windows
 
@@ -98,6 +102,18 @@ class DenseStore:
 
 # That of all points which a process runs in one sweep; `__main__` empties it at the end.
 OF_SWEEP = DenseStore()
+
+
+def _kept_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> TokenWindows:
+    key = windows_key(calibration, tokenizer)
+    if key is None:
+        return calibration.windows(tokenizer)
+    windows = find_windows(cache, key)
+    if windows is None:
+        windows = calibration.windows(tokenizer)
+        if windows_key(calibration, tokenizer) == key:  # the text did not change while it was read
+            store_windows(cache, key, windows)
+    return windows
 
 
 def _is_unchanged(kept: _Kept) -> bool:

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.judge import Judge
 from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
+from bs_exp.runs.stored_values import NOT_OF_COMPRESSION
 from bs_exp.selection.none import NoSelection
 from bs_exp.types import CompressedModel, LoadedModel
 from bs_exp.validation import check_objective, check_seed
@@ -88,14 +90,14 @@ class Experiment:
 
     def _compare(self, recorder: Recorder) -> Objective:
         judge, dense, prepared = self._prepare(recorder)
-        objectives = self._objectives(judge.dense(dense))
+        objectives = self._objectives(judge.dense(dense), judge.promised(dense))
         recipe, prepared, compressed = self._compress(dense, prepared, recorder)
         self._save(compressed, dense, recorder)
         self._analyse(prepared, recipe, recorder)
         metrics = judge.compressed(replace(dense, module=compressed.module, original=dense))
         self._write_samples(dense, replace(dense, module=compressed.module, original=dense), recorder)
         # What an earlier run left in the cache would make it look cheap.
-        if self.cache.folder is None or not self.cache.hits:
+        if self.cache.folder is None or not self.cache.hits.keys() - NOT_OF_COMPRESSION:
             before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
             judge.add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed")
         return self._report(objectives, metrics, recorder)
@@ -109,11 +111,12 @@ class Experiment:
             recorder.progress.warn(warning)
         dense = self._load(recorder)
         self.cache.model = str(dense.provenance.get("name", self.cache.model))
-        judge = Judge(self.evaluators, self.dense, recorder).fitted(dense)
+        judge = Judge(self.evaluators, self.dense, recorder, self.cache).fitted(dense)
         judge.check(dense)
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
         compares = bool(self.selection.candidates)
-        prepared = prepare(dense, self.recipe, recorder.progress, cut=self.dense.windows, reads_windows=compares)
+        cut = partial(self.dense.windows, cache=self.cache)
+        prepared = prepare(dense, self.recipe, recorder.progress, cut=cut, reads_windows=compares)
         check_room(dense, prepared.data, self.cache.folder, backward=bool(self.recipe.needs & WITH_LOSS))
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)
@@ -177,13 +180,13 @@ class Experiment:
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
         return dense
 
-    def _objectives(self, metrics: Mapping[str, Any]) -> tuple[str, ...]:
-        """The metrics to return, checked on the dense model's before the work of compression begins."""
+    def _objectives(self, metrics: Mapping[str, Any], promised: Sequence[str]) -> tuple[str, ...]:
+        """The metrics to return, checked on the dense model's, and on what is promised, before compression begins."""
         if self.objective is None:
             default = names.default_objective(metrics)
             return () if default is None else (default,)
         numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-        known = [*numbers, *(names.metric(names.SIZE, name) for name in names.SIZES)]
+        known = [*numbers, *promised, *(names.metric(names.SIZE, name) for name in names.SIZES)]
         asked = (self.objective,) if isinstance(self.objective, str) else self.objective
         for name in asked:
             if name not in known:

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bs_exp.cache import Cache
 from bs_exp.corpora.fitting import fitted, told
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.protocols import Evaluator
-from bs_exp.records.stages import Stage, evaluation_stage
-from bs_exp.runs.dense_cache import DenseStore
+from bs_exp.protocols import Evaluator, PairedEvaluator
+from bs_exp.records.stages import BOTH, Stage, evaluation_stage
+from bs_exp.runs.content_keys import evaluation_key
+from bs_exp.runs.dense_cache import DenseStore, Measurement
 from bs_exp.runs.recorder import Recorder
+from bs_exp.runs.stored_values import EVALUATION, find_data, store_data
 from bs_exp.types import LoadedModel
 
 
@@ -20,12 +23,14 @@ from bs_exp.types import LoadedModel
 class Judge:
     """Runs the evaluators and records what each of them finds as it ends.
 
-    What an earlier point of the sweep measured on the same dense model is taken from `store`.
+    What an earlier point of the sweep measured on the same dense model is taken from `store`, and what another process
+    measured from `cache`.
     """
 
     evaluators: Mapping[str, Evaluator]
     store: DenseStore
     recorder: Recorder
+    cache: Cache
 
     def fitted(self, dense: LoadedModel) -> Judge:
         """The same evaluators, with windows that the model has positions for; notes and the record say what changed."""
@@ -39,6 +44,10 @@ class Judge:
             self.recorder.update(provenance={**self.recorder.record.provenance, "evaluation_sequence_length": lengths})
         return replace(self, evaluators=evaluators)
 
+    @property
+    def _paired(self) -> dict[str, PairedEvaluator]:
+        return {name: found for name, found in self.evaluators.items() if isinstance(found, PairedEvaluator)}
+
     def check(self, dense: LoadedModel) -> None:
         """An error for an evaluator that does not fit the model, before the long work."""
         with self.recorder.progress.stage(Stage.CHECK_EVALUATION):
@@ -51,9 +60,14 @@ class Judge:
         metrics: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for name, evaluator in self.evaluators.items():
-            found = self.store.measurement(evaluator)
+            if name in self._paired:
+                continue
+            found, key = self.store.measurement(evaluator), None
             if found is None:
-                self._measure_dense(metrics, name, evaluator, model)
+                key = self._key(name, evaluator, model)
+                found = self._find_dense(key, evaluator)
+            if found is None:
+                self._measure_dense(metrics, name, evaluator, model, key)
             else:
                 origins[name] = found.run_id
                 self.add(metrics, found.metrics, name, "dense")
@@ -61,16 +75,29 @@ class Judge:
             self.recorder.update(provenance={**self.recorder.record.provenance, "dense_metrics": origins})
         return metrics
 
+    def promised(self, dense: LoadedModel) -> tuple[str, ...]:
+        """Names of numbers that are not measured before there is a compressed model."""
+        return tuple(name for evaluator in self._paired.values() for name in evaluator.compared(dense))
+
     def compressed(self, model: LoadedModel) -> dict[str, Any]:
-        """Metrics of the compressed model by name.
+        """Metrics of the compressed model by name; paired evaluators measure those of the dense one beside them.
 
         Dense metrics that were taken over from a run with other text, or on another device, are measured again.
         """
-        metrics: dict[str, Any] = {}
-        for name, evaluator in self.evaluators.items():
-            self.add(metrics, self._measure(name, evaluator, model, "compressed"), name, "compressed")
         assert model.original is not None
-        self._measure_again_if_changed(model.original, metrics)
+        metrics: dict[str, Any] = {}
+        alone: dict[str, Any] = {}
+        paired: dict[str, Mapping[str, Any]] = {}
+        for name, evaluator in self.evaluators.items():
+            if isinstance(evaluator, PairedEvaluator):
+                with self.recorder.progress.stage(evaluation_stage(name, BOTH)), _about(name):
+                    paired[name], found = evaluator.compare(model.original, model)
+                self.add(dict(self.recorder.record.metrics.get("dense", {})), paired[name], name, "dense")
+            else:
+                found = self._measure(name, evaluator, model, "compressed")
+                alone |= found
+            self.add(metrics, found, name, "compressed")
+        self._measure_again_if_changed(model.original, alone, paired)
         return metrics
 
     def add(self, metrics: dict[str, Any], found: Mapping[str, Any], name: str, label: str) -> None:
@@ -84,7 +111,9 @@ class Judge:
         self.recorder.update(metrics={**self.recorder.record.metrics, label: dict(metrics)})
         self.recorder.log({f"{label}/{key}": value for key, value in found.items()})
 
-    def _measure_again_if_changed(self, dense: LoadedModel, after: Mapping[str, Any]) -> None:
+    def _measure_again_if_changed(
+        self, dense: LoadedModel, after: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         record = self.recorder.record
         before = record.metrics.get("dense", {})
         # Texts say how numbers came about: a hash of the evaluation text, the device.
@@ -94,14 +123,34 @@ class Judge:
         self.recorder.progress.note(f"{changed[0]} changed during the sweep: the dense model is measured again.")
         metrics: dict[str, Any] = {}
         for name, evaluator in self.evaluators.items():
-            self._measure_dense(metrics, name, evaluator, dense)
+            if name in paired:
+                self.add(metrics, paired[name], name, "dense")
+            else:
+                self._measure_dense(metrics, name, evaluator, dense, self._key(name, evaluator, dense))
         provenance = {key: value for key, value in record.provenance.items() if key != "dense_metrics"}
         self.recorder.update(provenance=provenance)
 
-    def _measure_dense(self, metrics: dict[str, Any], name: str, evaluator: Evaluator, model: LoadedModel) -> None:
+    def _measure_dense(
+        self, metrics: dict[str, Any], name: str, evaluator: Evaluator, model: LoadedModel, key: str | None
+    ) -> None:
         fresh = self._measure(name, evaluator, model, "dense")
-        self.store.measured(evaluator, fresh, self.recorder.record.run_id)
+        run_id = self.recorder.record.run_id
+        self.store.measured(evaluator, fresh, run_id)
+        if key is not None and self._key(name, evaluator, model) == key:  # nothing changed while it was read
+            store_data(self.cache, EVALUATION, key, {"metrics": fresh, "run_id": run_id})
         self.add(metrics, fresh, name, "dense")
+
+    def _key(self, name: str, evaluator: Evaluator, model: LoadedModel) -> str | None:
+        with self.recorder.progress.stage(Stage.CHECK_EVALUATION), _about(name):
+            return evaluation_key(evaluator, model)
+
+    def _find_dense(self, key: str | None, evaluator: Evaluator) -> Measurement | None:
+        """What another process measured on the same model, text and machine, by the same code."""
+        data = None if key is None else find_data(self.cache, EVALUATION, key)
+        if data is None:
+            return None
+        self.store.measured(evaluator, data["metrics"], data["run_id"])
+        return Measurement(data["metrics"], data["run_id"])
 
     def _measure(self, name: str, evaluator: Evaluator, model: LoadedModel, label: str) -> dict[str, Any]:
         with self.recorder.progress.stage(evaluation_stage(name, label)), _about(name):

@@ -45,13 +45,15 @@ class MetricRow:
     dense: Any
     compressed: Any
     error: tuple[Any, Any] = (None, None)
+    change: str | None = None  # what stands in place of the change from the one to the other
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
         dense, compressed = (_value(v) + _error(e) for v, e in zip(self._values, self.error, strict=True))
         # A share of items changes by points: a relative change of an accuracy misleads.
         change = _points if metrics.is_accuracy(self.name) else _percent
-        return escape(printable(self.name)), dense, compressed, change(self.dense, self.compressed)
+        shown = change(self.dense, self.compressed) if self.change is None else self.change
+        return escape(printable(self.name)), dense, compressed, shown
 
     @property
     def _values(self) -> tuple[Any, Any]:
@@ -91,9 +93,16 @@ def metric_rows(record: RunRecord) -> list[MetricRow]:
             dense.get(name),
             compressed.get(name),
             (metrics.standard_error(dense, name), metrics.standard_error(compressed, name)),
+            _speed_change(compressed, name) if name in metrics.BREAK_EVEN else None,
         )
         for name in names
     ]
+
+
+def _speed_change(compressed: Mapping[str, Any], rate: str) -> str:
+    """The change of a rate as it was measured in turns; two medians beside each other say nothing of it."""
+    speedup = metrics.measured_speedup(compressed, rate)
+    return metrics.NO_DIFFERENCE if speedup is None else f"{speedup - 1:+.1%}"
 
 
 def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:

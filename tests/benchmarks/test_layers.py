@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bs_exp.benchmarks.comparison import compared, in_turn
+from bs_exp.benchmarks.comparison import compared
 from bs_exp.benchmarks.layers import main, variants
+from bs_exp.evaluation.in_turns import in_turn
 
 CPU = torch.device("cpu")
 

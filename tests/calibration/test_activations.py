@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bs_exp.calibration.activations import upper_gram
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
@@ -121,3 +124,29 @@ def test_matrices_of_one_site_must_read_the_same_input() -> None:
             grams_of(model, CalibrationData(windows(), 2))
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (1, 5), (7, 3), (300, 64)])
+def test_the_gram_by_halves_is_that_of_exact_arithmetic(tokens: int, channels: int) -> None:
+    """As exact as the whole product in fp64: within the bound of summing in any order (Higham, section 3.1)."""
+    values = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(channels)
+    values = values.clamp(-1e6, 1e6)
+    rows = values.double()
+    upper = upper_gram(rows)
+    exact = [[sum(Fraction(a) * Fraction(b) for a, b in zip(x, y, strict=True)) for y in rows.T.tolist()[:5]]
+             for x in rows.T.tolist()[:5]]  # fmt: skip
+    bound = (rows.abs().mT @ rows.abs()) * tokens * torch.finfo(torch.float64).eps
+    for i, row in enumerate(exact):
+        for j, value in enumerate(row):
+            if i <= j:
+                assert abs(Fraction(float(upper[i, j])) - value) <= Fraction(float(bound[i, j]))
+
+
+def test_sums_of_grams_are_symmetric_and_read_any_strides() -> None:
+    for gram in grams_of(tiny_random("llama"), CalibrationData(windows(), 2)).values():
+        assert torch.equal(gram, gram.mT)
+    values = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
+    whole = values.reshape(-1, 16).double()
+    strided = torch.randn(16, 80, generator=torch.Generator().manual_seed(1)).double().mT
+    for rows in (whole, strided, whole[::2]):
+        assert torch.allclose(upper_gram(rows).triu(), (rows.mT @ rows).triu(), rtol=1e-14, atol=1e-12)

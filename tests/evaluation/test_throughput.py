@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.throughput import Throughput
+from bs_exp.layout.plain import PlainLayout
+from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.models.tiny import FAMILIES, tiny_random
+from bs_exp.types import LoadedModel, SharedFactors, WeightGroup
 
 
 def _throughput(**settings: int) -> Throughput:
@@ -63,3 +68,66 @@ def test_lengths_beyond_the_context_are_refused() -> None:
 def test_wrong_settings_are_refused_at_once(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least 1, got 0"):
         _throughput(**{name: 0})
+
+
+def _pair() -> tuple[LoadedModel, LoadedModel]:
+    """A dense model, and one whose q of layers 0 and 1 share a basis of rank 4."""
+    dense = tiny_random("llama")
+    factors = SharedFactors(
+        WeightGroup("q", (0, 1), 32, 32), torch.randn(32, 4), {i: torch.randn(4, 32) for i in (0, 1)}
+    )
+    module = twin(dense.module)
+    replace_matrices(module, dense.architecture, [factors], PlainLayout())
+    return dense, replace(dense, module=module, original=dense)
+
+
+def test_both_models_are_timed_in_turns_and_the_first_changes_every_round() -> None:
+    dense, compressed = _pair()
+    order: list[str] = []
+    for name, model in (("dense", dense), ("compressed", compressed)):
+        model.module.register_forward_pre_hook(
+            lambda _, __, arguments, name=name: order.append(name) if arguments["input_ids"].shape[1] == 5 else None,
+            with_kwargs=True,
+        )
+    found = _throughput(repeats=6, warmup=1).compare(dense, compressed)
+    assert order == ["dense", "compressed", "compressed", "dense"] * 3 + ["dense", "compressed"]
+    for metrics in found:
+        assert metrics["throughput/timed"] == "in turns"
+        assert metrics["throughput/decode_tok_s"] > 0
+    for rate in ("throughput/prefill_tok_s", "throughput/decode_tok_s"):
+        low, median, high = (found[1][f"{rate}_speedup{end}"] for end in ("_low", "", "_high"))
+        assert low <= median <= high
+        assert found[1][f"{rate}_difference"] in ("faster", "slower", "no difference measured")
+        assert not {f"{rate}_speedup", f"{rate}_difference"} & found[0].keys()
+    assert set(_throughput().compared(dense)) <= found[1].keys()
+
+
+def test_a_model_that_waits_is_slower() -> None:
+    dense, compressed = _pair()
+    settings = {"repeats": 9, "warmup": 1, "generated_length": 6}
+    compressed.module.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    _, found = _throughput(**settings).compare(dense, compressed)
+    assert (found["throughput/decode_tok_s_difference"], found["throughput/prefill_tok_s_difference"]) == (
+        "slower",
+    ) * 2
+    assert found["throughput/decode_tok_s_speedup_high"] < 1
+
+
+def test_without_memory_for_both_they_are_timed_apart_and_no_difference_is_said() -> None:
+    dense, compressed = _pair()
+    before = [p.detach().clone() for p in (*dense.module.parameters(), *compressed.module.parameters())]
+    calls: list[str] = []
+
+    def lack_memory(*_: object) -> None:
+        calls.append("compressed")
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    compressed.module.register_forward_pre_hook(lack_memory)
+    both = _throughput(repeats=6).compare(dense, compressed)
+    assert [metrics["throughput/timed"] for metrics in both] == ["apart: no memory for both"] * 2
+    assert both[1]["throughput/decode_tok_s_difference"] == "no difference measured"
+    assert not [name for name in both[1] if name.endswith(("_speedup", "_speedup_low", "_drift"))]
+    assert both[0]["throughput/decode_tok_s"] > 0 and both[1]["throughput/decode_tok_s"] > 0
+    after = [*dense.module.parameters(), *compressed.module.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

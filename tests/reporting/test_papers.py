@@ -177,6 +177,7 @@ def _timed(method: str, removed: float, *, device: str = "cuda:0", **more: Any) 
     record = synthetic.record(method, removed, hub=LLAMA)
     speeds = {"throughput/prefill_tok_s": 1000.0, "throughput/decode_tok_s": 10.0}
     faster = {"throughput/prefill_tok_s": 2000.0, "throughput/decode_tok_s": 40.0}
+    faster |= synthetic.speedup("throughput/prefill_tok_s", 2.0) | synthetic.speedup("throughput/decode_tok_s", 4.0)
     named = GPU if device != "cpu" else {}
     metrics: Mapping[str, Any] = {
         "dense": {**record.metrics["dense"], **speeds, **named},
@@ -196,6 +197,19 @@ def test_speedups_are_compared_on_accelerators_with_their_settings() -> None:
     # 256 prompt and 64 generated tokens: 0.256 s + 6.4 s against 0.128 s + 1.6 s.
     assert (found.measured, found.reported.value) == (pytest.approx(6.656 / 1.728), 1.63)
     assert not _compared("speedup/prefill", _timed("basis_sharing", 0.5, device="cpu"))
+
+
+def test_no_speedup_is_compared_where_no_difference_was_measured() -> None:
+    record = _timed("basis_sharing", 0.5)
+    for changed in ({"throughput/prefill_tok_s_difference": "no difference measured"}, None):
+        found = {
+            name: value
+            for name, value in record.metrics["compressed"].items()
+            # As in records of runs that did not time in turns.
+            if changed or not name.endswith(("_difference", "_speedup"))
+        }
+        metrics = {**record.metrics, "compressed": {**found, **(changed or {})}}
+        assert not _compared("speedup/prefill", replace(record, metrics=metrics))
 
 
 def test_seconds_of_compression_are_compared_on_accelerators() -> None:

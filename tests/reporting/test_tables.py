@@ -109,13 +109,23 @@ def test_the_summary_takes_the_best_of_equals() -> None:
 
 def test_break_even_needs_more_than_noise() -> None:
     slower, clearly = synthetic.record(removed=0.1), synthetic.record(removed=0.5)
-    barely = synthetic.record(removed=0.21)  # 1.01 times as fast, with a spread of 1 % on both sides
+    barely = synthetic.record(removed=0.21)  # 1.01 times as fast, with an interval that holds 1
     tables = {table.title: table for table in cost.cost_tables(_section(slower, clearly, barely), "m1")}
     table = next(table for title, table in tables.items() if title.startswith("Break-even"))
     by_ratio = {row.cells[0].value: row.cells[-2] for row in table.rows}
-    assert by_ratio[0.9].text == "never: not faster"
-    assert by_ratio[0.79].text == "not clearly faster"
+    assert by_ratio[0.9].text == "never: slower"
+    assert by_ratio[0.79].text == "no difference measured"
     assert by_ratio[0.5].value == pytest.approx(5.0 / (1 / 1500 - 1 / 1950))
+
+
+def test_changes_of_speed_are_those_measured_in_turns() -> None:
+    clearly, barely = synthetic.record(removed=0.5), synthetic.record(removed=0.21)
+    apart = {k: v for k, v in clearly.metrics["compressed"].items() if not k.endswith(("_speedup", "_difference"))}
+    old = synthetic.record(removed=0.6, metrics={**clearly.metrics, "compressed": apart})
+    table = next(iter(cost.cost_tables(_section(clearly, barely, old), "m1")))
+    decode = {row.cells[0].value: row.cells[-2] for row in table.rows if row.kind != "dense"}
+    assert (decode[0.5].text, decode[0.5].hint) == ("+30.0 %", "1.280 to 1.319 times the dense speed")
+    assert decode[0.79].text == decode[0.4].text == "no difference measured"
 
 
 def test_no_second_is_counted_twice() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bs_exp.cache import Cache
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.tiny import TinyRandom
 from bs_exp.records.record import RunRecord, read_record
@@ -211,9 +212,9 @@ def test_measurements_and_windows_are_known_by_their_settings() -> None:
     assert found is not None and (found.metrics, found.run_id) == ({"setting": 1.0}, "first")
     assert store.measurement(_Evaluator(2)) is None
     for seed, cut in ((0, 1), (0, 1), (1, 2)):
-        windows = store.windows(_Calibration(seed, calls), model.tokenizer)
+        windows = store.windows(_Calibration(seed, calls), model.tokenizer, Cache(None))
         assert (windows.provenance["seed"], calls.count) == (seed, cut)
     store.forget()
     assert store.measurement(_Evaluator(1)) is None
-    store.windows(_Calibration(0, calls), model.tokenizer)
+    store.windows(_Calibration(0, calls), model.tokenizer, Cache(None))
     assert calls.count == 3

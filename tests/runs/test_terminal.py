@@ -44,6 +44,9 @@ def record() -> RunRecord:
                 "acc/docs_cloze": 0.4,
                 "acc_stderr/docs_cloze": 0.012,
                 "throughput/decode_tok_s": 1000.0,
+                "throughput/decode_tok_s_min": 990.0,
+                "throughput/decode_tok_s_speedup": 0.81,
+                "throughput/decode_tok_s_difference": "slower",
                 "throughput/batch_size": 4,
             },
         },
@@ -96,6 +99,14 @@ def test_cost_is_one_line(record: RunRecord) -> None:
     text = " ".join(_printed(dataclasses.replace(record, metrics=metrics)).split())
     assert "cost compressed in 2.0 s; paid for after 12,346 tokens of prefill; no gain of speed in decode" in text
     assert "cost/" not in text
+
+
+def test_a_rate_has_one_row_and_a_change_only_where_one_was_measured(record: RunRecord) -> None:
+    undecided = {**record.metrics["compressed"], "throughput/decode_tok_s_difference": "no difference measured"}
+    text = _printed(dataclasses.replace(record, metrics={**record.metrics, "compressed": undecided}))
+    assert re.search(r"throughput/decode_tok_s +1,23\d +1,000 +no difference measured", text)
+    assert text.count("throughput/decode") == _printed(record).count("throughput/decode") == 1
+    assert max(len(line) for line in text.splitlines() if str(FOLDER) not in line) <= 80
 
 
 def test_facts_follow(record: RunRecord) -> None:
