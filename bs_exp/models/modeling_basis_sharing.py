@@ -85,6 +85,7 @@ class SharedBasis(nn.Module):
     def __init__(self, first: FactorisedLinear):
         super().__init__()
         self.basis_map: nn.Module = FactorMap(first, "basis")
+        self.num_layers = 1
 
 
 class Shapes(NamedTuple):
@@ -163,7 +164,18 @@ class FactorisedLinear(nn.Module):
 
     @property
     def is_adapted(self) -> bool:
-        """Whether something, such as an adapter, was put in place of the map by a factor."""
+        """Whether something, such as an adapter, was put in place of the map by a factor.
+
+        ValueError if a shared basis itself is adapted, in each of its layers apart: merging would add all these to it.
+        """
+        if "parametrizations" in self._modules and self._place[0].num_layers > 1:
+            parametrized: Any = self._modules["parametrizations"]
+            if "basis" in parametrized:
+                raise ValueError(
+                    f"This layer shares its basis with {self._place[0].num_layers - 1} others, and it has an adapter "
+                    "of its own on the Parameter `basis` (target_parameters in peft). Merged, the basis would get the "
+                    'adapters of all layers. Name its map instead, which is there once: target_modules=["basis_map"].'
+                )
         return type(self.weight_map) is not FactorMap or type(self._place[0].basis_map) is not FactorMap
 
     def forward(self, x: Tensor) -> Tensor:
@@ -517,6 +529,7 @@ def share_basis(layers: Sequence[FactorisedLinear]) -> None:
     for layer in layers[1:]:
         del layer.shared_basis
         layer._place = layers[0]._place
+    layers[0]._place[0].num_layers = len(layers)
 
 
 def pivoted_kind(members: int) -> type[PivotedLinear]:
