@@ -85,6 +85,7 @@ class SharedBasis(nn.Module):
     def __init__(self, first: FactorisedLinear):
         super().__init__()
         self.basis_map: nn.Module = FactorMap(first, "basis")
+        self.num_layers = 1
 
 
 class Shapes(NamedTuple):
@@ -163,7 +164,18 @@ class FactorisedLinear(nn.Module):
 
     @property
     def is_adapted(self) -> bool:
-        """Whether something, such as an adapter, was put in place of the map by a factor."""
+        """Whether something, such as an adapter, was put in place of the map by a factor.
+
+        ValueError if a shared basis itself is adapted, in each of its layers apart: merging would add all these to it.
+        """
+        if "parametrizations" in self._modules and self._place[0].num_layers > 1:
+            parametrized: Any = self._modules["parametrizations"]
+            if "basis" in parametrized:
+                raise ValueError(
+                    f"This layer shares its basis with {self._place[0].num_layers - 1} others, and it has an adapter "
+                    "of its own on the Parameter `basis` (target_parameters in peft). Merged, the basis would get the "
+                    'adapters of all layers. Name its map instead, which is there once: target_modules=["basis_map"].'
+                )
         # Every forward asks. As attributes, modules are found by `nn.Module.__getattr__`, ten times as slowly.
         (place,) = self._place
         return type(self._modules["weight_map"]) is not FactorMap or type(place._modules["basis_map"]) is not FactorMap
@@ -519,6 +531,7 @@ def share_basis(layers: Sequence[FactorisedLinear]) -> None:
     for layer in layers[1:]:
         del layer.shared_basis
         layer._place = layers[0]._place
+    layers[0]._place[0].num_layers = len(layers)
 
 
 def pivoted_kind(members: int) -> type[PivotedLinear]:

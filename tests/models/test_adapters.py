@@ -175,3 +175,12 @@ def test_dtypes_change_in_place_and_back(saved: Any, layout: Layout) -> None:
         assert all(torch.equal(t, old[name]) for name, t in model.named_parameters())
         assert all(torch.equal(t, kept[name]) for name, t in model.named_buffers() if not t.is_floating_point())
         assert bases_are_shared(model) and logits_of(model).isfinite().all()
+
+
+def test_an_adapter_on_the_parameter_of_a_shared_basis_is_refused(saved: Any) -> None:
+    """peft would keep one in every layer, and merge all of them into the one basis."""
+    folder, _ = saved(LAYOUTS[0])
+    settings = LoraConfig(target_modules=[], target_parameters=["q_proj.basis"], r=2, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings)
+    with pytest.raises(ValueError, match=r"shares its basis with 1 others.*target_modules=\[\"basis_map\"\]"):
+        model(IDS)
