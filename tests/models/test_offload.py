@@ -328,3 +328,18 @@ def test_refitted_as_in_memory(mode: str, tmp_path: Path) -> None:
     assert all(torch.equal(factors["none"][name], factor) for name, factor in factors["disk"].items())
     assert found["none"].update["loss_after"] == found["disk"].update["loss_after"]
     assert found["none"].update["left_as_they_were"] == found["disk"].update["left_as_they_were"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_on_a_cuda_device(offload: str, tmp_path: Path) -> None:
+    """Weights come to the device block by block, forward and backward, and go back; the statistics are the same."""
+    saved(tmp_path)
+    there = LocalModel(path=str(tmp_path), device="cuda", offload=offload).load()
+    assert there.device.type == "cuda"
+    waiting = [there.module.get_submodule(m.module).weight for m in there.architecture.matrices]
+    expected = statistics(LocalModel(path=str(tmp_path), device="cuda").load())
+    found = statistics(there)
+    assert all(weight.device.type == "cpu" for weight in waiting)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
