@@ -65,7 +65,7 @@ def _fill(node: DictConfig) -> None:
 def test_every_group_has_options() -> None:
     assert {group for group, _ in OPTIONS} == RootConfig.__dataclass_fields__.keys() - {
         field.name for field in dataclasses.fields(RootConfig) if field.type in ("str", "int", "float", "bool")
-    } - {"objective", "cache"}
+    } - {"objective", "cache", "sample"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -160,7 +160,16 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
 
     plain = digest()
     assert (
-        digest("name=other", "tracking=none", "cache.dir=null", "save_model=true", "debug=true", "force=true") == plain
+        digest(
+            "name=other",
+            "tracking=none",
+            "cache.dir=null",
+            "save_model=true",
+            "debug=true",
+            "sample.prompt=null",
+            "force=true",
+        )
+        == plain
     )
     assert digest("cache.max_gb=1", "cache.keep_rounds=false", "cache.dtype=auto") == plain
     assert digest("cache.dtype=float32") != plain
@@ -178,7 +187,9 @@ def test_hash_of_our_own_options_is_that_of_their_settings_alone(composed: Compo
     config = OmegaConf.to_container(composed(f"experiment={preset}"), resolve=True)
     assert isinstance(config, dict)
     settings = {
-        k: v for k, v in config.items() if k not in ("name", "cache", "debug", "force", "save_model", "tracking")
+        k: v
+        for k, v in config.items()
+        if k not in ("name", "cache", "debug", "force", "sample", "save_model", "tracking")
     }
     del settings["calibration"]["activations"]  # where hidden states wait changes no result
     assert config_hash(config) == hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -62,6 +62,14 @@ class CacheConfig:
 
 
 @dataclass
+class SampleConfig:
+    """What dense and compressed model write, for the report."""
+
+    prompt: str | None = MISSING
+    tokens: int = MISSING
+
+
+@dataclass
 class RootConfig:
     """The dials of every run, and one node per group. Values and their meaning stand in `conf/config.yaml`."""
 
@@ -69,6 +77,7 @@ class RootConfig:
     seed: int = MISSING
     retain_ratio: float = MISSING
     objective: Any = MISSING  # a metric, a list of metrics, or null
+    sample: SampleConfig = field(default_factory=SampleConfig)
     save_model: bool = MISSING
     debug: bool = MISSING
     force: bool = MISSING
@@ -104,6 +113,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     """
     check_root(cfg)
 
+    from bs_exp.evaluation.sample import TextSample
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
 
@@ -119,6 +129,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         objective=_objective(cfg.objective),
         save_model=cfg.save_model,
         selection=make("selection"),
+        sample=TextSample(prompt=cfg.sample.prompt, tokens=cfg.sample.tokens) if cfg.sample.prompt else None,
         dense=dense or DenseStore(),
     )
     # Now that it is loaded: from here on its source counts as it is, whatever is edited while this process lives.
@@ -192,6 +203,10 @@ def check_root(cfg: DictConfig) -> None:
     check_retain_ratio(own.retain_ratio)
     check_seed(own.seed)
     check_objective(_objective(own.objective))
+    if own.sample.tokens < 1:
+        raise ConfigError(
+            f"sample.tokens must be at least 1, got {own.sample.tokens}; sample.prompt=null writes nothing."
+        )
     _parts(own)
 
 

@@ -16,9 +16,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import check_objectives, check_root, is_kept, point_name
 from bs_exp.cli.early_check import check_early
 from bs_exp.errors import ConfigError
+from bs_exp.files import read_text
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
 from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, shown_settings, survey
@@ -98,7 +100,7 @@ class SweepCallback(Callback):
             # As in on_run_start: an Exception would become a warning.
             raise SystemExit(1) from error
         points = None if jobs is None else tuple(job.point for job in jobs)
-        plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points)
+        plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points, sweep_claim(config))
         plan.write(folder)
         _current.folder, _current.plan = folder, plan
         _current.compare, _current.closing = self.compare, self.closing
@@ -107,6 +109,27 @@ class SweepCallback(Callback):
             kept = sum(job.point.folder in old and is_kept(job.cfg, folder / job.point.folder) for job in jobs)
             again = f", {kept} of them finished before" if kept else ""
             print(printable(f"sweep {folder.name}: {len(jobs)} points in {folder}{again}"), file=sys.stderr)
+
+
+def sweep_claim(config: DictConfig) -> str:
+    """What the sweep's file claims in the comment at its beginning; empty if there is no file, or no claim."""
+    name = config.hydra.runtime.choices.get("sweeps")
+    path = root_folder() / "sweeps" / f"{name}.yaml"
+    if not name or not path.is_file():
+        return ""
+    words: list[str] = []
+    for line in read_text(path).splitlines():
+        text = line.removeprefix("#")
+        if text == line:
+            break  # the comment has ended
+        if text.startswith(" Claim:"):
+            words.append(text.removeprefix(" Claim:").strip())
+        elif words and text.startswith("  "):
+            words.append(text.strip())
+        elif words:
+            break
+    # A run command on the line of the claim is none of it.
+    return " ".join(words).partition("   Run:")[0].strip()
 
 
 def end_sweep() -> None:

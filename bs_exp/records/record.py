@@ -98,6 +98,7 @@ class RunRecord:
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # dense, compressed
     size: Mapping[str, Any] = field(default_factory=dict)
     objective: float | Mapping[str, float] | None = None  # by metric where several were asked for
+    sample: Mapping[str, str] = field(default_factory=dict)  # prompt, and how dense and compressed continue it
     model_folder: str | None = None  # where the compressed model was saved, relative to the run folder
     timings: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
@@ -190,6 +191,7 @@ _CHECKS: dict[str, Check] = {
     "metrics": object_of(object_of(number_or_text, _MOST_NAMES)),
     "size": object_of(number),
     "objective": _objective,
+    "sample": object_of(text),
     "model_folder": or_null(text),
     "timings": object_of(number, _MOST_STAGES),
     "memory": object_of(or_null(number)),

@@ -22,6 +22,7 @@ class Stage(StrEnum):
     ALLOCATE = "allocate"
     REPLACE = "replace"
     UPDATE = "update"
+    SAMPLE = "write samples"
     SAVE = "save"
     ANALYSE = "analyse"
 

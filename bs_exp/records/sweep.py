@@ -65,12 +65,16 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The points that one start of a sweep runs; `points` is None where a sweeper chooses them one after the other."""
+    """The points that one start of a sweep runs; `points` is None where a sweeper chooses them one after the other.
+
+    `claim` is what its file says that it is to show; empty if it says nothing.
+    """
 
     name: str
     command: tuple[str, ...]
     started: str
     points: tuple[SweepPoint, ...] | None
+    claim: str = ""
 
     def write(self, folder: Path) -> None:
         """Writes `folder/sweep.json`; RecordError if it cannot be written."""
@@ -90,7 +94,7 @@ class SweepPlan:
             return None
         try:
             data = decode(read_object(path, "a plan of a sweep"))
-            check_fields(data, _CHECKS, frozenset(), "a plan of a sweep")
+            check_fields(data, _CHECKS, frozenset({"claim"}), "a plan of a sweep")
         except RecordError as error:
             raise RecordError(
                 f"{path} is no plan of a sweep ({error}); remove it and start the sweep again."
@@ -101,6 +105,7 @@ class SweepPlan:
             command=tuple(data["command"]),
             started=data["started"],
             points=None if points is None else tuple(SweepPoint(p["folder"], tuple(p["settings"])) for p in points),
+            claim=data.get("claim", ""),
         )
 
 
@@ -108,6 +113,7 @@ _CHECKS: dict[str, Check] = {
     "name": text,
     "command": list_of(text),
     "started": moment,
+    "claim": text,
     "points": or_null(
         list_of(object_with(frozenset({"folder", "settings"}), folder=plain_name, settings=list_of(text)))
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ Flat = Mapping[str, Any]
 # What does not change a result, and what has a place of its own in the report.
 _ELSEWHERE = WITHOUT_EFFECT | {"objective", "retain_ratio", "model", "evaluation"}
 _TARGET = "_target_"
+# Absolute, below home or this folder, or three names deep: ids of hubs have two.
+_PATH = re.compile(r"(?<![^\s\[,])(?:(?:~|\.{1,2})?/[^\s,\[\]]*|[^\s,\[\]/]+(?:/[^\s,\[\]/]+){2,})(?<!/)")
+_MOST_PARTS = 4
 # A study turns a few dials; of records that have nothing in common, the first settings are enough to tell them apart.
 _MOST_DIALS = 200
 # What is evaluated, which changes no number by itself.
@@ -101,6 +105,16 @@ def show(flat: Flat, key: str) -> str:
         return formats.ABSENT
     value = flat[key]
     return option(value) if key.endswith(_TARGET) and isinstance(value, str) else formats.setting(value)
+
+
+def base_names(values: Iterable[str]) -> dict[str, str]:
+    """Value -> the same with the last part of every path in it; as many parts as set different values apart."""
+    whole = dict.fromkeys(values)
+    for parts in range(1, _MOST_PARTS + 1):
+        short = {value: _PATH.sub(lambda found: "/".join(found[0].split("/")[-parts:]), value) for value in whole}  # noqa: B023
+        if len(set(short.values())) == len(short):
+            return short
+    return {value: value for value in whole}
 
 
 def option(target: str) -> str:

@@ -55,6 +55,8 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
 }
 _PNG_DPI, _IMAGE_DPI = 150, 96
+_POINTS_PER_INCH, _HIT_RADIUS = 72, 5
+_MOST_HOVERS = 1000
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,35 @@ def _grow(figure: Figure, space: float) -> None:
         axes.set_position((place.x0, (place.y0 * height + space) / taller, place.width, place.height * height / taller))
 
 
-def render(figure: Figure, key: str, title: str, caption: str, alt: str, *, wide: bool = False) -> Drawn:
-    """The figure as SVG, PNG and inline SVG."""
+@dataclass(frozen=True)
+class Hover:
+    """What a point of a figure says on the page when a pointer is over it; `x` and `y` are values of its axes."""
+
+    axes: Axes
+    x: float
+    y: float
+    text: str
+
+
+def render(
+    figure: Figure, key: str, title: str, caption: str, alt: str, *, wide: bool = False, hovers: Sequence[Hover] = ()
+) -> Drawn:
+    """The figure as SVG, PNG and inline SVG; `hovers` are on the page alone."""
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Title": title, "Description": alt, "Software": None})
     figure.savefig(svg, format="svg", dpi=_IMAGE_DPI, metadata={"Title": title, "Date": None, "Creator": None})
     text = svg.getvalue()
-    return Drawn(key, title, caption, alt, text, png.getvalue(), _inline(text, key, alt), wide)
+    inline = _inline(text, key, alt).removesuffix("\n").removesuffix("</svg>")
+    inline += "".join(_hit(figure, hover) for hover in hovers[:_MOST_HOVERS]) + "</svg>\n"
+    return Drawn(key, title, caption, alt, text, png.getvalue(), inline, wide)
+
+
+def _hit(figure: Figure, hover: Hover) -> str:
+    """A circle that cannot be seen, with a title, over a point of the figure."""
+    x, y = hover.axes.transData.transform((hover.x, hover.y)) * _POINTS_PER_INCH / figure.dpi
+    height = figure.get_size_inches()[1] * _POINTS_PER_INCH
+    words = _attribute(hover.text)
+    return f'<circle class="hit" cx="{x:.1f}" cy="{height - y:.1f}" r="{_HIT_RADIUS}"><title>{words}</title></circle>'
 
 
 def _inline(svg: str, key: str, alt: str) -> str:

@@ -12,7 +12,7 @@ from bs_exp.printable import printable
 from bs_exp.records import metrics
 from bs_exp.records.pairs import PairTable
 from bs_exp.reporting import cost, drawing, formats, ranks
-from bs_exp.reporting.drawing import Drawn
+from bs_exp.reporting.drawing import Drawn, Hover
 from bs_exp.reporting.results import MOST_HEADLINES, ratio_title
 from bs_exp.reporting.study import ReportedRun, Section, Series, Study
 
@@ -138,6 +138,7 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
     axes = _axes(figure, "parameters kept (%)", _title(name))
     axes.invert_xaxis()  # the smaller model on the right
     values: list[float] = []
+    hovers: list[Hover] = []
     for series, look in styles.items():
         points = [p for p in series.completed if formats.is_number(p.compressed.get(name))]
         if not points:
@@ -145,6 +146,7 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
         heights = [float(p.compressed[name]) for p in points]
         values += heights
         axes.plot([100 * (p.ratio or 0) for p in points], heights, **look.line())
+        hovers += [_hover(axes, series, p, name, 100 * (p.ratio or 0)) for p in points]
     if not values:
         return
     if formats.is_number(dense := section.dense.get(name)):
@@ -158,7 +160,19 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
         f"{formats.sentence(metrics.title(name))} by share kept",
         f"{'Logarithmic scale. ' if log else ''}The dashed line is the dense model.{_colours(section)}",
         _curve_alt(section, name),
+        hovers=hovers,
     )
+
+
+def _hover(axes: Axes, series: Series, point: ReportedRun, name: str, x: float, more: str = "") -> Hover:
+    """What a point says: method, ratio, the metric and its change."""
+    value = point.compressed[name]
+    ratio = f" at {ratio_title(point.removed)}" if point.removed is not None else ""
+    change = formats.change(value, point.dense.get(name))
+    words = [f"{formats.short(series.label, _LONGEST_LABEL)}{ratio}: {formats.metric(name, value)}"]
+    words += [f"{change} against dense"] if change else []
+    words += [f"{formats.percent(point.kept)} kept"] if point.kept is not None else []
+    return Hover(axes, x, float(value), ", ".join([*words, *([more] if more else [])]))
 
 
 def _curve_alt(section: Section, name: str) -> str:
@@ -245,6 +259,9 @@ def _front(
     if lower:
         drawing.nice_log(axes, values)
     drawing.legend_below(figure, axes)
+    hovers = [
+        _hover(axes, series, point, name, abs(cost), f"{abs(cost):,.4g} {label}") for series, point, cost in entries
+    ]
     members = [f"{entries[i][0].label} at {ratio_title(entries[i][1].removed or 0)}" for i in front]
     speed = "tokens/s" in label
     title = f"{formats.sentence(metrics.title(name))} against {'speed' if speed else 'size'}"
@@ -254,7 +271,7 @@ def _front(
     caption = f"Best is {direction}. " + (f"{what}." if speed else "Stored bytes of the model's tensors.")
     caption += _colours(section)
     alt = f"Scatter chart: {metrics.title(name)} against {label} of {len(entries)} models. On the Pareto front: "
-    return drawing.render(figure, key, title, caption, alt + "; ".join(members[:8]) + ".")
+    return drawing.render(figure, key, title, caption, alt + "; ".join(members[:8]) + ".", hovers=hovers)
 
 
 def _speed(

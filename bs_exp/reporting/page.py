@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -41,10 +41,13 @@ class Contents:
     study: Study
     chapters: Sequence[Chapter]
     pairs: Sequence[Drawn]
+    searches: Sequence[Drawn]
     papers: Sequence[Table]
     problems: Sequence[Table]
     all_runs: Table
     environments: Sequence[runs.Environment]
+    settings: str  # JSON of what sets runs apart
+    records: Mapping[int, str]  # link by run
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,12 @@ def _facts(study: Study) -> list[tuple[str, str, str]]:
     completed = len(study.with_status(Status.COMPLETED))
     failed = len(study.with_status(Status.FAILED, Status.INTERRUPTED))
     unfinished = len(study.with_status(Status.RUNNING))
-    methods = len({point.record.name for point in study.points})
+    methods = len({point.record.method for point in study.points})
     models = len({section.model for section in study.sections})
     facts = [(completed, "point", "completed", ""), (methods, "method", "", ""), (models, "model", "", "")]
     facts += [(failed, "point", "failed or stopped", "bad"), (unfinished, "point", "unfinished", "bad")]
     facts += [(len(study.waiting), "point", "not started", "bad")]
+    facts += [(study.left, "point", "no longer in the sweep, not shown", "left")]
     facts += [(len(study.skipped), "file", "cannot be read", "bad")]
     return [
         (str(count), f"{word}{'' if count == 1 else 's'} {rest}".strip(), style)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from bs_exp.errors import RecordError
 from bs_exp.files import read_text, remove_leftovers, write_file
-from bs_exp.reporting import cost, papers, ranks, results, runs, table
+from bs_exp.reporting import cost, papers, ranks, results, runs, settings, table
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.drawing import Drawn
 from bs_exp.reporting.figures import pair_figures, study_figures
 from bs_exp.reporting.page import Chapter, Contents, to_html
+from bs_exp.reporting.searches import search_figures
 from bs_exp.reporting.study import Section, Study, arrange
 from bs_exp.reporting.table import Table
 
@@ -46,13 +47,17 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     """Page, Markdown, CSV and figures of all records below the folders; RecordError if there is none."""
     study = arrange(collect(folders))
     figures, pairs = study_figures(study), pair_figures(study.pairs)
-    contents = _contents(study, figures, pairs)
+    searched = search_figures(study.searches)
+    contents = _contents(study, figures, pairs, searched, out)
     tables = _tables(contents)
     full = [t for i, section in enumerate(study.sections, start=1) if (t := ranks.rank_table(section, f"m{i}"))]
     files: dict[str, bytes] = {PAGE: to_html(contents).encode()}
     files[TABLES_TEXT] = table.to_markdown(tables, study.name).encode()
-    files |= {f"{TABLES_FOLDER}/{found.key}.csv": table.to_csv(found).encode() for found in (*tables, *full)}
-    files |= _figure_files([*(f for drawn in figures.values() for f in drawn), *pairs])
+    files |= {
+        f"{TABLES_FOLDER}/{found.key}.csv": table.to_csv(found).encode()
+        for found in (*tables, *full, settings.tidy_table(study))
+    }
+    files |= _figure_files([*(f for drawn in figures.values() for f in drawn), *pairs, *searched])
     return Written(out, _write(files, out), study)
 
 
@@ -60,11 +65,14 @@ def write_figures(folders: Sequence[Path], out: Path) -> Written:
     """The figures alone; RecordError if there is no record."""
     study = arrange(collect(folders))
     drawn = [*(figure for found in study_figures(study).values() for figure in found), *pair_figures(study.pairs)]
+    drawn += search_figures(study.searches)
     files = {name.removeprefix(f"{FIGURES_FOLDER}/"): data for name, data in _figure_files(drawn).items()}
     return Written(out, _write(files, out), study)
 
 
-def _contents(study: Study, figures: dict[Section, list[Drawn]], pairs: Sequence[Drawn]) -> Contents:
+def _contents(
+    study: Study, figures: dict[Section, list[Drawn]], pairs: Sequence[Drawn], searched: Sequence[Drawn], out: Path
+) -> Contents:
     chapters = [
         Chapter(
             section=section,
@@ -85,10 +93,13 @@ def _contents(study: Study, figures: dict[Section, list[Drawn]], pairs: Sequence
         study=study,
         chapters=chapters,
         pairs=pairs,
+        searches=searched,
         papers=list(papers.paper_tables(study, papers.compare(study))),
         problems=list(runs.problems(study)),
         all_runs=runs.all_runs(study, places),
         environments=places,
+        settings=settings.differences(study),
+        records=runs.record_links(study, out),
     )
 
 

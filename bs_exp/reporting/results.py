@@ -14,6 +14,7 @@ from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text
 
 # A search tries another ratio in every trial: as columns they would be a table of holes.
 _MOST_RATIOS = 12
+_MOST_SAMPLES = 40
 # Metrics with a table and a curve of their own; all are in the table of everything.
 MOST_HEADLINES = 24
 _STATUS = {Status.FAILED: "failed", Status.INTERRUPTED: "stopped", Status.RUNNING: "unfinished"}
@@ -27,6 +28,7 @@ def result_tables(section: Section, key: str) -> Iterator[Table]:
         for name in metrics.headlines(section.quality, section.main_metric)[:MOST_HEADLINES]:
             yield _by_ratio(section, name, f"{key}-{formats.file_key(name)}")
     yield _everything(section, f"{key}-all")
+    yield from _samples(section, f"{key}-samples")
 
 
 # Everywhere: what was asked to be kept, and beside it the papers' ratio.
@@ -43,6 +45,27 @@ def ratio_cell(removed: float | None, link: int | None = None) -> Cell:
     if removed is None:
         return Cell(formats.ABSENT, link=link)
     return Cell(ratio_title(removed), value=round(1 - removed, 6), link=link)
+
+
+def _samples(section: Section, key: str) -> Iterator[Table]:
+    """How dense and compressed models continue a prompt, beside each other; a table for each prompt."""
+    found: dict[str, list[tuple[Series, ReportedRun]]] = {}
+    for series in section.series:
+        for point in series.completed:
+            if prompt := point.record.sample.get("prompt"):
+                found.setdefault(prompt, []).append((series, point))
+    columns = (RATIO, *series_columns(section), Column("writes", numeric=False))
+    for i, (prompt, entries) in enumerate(found.items(), start=1):
+        blank = [text("") for _ in section.dials]
+        shown = sorted(entries, key=lambda entry: entry[1].removed or 0.0)[:_MOST_SAMPLES]
+        whole = shown[0][1].record.sample.get("dense", "")
+        rows = [Row((text(""), text("dense"), *blank, text(whole, style="wrap")), kind="dense")]
+        for series, point in shown:
+            written = text(point.record.sample.get("compressed", ""), style="wrap")
+            rows.append(Row((ratio_cell(point.removed, point.number), *series_cells(series), written)))
+        more = f" The first {len(shown)} of {len(entries)} runs." if len(shown) < len(entries) else ""
+        note = f"Each continues “{prompt}” with its most likely tokens. One prompt measures nothing.{more}"
+        yield Table(f"{key}-{i}", "What the models write", columns, tuple(rows), note=note)
 
 
 def series_columns(section: Section) -> list[Column]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bs_exp.printable import printable
 from bs_exp.records import metrics
-from bs_exp.records.record import RunRecord, Status
+from bs_exp.records.record import FILE_NAME, RunRecord, Status
 from bs_exp.reporting import cost, formats
 from bs_exp.reporting.results import RATIO, ratio_cell
 from bs_exp.reporting.study import Repeat, ReportedRun, Study
@@ -68,8 +71,23 @@ def _letter(i: int) -> str:
 
 
 def command(record: RunRecord) -> str:
-    """The command line of a run, quoted for a shell."""
-    return shlex.join(map(str, record.command))
+    """The command line of a run, quoted for a shell; programs by their names, wherever they lie."""
+    words = list(map(str, record.command))
+    for i in range(min(2, len(words))):
+        if words[i].startswith("/"):
+            words[i] = words[i].rpartition("/")[2]
+    return shlex.join(words)
+
+
+def record_links(study: Study, out: Path) -> dict[int, str]:
+    """Run -> its record.json as a page in the folder `out` links it; folders can be moved together."""
+    here = out.resolve()
+    links: dict[int, str] = {}
+    for point in study.points:
+        place = os.path.relpath((point.folder / FILE_NAME).resolve(), here)
+        # What a name holds is no part of a link: neither a scheme nor a query. Surrogates stand for bytes.
+        links[point.number] = "./" + quote(os.fsencode(place))
+    return links
 
 
 def all_runs(study: Study, places: list[Environment]) -> Table:
@@ -92,7 +110,7 @@ def all_runs(study: Study, places: list[Environment]) -> Table:
             _run(point),
             text(record.status.value, style="bad" if record.status is Status.FAILED else ""),
             text(titles[point].title),
-            text(record.name),
+            text(record.method),
             text(label),
             _removed(point),
             *(_metric(name, point.compressed.get(name)) for name in names),
@@ -168,7 +186,7 @@ def _failed(points: Sequence[ReportedRun]) -> Table:
         stage, kind, message = found
         status = text(point.record.status.value, style="bad")
         what = (text(stage), text(kind), text(message, style="wrap"))
-        rows.append(Row((_run(point), status, text(point.record.name), _removed(point), *what)))
+        rows.append(Row((_run(point), status, text(point.record.method), _removed(point), *what)))
     columns = (Column("run"), *_words("status", "method"), RATIO, *_words("stage", "error", "message"))
     return Table("failed", "Failed or stopped", columns, tuple(rows))
 
@@ -178,7 +196,7 @@ def _unfinished(points: Sequence[ReportedRun]) -> Table:
         Row(
             (
                 _run(point),
-                text(point.record.name),
+                text(point.record.method),
                 _removed(point),
                 text(point.record.started),
                 text(", ".join(point.record.timings) or "none"),
@@ -194,7 +212,7 @@ def _repeated(repeats: Sequence[Repeat]) -> Table:
     rows = tuple(
         Row(
             (
-                text(repeat.points[0].record.name),
+                text(repeat.points[0].record.method),
                 _removed(repeat.points[0]),
                 _run(repeat.points[0]),
                 text(", ".join(f"{point.number} ({point.record.status})" for point in repeat.points[1:])),

@@ -16,8 +16,9 @@ from bs_exp.records.comparison import equal_sizes
 from bs_exp.records.inputs import CODE
 from bs_exp.records.pairs import PairTable
 from bs_exp.records.record import RunRecord, Status
+from bs_exp.records.trials import TrialTable
 from bs_exp.reporting import dials, formats
-from bs_exp.reporting.collect import Collection, Skipped, Waiting
+from bs_exp.reporting.collect import Claim, Collection, Skipped, Waiting
 from bs_exp.reporting.dials import Flat
 from bs_exp.types import PlannedGroup
 
@@ -185,6 +186,9 @@ class Study:
     waiting: tuple[Waiting, ...]
     pairs: tuple[PairTable, ...]
     mixtures: tuple[Mixture, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    left: int = 0
+    searches: tuple[TrialTable, ...] = ()
 
     @property
     def name(self) -> str:
@@ -192,7 +196,7 @@ class Study:
         sweeps = dict.fromkeys(
             str(p.record.sweep["id"]) for p in self.points if p.record.sweep and "id" in p.record.sweep
         )
-        names = list(sweeps or dict.fromkeys(point.record.name for point in self.points))
+        names = list(sweeps or dict.fromkeys(point.record.method for point in self.points))
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def with_status(self, *statuses: Status) -> list[ReportedRun]:
@@ -217,7 +221,16 @@ def arrange(collection: Collection) -> Study:
     titles = _titles(parts)
     sections = tuple(_section(title, part, repeats, mixtures) for title, part in zip(titles, parts, strict=True))
     return Study(
-        sections, points, tuple(repeats), collection.skipped, collection.waiting, collection.pairs, tuple(mixtures)
+        sections,
+        points,
+        tuple(repeats),
+        collection.skipped,
+        collection.waiting,
+        collection.pairs,
+        tuple(mixtures),
+        collection.claims,
+        collection.left,
+        collection.searches,
     )
 
 
@@ -225,9 +238,10 @@ def model_name(record: RunRecord) -> str:
     """Hub id, folder or option of the model."""
     model = record.config.get("model")
     model = model if isinstance(model, Mapping) else {}
-    for key in ("name", "path"):
-        if isinstance(value := model.get(key), str):
-            return value
+    if isinstance(value := model.get("name"), str):
+        return value
+    if isinstance(value := model.get("path"), str):
+        return dials.base_names([value])[value]
     source = record.provenance.get("model", {}).get("source")
     if isinstance(source, str):
         return source
@@ -311,13 +325,15 @@ def _titles(parts: Sequence[Sequence[ReportedRun]]) -> list[str]:
 def _section(title: str, points: Sequence[ReportedRun], repeats: list[Repeat], mixtures: list[Mixture]) -> Section:
     methods: dict[str, list[ReportedRun]] = defaultdict(list)
     for point in points:
-        methods[point.record.name].append(point)
+        methods[point.record.method].append(point)
     order = list(methods)
     keys = dials.varying([[point.dials for point in family] for family in methods.values()])
     names = dials.short_names(keys)
     groups: dict[tuple[str, tuple[str, ...]], list[ReportedRun]] = defaultdict(list)
+    short = {key: dials.base_names([dials.show(point.dials, key) for point in points]) for key in keys}
     for point in points:
-        groups[point.record.name, tuple(dials.show(point.dials, key) for key in keys)].append(point)
+        values = tuple(short[key][dials.show(point.dials, key)] for key in keys)
+        groups[point.record.method, values].append(point)
     titles, mixed = [names[key] for key in keys], False
     for (method, values), group in groups.items():
         # A row holds what compares: settings that agree do not mean that texts and code do.

@@ -18,6 +18,7 @@ from bs_exp.calibration.walk import check_room
 from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
 from bs_exp.evaluation.cost import measure_cost
+from bs_exp.evaluation.sample import TEXT, TextSample
 from bs_exp.evaluation.size import measure_size
 from bs_exp.files import file_sizes
 from bs_exp.models.processor_files import processor_files
@@ -60,6 +61,7 @@ class Experiment:
     save_model: bool
     selection: Selection = field(default_factory=NoSelection)
     dense: DenseStore = field(default_factory=DenseStore)
+    sample: TextSample | None = None
 
     def __post_init__(self) -> None:
         for family in ("model", "selection", "analysis"):
@@ -91,6 +93,7 @@ class Experiment:
         self._save(compressed, dense, recorder)
         self._analyse(prepared, recipe, recorder)
         metrics = judge.compressed(replace(dense, module=compressed.module, original=dense))
+        self._write_samples(dense, replace(dense, module=compressed.module, original=dense), recorder)
         # What an earlier run left in the cache would make it look cheap.
         if self.cache.folder is None or not self.cache.hits:
             before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
@@ -134,6 +137,19 @@ class Experiment:
             provenance={**recorder.record.provenance, "calibration": dict(compressed.calibration)},
         )
         return selected.recipe, selected.preparation, compressed
+
+    def _write_samples(self, dense: LoadedModel, compressed: LoadedModel, recorder: Recorder) -> None:
+        """Records how both models continue the prompt; the dense model's text is shared by the points of a sweep."""
+        sample = self.sample
+        if sample is None or not sample.fits(dense):
+            return
+        with recorder.progress.stage(Stage.SAMPLE):
+            known = self.dense.measurement(sample)
+            before = sample.evaluate(dense) if known is None else known.metrics
+            self.dense.measured(sample, before, recorder.record.run_id)
+            after = sample.evaluate(compressed)
+        texts = {"prompt": sample.prompt, "dense": before[TEXT], "compressed": after[TEXT]}
+        recorder.update(sample=texts)
 
     def _report(self, objectives: Sequence[str], metrics: Mapping[str, Any], recorder: Recorder) -> Objective:
         """The objectives among metrics and sizes, recorded, as a sweeper takes them."""

@@ -204,7 +204,16 @@ class Search:
         with locked(self.folder):
             results = collect(study.study, study.counted(), self.identity.objectives)
             save(results, self.folder)
+        _name_metrics(study.study, results)
         return results
+
+
+def _name_metrics(study: optuna.Study, results: Results) -> None:
+    """Names the values of trials in the study, for Optuna's dashboard and plots, once a run has told the names."""
+    names = list(results.objectives)
+    if results.completed and study.metric_names != names and len(set(names)) == len(names):
+        with ignoring_experimental():
+            study.set_metric_names(names)
 
 
 class _Clock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -88,7 +89,10 @@ def test_two_hundred_records_take_seconds(tmp_path: Path) -> None:
 
 def test_the_page_needs_nothing_else(sweep: Path, page: Page) -> None:
     links = [*page.all("href"), *page.all("src"), *page.all("xlink:href")]
-    assert {link.split(":")[0] for link in links if not link.startswith("#")} <= {"data"}
+    others = {link for link in links if not link.startswith("#")}
+    records = {link for link in others if link.endswith("/record.json")}
+    assert len(records) == 25 and all((sweep / "report" / link).is_file() for link in records)
+    assert {link.split(":")[0] for link in others - records} <= {"data"}
     assert not [tag for tag, attributes in page.tags if tag in ("link", "iframe") and attributes.get("rel") != "icon"]
     style = (sweep / "report" / "index.html").read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style
@@ -112,6 +116,42 @@ def test_a_reader_who_cannot_see_is_told_everything(page: Page) -> None:
     assert all(a.get("scope") == "col" for tag, a in page.tags if tag == "th")
     assert ("html", {"lang": "en"}) in page.tags
     assert tags.count("h1") == 1
+
+
+def test_points_that_left_their_sweep_did_not_fail(tmp_path: Path) -> None:
+    records = [synthetic.record("svd", 0.2), synthetic.record("svd", 0.4, status=Status.FAILED)]
+    records += [synthetic.record("best", 0.2)]
+    synthetic.write(records, tmp_path)
+    claim = "Best loses less than SVD."
+    plan = SweepPlan("s", (), "2026-01-01T00:00:00+00:00", (SweepPoint("000", ()),), claim)
+    plan.write(tmp_path)
+    page = _page(tmp_path)
+    words = " ".join("".join(page.words).split())
+    assert "t-failed" not in page.all("id") and "it went wrong" not in words
+    assert "1 point no longer in the sweep, not shown" in words and "2 points completed" in words
+    assert claim in words
+
+
+def test_points_as_tidy_data(tmp_path: Path) -> None:
+    records = [synthetic.record("svd", 0.2, group_size=0), synthetic.record("basis_sharing", 0.2, group_size=3)]
+    page = _page(synthetic.write(records, tmp_path))
+    with (tmp_path / "report" / "tables" / "points.csv").open(newline="") as file:
+        svd, sharing = csv.DictReader(file)
+    assert (float(svd["retain_ratio"]), float(svd["kept"])) == (0.8, 0.8)
+    assert (svd["sharing.group_size"], int(sharing["sharing.group_size"])) == ("", 3)
+    assert float(sharing["compressed/ppl/wikitext2"]) == records[1].metrics["compressed"]["ppl/wikitext2"]
+    assert int(svd["bytes"]) == records[0].size["bytes"]
+    (given,) = page.all("data-settings")
+    data = json.loads(given)
+    i = data["keys"].index("sharing.group_size")
+    assert [run["values"][i] for run in data["runs"]] == [None, "3"]
+    assert [run["label"] for run in data["runs"]] == ["svd@0.8", "basis_sharing@0.8"]
+
+
+def test_points_of_figures_say_what_they_are(page: Page) -> None:
+    assert len([1 for tag, attributes in page.tags if tag == "circle" and attributes.get("class") == "hit"]) > 20
+    words = " ".join("".join(page.words).split())
+    assert re.search(r"svd at 90 % \(\u221210 %\): [\d.]+, \+[\d.]+ % against dense, 90.00 % kept", words)
 
 
 def test_what_records_say_is_never_markup(tmp_path: Path) -> None:
@@ -147,7 +187,8 @@ def test_everything_that_went_wrong_is_named(tmp_path: Path) -> None:
     synthetic.write(records, tmp_path)
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / FILE_NAME).write_text('{"name": "s')
-    SweepPlan("s", (), "2026-01-01T00:00:00+00:00", (SweepPoint("later", ("retain_ratio=0.1",)),)).write(tmp_path)
+    points = [SweepPoint(f"{i:03d}", ()) for i in range(len(records))] + [SweepPoint("later", ("retain_ratio=0.1",))]
+    SweepPlan("s", (), "2026-01-01T00:00:00+00:00", tuple(points)).write(tmp_path)
     page = _page(tmp_path)
     assert {"t-failed", "t-unfinished", "t-waiting", "t-skipped", "t-repeated"} <= set(page.all("id"))
     words = " ".join("".join(page.words).split())
@@ -176,7 +217,9 @@ def test_every_run_has_its_command_commit_hardware_and_notes(tmp_path: Path) -> 
 def test_the_same_records_make_the_same_files(sweep: Path, tmp_path: Path) -> None:
     again = write_report([sweep], tmp_path).files
     once = [sweep / "report" / path.relative_to(tmp_path) for path in again]
-    assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
+    # But for links to the records, which lie elsewhere as seen from another folder.
+    link = re.compile(rb'href="\./[^"]*/record\.json"')
+    assert [link.sub(b"", path.read_bytes()) for path in once] == [link.sub(b"", path.read_bytes()) for path in again]
 
 
 def test_figures_alone_are_those_of_the_report(sweep: Path, tmp_path: Path) -> None:

@@ -17,10 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from bs_exp.records.record import Status, read_record
+from bs_exp.search.search import ignoring_experimental
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]
@@ -48,6 +52,27 @@ def searching(tiny: Tiny) -> tuple[str, ...]:
 def rows(folder: Path = FOLDER) -> list[dict[str, str]]:
     with (folder / "trials.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_a_trial_that_repeats_settings_is_not_paid_twice(cli: Cli, searching: Tiny) -> None:
+    settings = [s for s in searching if not s.startswith(("allocation", "retain_ratio"))]
+    random = ("retain_ratio=choice(0.8,0.5)", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=4")
+    done = cli(*settings, *random)
+    assert done.status == 0, done.err
+    trials = rows()
+    assert len(trials) == 4  # of two settings: two of them at least are repeated
+    folders = {row["folder"]: row["ppl/text"] for row in trials}
+    assert len(folders) == len({row["retain_ratio"] for row in trials}) <= 2
+    assert all(row["ppl/text"] == folders[row["folder"]] for row in trials)
+    repeated = [
+        float(row["seconds"]) for i, row in enumerate(trials) if row["folder"] in [r["folder"] for r in trials[:i]]
+    ]
+    assert len(list(FOLDER.glob("*/record.json"))) == len(folders) and len(repeated) >= 2
+    study = optuna.load_study(
+        study_name="study", storage=JournalStorage(JournalFileBackend(str(FOLDER / "study.journal")))
+    )
+    with ignoring_experimental():
+        assert study.metric_names == ["ppl/text"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build
+from bs_exp.cli.multirun import sweep_claim
 from bs_exp.corpora.windows import cut_windows
 from bs_exp.demo.documentation import read_python_docs
 from bs_exp.records.record import Status, read_record
@@ -152,3 +153,14 @@ def test_parts_choose_evaluators() -> None:
     ]
     with pytest.raises(ValueError, match=r"evaluation\.parts: accurcy .* Did you mean accuracy\?"):
         _build(composed("evaluation=full", "evaluation.parts=[accurcy]"))
+
+
+def test_claims_are_read_from_the_files() -> None:
+    for name, start, end in (
+        ("rank_search", "ranks per layer and type, group size", "for a number to report."),
+        ("sweep_demo", "on the demo model, too", "beat both."),
+    ):
+        claim = sweep_claim(composed(f"sweeps={name}"))
+        assert claim.startswith(start) and claim.endswith(end), claim
+    assert sweep_claim(composed()) == ""
+    assert all(sweep_claim(composed(f"sweeps={name}")) for name in FILES)

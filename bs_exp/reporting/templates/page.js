@@ -25,6 +25,28 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// The settings in which two runs differ. Texts of records are set as text, never as markup.
+const compare = document.getElementById("compare");
+if (compare) {
+  const { keys, runs } = JSON.parse(compare.dataset.settings);
+  const [one, other] = compare.querySelectorAll("select");
+  for (const [i, select] of [one, other].entries()) {
+    select.append(...runs.map((run, j) => new Option(`${run.run} ${run.label}`, j, false, i === j)));
+    select.addEventListener("change", () => show());
+  }
+  const show = () => {
+    const left = runs[one.value].values, right = runs[other.value].values;
+    const rows = keys.flatMap((key, i) => (left[i] === right[i] ? [] : [[key, left[i] ?? "-", right[i] ?? "-"]]));
+    const lines = (rows.length ? rows : [["none", "", ""]]).map((texts) => {
+      const row = document.createElement("tr");
+      row.append(...texts.map((text) => Object.assign(document.createElement("td"), { textContent: text, className: "wrap" })));
+      return row;
+    });
+    compare.querySelector("tbody").replaceChildren(...lines);
+  };
+  compare.hidden = false;
+  show();
+}
 // A link to a run opens it.
 const open = () => {
   const target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
