@@ -23,10 +23,10 @@ from bs_exp.benchmarks.comparison import (
     add_arguments,
     check_arguments,
     compared,
-    in_turn,
     report,
 )
 from bs_exp.benchmarks.decoder import variants
+from bs_exp.evaluation.in_turns import in_turn
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.modeling_basis_sharing import BasisSharingConfig, BasisSharingQuantizer, FactorisedLinear
