@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.dials import with_dials
@@ -210,9 +210,19 @@ def check_root(cfg: DictConfig) -> None:
     _parts(own)
 
 
+def _shown_dials(cfg: DictConfig, evaluator: str) -> DictConfig:
+    """An evaluator with the texts and tasks of its group that it does not set itself; its class is not imported."""
+    node: DictConfig = cfg.evaluation.evaluators[evaluator].copy()
+    with open_dict(node):
+        for name in ("corpora", "tasks"):
+            if name not in node and name in cfg.evaluation:
+                node[name] = list(cfg.evaluation[name])
+    return node
+
+
 def check_objectives(cfg: DictConfig) -> None:
     """ConfigError for an objective that none of the evaluators that are to run can report; torch stays away."""
-    check_reported(_objective(cfg.objective), {name: cfg.evaluation.evaluators[name] for name in _parts(cfg)})
+    check_reported(_objective(cfg.objective), {name: _shown_dials(cfg, name) for name in _parts(cfg)})
 
 
 def _check_complete(cfg: DictConfig) -> None:

@@ -148,12 +148,14 @@ def check_early(cfg: DictConfig) -> None:
     Settings of the root have been checked.
     """
     from bs_exp.cli.config import maker, strategy_keys
+    from bs_exp.cli.dials import with_dials
 
     plain = OmegaConf.to_container(cfg, resolve=False)
     with _twins() as twins:
         renamed: set[str] = set()
         own = OmegaConf.create(_renamed(plain, renamed))
         assert isinstance(own, DictConfig)
+        filled = with_dials(own)
         unknown: set[str] = set()
         for target in sorted(renamed):
             try:
@@ -165,7 +167,7 @@ def check_early(cfg: DictConfig) -> None:
         twins.loading = False
         make = maker(own)
         for key in strategy_keys(own):
-            node = OmegaConf.select(own, key)
+            node = OmegaConf.select(filled, key)
             if not (targets := set(_targets(node))) or any(t in unknown or not _is_twin(t) for t in targets):
                 continue
             try:

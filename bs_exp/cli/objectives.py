@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from bs_exp.errors import ConfigError
 from bs_exp.records import metrics as names
@@ -48,8 +48,8 @@ def _matches(name: str, known: Sequence[str]) -> bool:
 def _reported(node: Any) -> Iterator[str]:
     name = _class(node)
     for kind in _ON_TEXTS.get(name or "", ()):
-        corpora = OmegaConf.select(node, "corpora")
-        for text in corpora if isinstance(corpora, DictConfig) else ():
+        corpora = node.get("corpora")
+        for text in corpora if isinstance(corpora, DictConfig | ListConfig) else ():
             yield names.metric(kind, str(text))
     if name == "Accuracy":
         for kind in names.ACCURACIES:
@@ -73,7 +73,7 @@ def _class(node: Any) -> str | None:
 
 
 def _tasks(node: DictConfig) -> list[str]:
-    tasks = OmegaConf.select(node, "tasks")
+    tasks = node.get("tasks")
     return [str(task) for task in tasks] if isinstance(tasks, ListConfig) else []
 
 
