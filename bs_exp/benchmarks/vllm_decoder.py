@@ -63,6 +63,7 @@ def engine(folder: Path, options: argparse.Namespace) -> Any:
         max_model_len=options.prompt_length + options.generated_length,
         max_num_seqs=max(options.batch),
         enable_prefix_caching=False,
+        gpu_memory_utilization=0.1,  # four engines share the memory
         skip_tokenizer_init=True,
     )
 

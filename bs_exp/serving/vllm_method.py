@@ -65,7 +65,7 @@ class BasisSharingQuantization(QuantizationConfig):  # type: ignore[misc]
             raise ValueError(f"{prefix} is factorised in this folder; vLLM takes a dense output layer only.")
         if not isinstance(layer, LinearBase):
             return None
-        self._check_stages()
+        self.check_pipeline()
         segments = len(getattr(layer, "output_partition_sizes", [layer.output_size]))
         parts = parts_of(prefix, segments, self.groups, self.packed_modules_mapping)
         if parts is None:
@@ -89,7 +89,8 @@ class BasisSharingQuantization(QuantizationConfig):  # type: ignore[misc]
             )
         return super().get_checkpoint_weight_mapper()
 
-    def _check_stages(self) -> None:
+    def check_pipeline(self) -> None:
+        """ValueError if a group has members in several stages of the pipeline that vLLM is configured for."""
         config = get_current_vllm_config()
         stages = config.parallel_config.pipeline_parallel_size
         if stages > 1:

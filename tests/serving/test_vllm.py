@@ -26,6 +26,7 @@ from tests.support.factorised import random_factors
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "bs_exp" / "demo" / "model"
 TOKENS = 12
 PRESETS = ("svd_llm", "basis_sharing", "best")
 LAYOUTS = {"plain": PlainLayout, "pivoted": PivotedLayout}
@@ -46,8 +47,8 @@ class Served:
     stored: int
 
 
-def _run(code: list[str]) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def _run(code: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True, check=False)
 
 
@@ -97,9 +98,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def folder(preset: str) -> Path:
         if not (root / preset).exists():
             windows = ["calibration.num_sequences=8", "calibration.sequence_length=128"]
-            made = bs_exp.compress(
-                "demo", preset=preset, retain_ratio=0.6, overrides=["model=demo", *windows], quiet=True
-            )
+            made = bs_exp.compress(DEMO, preset=preset, retain_ratio=0.6, overrides=windows, quiet=True)
             made.save(root / preset)
         return root / preset
 
@@ -170,6 +169,22 @@ def _with_config(folder: Path, to: Path, **changes: Any) -> Path:
     config["quantization_config"].update(changes)
     (to / "config.json").write_text(json.dumps(config))
     return to
+
+
+def test_a_group_that_spans_stages_of_a_pipeline_is_refused(compressed: Callable[[str], Path]) -> None:
+    code = (
+        "from vllm.config import set_current_vllm_config\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "if __name__ == '__main__':\n"
+        f"    args = EngineArgs(model={str(compressed('basis_sharing'))!r}, pipeline_parallel_size=2)\n"
+        "    config = args.create_engine_config()\n"
+        "    with set_current_vllm_config(config):\n"
+        "        config.quant_config.check_pipeline()\n"
+    )
+    assert _run(["-c", code]).returncode == 0  # blocks 0 to 3, and 4 to 7
+    ended = _run(["-c", code], VLLM_PP_LAYER_PARTITION="3,5")
+    assert ended.returncode != 0
+    assert "share a basis, so they must be in one process" in ended.stderr
 
 
 @pytest.mark.parametrize(

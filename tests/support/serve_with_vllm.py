@@ -33,7 +33,8 @@ def main(folder: str, wanted: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(folder, max_model_len=128, enable_prefix_caching=False, skip_tokenizer_init=True, **wanted["settings"])
+    usual = {"max_model_len": 128, "gpu_memory_utilization": 0.1, "enable_prefix_caching": False}
+    llm = LLM(folder, skip_tokenizer_init=True, **usual, **wanted["settings"])
     made = llm.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in wanted["prompts"]],
         SamplingParams(
