@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from bs_exp.benchmarks import walk
 from bs_exp.benchmarks.real_size import main
 
 
@@ -24,3 +25,13 @@ def test_figures_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
 def test_sizes_that_make_no_model() -> None:
     with pytest.raises(SystemExit):
         main(["--width", "65"])
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_figures_of_a_walk(offload: str, capsys: pytest.CaptureFixture[str]) -> None:
+    walk.main(
+        ["--layers", "2", "--width", "64", "--d-ff", "96", "--windows", "2", "--length", "8", "--offload", offload]
+    )
+    told = capsys.readouterr().out
+    for stage in ("load", "calibrate", "logits", "save"):
+        assert re.search(rf"  {stage}: [\d.]+ s, peak resident memory [\d.]+ GB\n", told)
