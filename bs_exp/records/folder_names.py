@@ -55,8 +55,9 @@ def sweep_folder(parent: Path | None, name: str, settings: Iterable[str], digits
 
 
 def _key(setting: str) -> str:
-    """The last part of a setting's key: `group_size` of `sharing.group_size=2`."""
-    return setting.partition("=")[0].rpartition(".")[2].lstrip("+~")
+    """The last part of a setting's key, with its place in a list: `group_size`, `by_depth.0`."""
+    parts = setting.partition("=")[0].lstrip("+~").split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _short(word: str) -> str:

@@ -24,6 +24,7 @@ def test_a_run_is_its_preset_and_ratio_and_what_else_was_set() -> None:
         ((), "0a1b2c3d4e5f"),
         (("svd@0.8",), "svd@0.8-0a1b2c3d4e5f"),
         (("svd@0.8", "sharing.group_size=2", "seed=1"), "svd@0.8+group_size-2+seed-1-0a1b2c3d4e5f"),
+        (("svd@0.8", "allocation.by_depth.0=1.5"), "svd@0.8+by_depth.0-1.5-0a1b2c3d4e5f"),
         (("svd@0.8", "calibration.files=[a/b c.txt,../d]"), "svd@0.8+files-a-b-c.txt-..-d-0a1b2c3d4e5f"),
         (("svd@0.8", *(f"a.dial_{i}=0.123456789" for i in range(9))), None),
         (("/" * 500,), "0a1b2c3d4e5f"),
