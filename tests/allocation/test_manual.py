@@ -91,7 +91,7 @@ def test_what_wants_nothing_keeps_one_component() -> None:
         ({"by_layer": [1, -0.5]}, r"^by_layer must hold finite numbers of at least 0, got -0.5 for 1"),
         ({"by_depth": [1, float("nan")]}, r"^by_depth must hold finite numbers"),
         ({"by_depth": [0, 0]}, r"^by_depth must hold a number above 0"),
-        ({"by_depth": [True, 1]}, r"^by_depth must hold finite numbers.*got True"),
+        ({"by_depth": [True, 1]}, r"^by_depth must hold finite numbers.*got true"),
         ({"by_type": {"q": "much"}}, r"^by_type must hold finite numbers.*'much' for q"),
         ({"by_type": {"query": 1}}, r"^by_type names query, which is no matrix type\. Matrix types: q, k"),
         ({"min_ratio": -0.1}, r"^min_ratio"),

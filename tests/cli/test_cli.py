@@ -86,7 +86,7 @@ def test_a_name_that_leaves_its_folder_is_refused_in_a_sweep(cli: Cli, tiny: Tin
     done = cli(*tiny, "name='../../x'", "retain_ratio=0.5,0.6", "-m")
     assert done.status == 1
     assert "error: name must be a plain name" in done.err
-    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_escape_codes_of_settings_do_not_reach_the_terminal(cli: Cli, tiny: Tiny) -> None:
@@ -120,7 +120,7 @@ def test_slip_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("evaluation.prompt_length=999999", "error: prompt_length 999999 and generated_length 64 add up to"),
+        ("evaluation.prompt_length=999999", "error: prompt_length 999999 and generated_length 32 add up to"),
         pytest.param("evaluation.tasks=[docs_clozed]", "error: tasks: 'docs_clozed' is none", marks=pytest.mark.slow),
     ],
 )

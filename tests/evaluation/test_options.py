@@ -37,7 +37,7 @@ def _compose(*overrides: str) -> DictConfig:
 
 
 def _needed(group: str, option: str) -> list[str]:
-    return [f"{group}.files=[some.txt]"] if option == "text" else []
+    return [f"{group}.files=[some.txt]"] if option in ("text", "text_part") else []
 
 
 def _evaluators(*overrides: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_the_papers_calibrate_on_256_training_windows_of_2048(option: str) -> No
 
 def test_five_texts_are_judged_on_parts_that_no_calibration_reads() -> None:
     judged = _evaluators("+evaluation=five_texts")["perplexity"].corpora
-    texts = sorted(set(_options("calibration")) - {"text"})
+    texts = sorted(set(_options("calibration")) - {"text", "text_part"})
     calibrated = {text: _calibration(f"+calibration={text}").corpus for text in texts}
     assert {text: (calibrated[text].split, judged[text].split) for text in judged} == {
         "wikitext2": ("train", "test"),
