@@ -242,6 +242,8 @@ def _tensors(statistics: GroupStatistics) -> Iterator[tuple[str, Tensor]]:
         yield from (("input moments", tensor) for tensor in (moments.absolute, moments.peak, moments.fourth))
     if statistics.weight_gradient is not None:
         yield "weight gradient", statistics.weight_gradient.rows
+    if statistics.loss_gradient is not None:
+        yield "loss gradient", statistics.loss_gradient
 
 
 def _version(tensor: Tensor) -> int:

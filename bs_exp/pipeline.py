@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bs_exp.calibration.group_statistics import check_gatherable
+from bs_exp.calibration.group_statistics import OF_MATRICES, check_gatherable
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.contracts import (
     check_groups,
@@ -116,6 +116,11 @@ class Recipe:
         """The statistics that the metric, and so every decomposition, depends on."""
         return self.whitening.needs | self.importance.needs
 
+    @property
+    def round_needs(self) -> frozenset[Statistic]:
+        """The statistics of matrices that every round gathers anew."""
+        return self.metric_needs | (self.allocation.needs & OF_MATRICES)
+
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
@@ -213,11 +218,11 @@ def compress(
     whole, dense, data = dense, prepared.dense, prepared.data
     comparison = _comparison(dense, recipe, data)
     profile = None
-    if recipe.allocation.needs:
+    if recipe.allocation.needs - OF_MATRICES:
         with progress.stage(Stage.PROFILE):
             profile = profile_blocks(whole, data, needs=recipe.allocation.needs, workspace=workspace)
     start_of_round = len(workspace.cache.made)
-    measures = _measures(dense, dense, data, recipe, recipe.metric_needs | recipe.sharing.needs, workspace)
+    measures = _measures(dense, dense, data, recipe, recipe.round_needs | recipe.sharing.needs, workspace)
     groups = prepared.groups
     if groups is None:
         measures.gather()
@@ -250,7 +255,7 @@ def compress(
         workspace.cache.drop(workspace.cache.made[start_of_round:])
         start_of_round = len(workspace.cache.made)
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
-        measures = _measures(dense, current, data, recipe, recipe.metric_needs, workspace)
+        measures = _measures(dense, current, data, recipe, recipe.round_needs, workspace)
     with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
         report = recipe.update.apply(module, dense, plan, data, workspace)
     return CompressedModel(
@@ -265,7 +270,7 @@ def compress(
 
 def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace) -> SharingProblem:
     """The problem that a measured sharing strategy is given, for an analysis; statistics come from the cache."""
-    dense, needs = prepared.dense, recipe.metric_needs | recipe.sharing.needs
+    dense, needs = prepared.dense, recipe.round_needs | recipe.sharing.needs
     return _sharing_problem(dense, recipe, _measures(dense, dense, prepared.data, recipe, needs, workspace))
 
 

@@ -64,6 +64,7 @@ class Statistic(StrEnum):
     SENSITIVITY = "sensitivity"  # ||dLoss/dW||_F / ||W||_F, summed over each block's matrices; costs a backward pass
     BLOCK_OUTPUTS = "block_outputs"  # singular values of each block's outputs
     WEIGHT_GRADIENT = "weight_gradient"  # E[(dLoss/dW)^2] summed over each row, one per matrix; costs a backward pass
+    LOSS_GRADIENT = "loss_gradient"  # dLoss/dW with its signs, one per matrix, as large as it; costs a backward pass
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,8 @@ class GroupStatistics:
     """The statistics of one group: Grams are sums over tokens (and, for `gram`, over the group's layers), in fp64.
 
     `tokens` is the number of tokens that one layer of the group read, `predictions` the number of predicted tokens
-    whose loss gradients make the output Grams. A statistic that no strategy needs is None.
+    whose loss gradients make the output Grams. `loss_gradient` is that of the mean token loss, in nats per predicted
+    token, by the concatenated weights. A statistic that no strategy needs is None.
     """
 
     group: WeightGroup
@@ -273,6 +275,7 @@ class GroupStatistics:
     moments: InputMoments | None = None
     weight_gradient: WeightGradient | None = None
     predictions: int | None = None
+    loss_gradient: Float[Tensor, "d_in columns"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -429,6 +432,8 @@ class Spectrum:
     """The singular values of a whitened group, in falling order, and the loss of dropping each component.
 
     `energies` add up: `energies[k:].sum()` is the loss at rank k in nats, or the squared loss if `unit` is a norm.
+    `first_order` adds up too: by how many nats per predicted token, with its sign, the model's loss changes to first
+    order when a component is dropped; None unless an allocation needs `Statistic.LOSS_GRADIENT`.
     """
 
     group: WeightGroup
@@ -437,6 +442,7 @@ class Spectrum:
     ridge: float
     unit: LossUnit = LossUnit.OUTPUT_NORM
     damping: float = 0.0
+    first_order: Float[Tensor, " full_rank"] | None = None
 
     def loss(self, rank: int | None) -> float:
         """Predicted loss at a rank, in the unit of the spectrum; 0 for None, which is dense."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bs_exp.calibration.activations import BlockOutputSpectrum, GramSum, MomentSums
-from bs_exp.calibration.gradients import OutputGramSum, Sensitivity, SquaredGradientRows
+from bs_exp.calibration.gradients import LossGradient, OutputGramSum, Sensitivity, SquaredGradientRows
 from bs_exp.calibration.statistics import Accumulator, Loss, Place, Seen, Subject, is_finite, subjects
 from bs_exp.calibration.walk import walk
 from bs_exp.errors import CalibrationError
@@ -28,6 +28,7 @@ ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
     Statistic.BLOCK_OUTPUTS: BlockOutputSpectrum,
     Statistic.OUTPUT_GRAM: OutputGramSum,
     Statistic.WEIGHT_GRADIENT: SquaredGradientRows,
+    Statistic.LOSS_GRADIENT: LossGradient,
     Statistic.SENSITIVITY: Sensitivity,
 }
 _LOSSES: Sequence[Loss | None] = (None, "sum", "mean")

@@ -54,6 +54,29 @@ class SquaredGradientRows:
         return {"rows": self._rows / max(self._sequences, 1)}
 
 
+class LossGradient:
+    """`gradient`: `sum_t x_t g_t^T`, the gradient of the summed token loss by a matrix `[d_in, d_out]`, in fp32.
+
+    It takes as much memory as the weights in fp64, until the layer is finished.
+    """
+
+    place: ClassVar[Place] = Place.OUTPUT_GRADIENT
+    loss: ClassVar[Loss | None] = "sum"
+    reads_inputs: ClassVar[bool] = True
+
+    def __init__(self, subject: Subject, *, batches: int) -> None:
+        [matrix] = subject.matrices
+        self._gradient = torch.zeros(matrix.d_in, matrix.d_out, dtype=torch.float64)
+
+    def add(self, seen: Seen) -> None:
+        assert seen.inputs is not None
+        inputs = seen.inputs.reshape(-1, seen.inputs.shape[-1]).float()
+        self._gradient += (inputs.mT @ seen.rows).double().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gradient": self._gradient.float()}
+
+
 class Sensitivity:
     """`value`: `sum ||dLoss/dW||_F / ||W||_F` over a block's targeted matrices; the loss is a batch's mean token loss.
 

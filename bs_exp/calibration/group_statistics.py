@@ -50,7 +50,7 @@ class CalibrationStats:
         """The statistics of a group. Its Gram is the sum of its layers': the Gram of their inputs stacked
         (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
         matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
-        gram, output_grams, moments, gradient = None, None, None, None
+        gram, output_grams, moments, gradient, loss_gradient = None, None, None, None, None
         tokens = self.tokens
         if found := self.entries.get(Statistic.GRAM):
             gram = _sum(_gram(found[m.input_site]).to(device) for m in matrices)
@@ -62,6 +62,9 @@ class CalibrationStats:
             moments = _moments([found[m.input_site] for m in matrices], device)
         if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
             gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
+        if found := self.entries.get(Statistic.LOSS_GRADIENT):
+            by_matrix = [found[m.module].tensor("gradient").to(device).double() for m in matrices]
+            loss_gradient = torch.cat(by_matrix, dim=1) / self.predictions
         return GroupStatistics(
             group=group,
             tokens=tokens,
@@ -70,6 +73,7 @@ class CalibrationStats:
             moments=moments,
             weight_gradient=gradient,
             predictions=self.predictions,
+            loss_gradient=loss_gradient,
         )
 
 

@@ -101,7 +101,7 @@ def subjects(architecture: Architecture, place: Place) -> tuple[Subject, ...]:
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether sums hold no NaN and nothing infinite. What is infinite anywhere in a Gram is so on its diagonal."""
-    looked_at = [tensor.diagonal() if tensor.dim() == 2 else tensor for tensor in tensors.values()]
+    looked_at = [tensor.diagonal() if name == "gram" else tensor for name, tensor in tensors.items()]
     return all(bool(tensor.isfinite().all()) for tensor in looked_at)
 
 

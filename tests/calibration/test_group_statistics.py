@@ -41,6 +41,7 @@ def test_nothing_is_gathered_that_nobody_asked_for(statistic: Statistic) -> None
         Statistic.OUTPUT_GRAM: found.output_grams,
         Statistic.INPUT_MOMENTS: found.moments,
         Statistic.WEIGHT_GRADIENT: found.weight_gradient,
+        Statistic.LOSS_GRADIENT: found.loss_gradient,
     }
     assert {name for name, value in present.items() if value is not None} == {statistic}
     assert set(cache.misses) == {statistic}
@@ -91,7 +92,7 @@ def test_what_the_cache_has_is_not_gathered_again(tmp_path: Path) -> None:
     assert second.misses[Statistic.GRAM] == 0 and second.misses[Statistic.INPUT_MOMENTS] > 0
     third = Cache(tmp_path)
     again = gathered(*OF_MATRICES, cache=third)
-    assert set(third.misses) == {Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT}
+    assert set(third.misses) == {Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT, Statistic.LOSS_GRADIENT}
     group = WeightGroup("q", (0,), 32, 32)
     for stats in (both, again):
         found, expected = stats.of(group, CPU).gram, first.of(group, CPU).gram

@@ -21,6 +21,7 @@ from bs_exp.allocation.smooth import SmoothAllocation
 from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
+from bs_exp.allocation.zero_sum import ZeroSum
 from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import Allocation, AllocationProblem, Layout
@@ -91,6 +92,7 @@ ALLOCATORS: list[Allocation] = [
     heuristic("code"),
     smooth("block", 0.1, max_ratio=0.7),
     manual(max_ratio=0.8),
+    ZeroSum(),
     *SPENDING,
 ]
 
