@@ -235,8 +235,8 @@ def _stored(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def _tensors(statistics: GroupStatistics) -> Iterator[tuple[str, Tensor]]:
     if statistics.gram is not None:
         yield "Gram", statistics.gram
-    for gram in (statistics.output_grams or {}).values():
-        yield "output Gram", gram
+    for grams in (statistics.output_grams, statistics.sampled_grams, statistics.top_k_grams):
+        yield from (("output Gram", gram) for gram in (grams or {}).values())
     if statistics.moments is not None:
         moments = statistics.moments
         yield from (("input moments", tensor) for tensor in (moments.absolute, moments.peak, moments.fourth))

@@ -64,6 +64,9 @@ from bs_exp.workspace import Workspace
 
 STRATEGIES = ("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")
 
+# A metric made of one of them is in nats.
+_OUTPUT_GRAMS = frozenset({Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -89,7 +92,7 @@ class Recipe:
                 f"{type(self.whitening).__name__} does not read. Use importance=none, or a whitening made from the "
                 "Gram, such as whitening=gram, block_diagonal or two_sided."
             )
-        if self.sharing.in_nats and Statistic.OUTPUT_GRAM not in self.whitening.needs:
+        if self.sharing.in_nats and not self.whitening.needs & _OUTPUT_GRAMS:
             raise ConfigError(
                 f"sharing {type(self.sharing).__name__} adds up losses of different matrix types, which whitening "
                 f"{type(self.whitening).__name__} measures in units that cannot be added. Use whitening=two_sided, or "

@@ -61,6 +61,8 @@ class Statistic(StrEnum):
     GRAM = "gram"  # X^T X, one per input site
     INPUT_MOMENTS = "input_moments"  # mean |x|, max |x| and mean x^4 by channel, one of each per input site
     OUTPUT_GRAM = "output_gram"  # g^T g with g = dLoss/dy at a matrix's output, one per matrix; costs a backward pass
+    SAMPLED_OUTPUT_GRAM = "sampled_output_gram"  # the same with labels that the model draws from its own predictions
+    TOP_K_OUTPUT_GRAM = "top_k_output_gram"  # the same with labels drawn among the most probable tokens alone
     SENSITIVITY = "sensitivity"  # ||dLoss/dW||_F / ||W||_F, summed over each block's matrices; costs a backward pass
     BLOCK_OUTPUTS = "block_outputs"  # singular values of each block's outputs
     WEIGHT_GRADIENT = "weight_gradient"  # E[(dLoss/dW)^2] summed over each row, one per matrix; costs a backward pass
@@ -265,7 +267,8 @@ class GroupStatistics:
 
     `tokens` is the number of tokens that one layer of the group read, `predictions` the number of predicted tokens
     whose loss gradients make the output Grams. `loss_gradient` is that of the mean token loss, in nats per predicted
-    token, by the concatenated weights. A statistic that no strategy needs is None.
+    token, by the concatenated weights. `sampled_grams` and `top_k_grams` are output Grams of drawn labels. A statistic
+    that no strategy needs is None.
     """
 
     group: WeightGroup
@@ -276,6 +279,8 @@ class GroupStatistics:
     weight_gradient: WeightGradient | None = None
     predictions: int | None = None
     loss_gradient: Float[Tensor, "d_in columns"] | None = None
+    sampled_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    top_k_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bs_exp.types import Architecture, WeightMatrix
 
-Loss: TypeAlias = Literal["sum", "mean"]
-"""The model's own loss on a batch: summed over its predicted tokens, or averaged."""
+Loss: TypeAlias = Literal["sum", "mean", "sampled", "top_k"]
+"""The model's own loss on a batch: summed over its predicted tokens, or averaged; or one of drawn labels, summed
+(`drawn_loss`)."""
 
 
 class Place(StrEnum):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bs_exp.allocation.bayesopt import BayesianSearch
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic
 from bs_exp.allocation.effective_rank import EffectiveRank
+from bs_exp.allocation.first_order import FirstOrder
 from bs_exp.allocation.loss_threshold import LossThreshold
 from bs_exp.allocation.manual import ManualAllocation
 from bs_exp.allocation.sensitivity import SensitivitySearch
@@ -21,7 +22,6 @@ from bs_exp.allocation.smooth import SmoothAllocation
 from bs_exp.allocation.svd_llm_v2 import SvdLlmV2
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.allocation.water_filling import WaterFilling
-from bs_exp.allocation.zero_sum import ZeroSum
 from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.protocols import Allocation, AllocationProblem, Layout
@@ -92,7 +92,8 @@ ALLOCATORS: list[Allocation] = [
     heuristic("code"),
     smooth("block", 0.1, max_ratio=0.7),
     manual(max_ratio=0.8),
-    ZeroSum(),
+    FirstOrder(order="zero_sum"),
+    FirstOrder(order="size"),
     *SPENDING,
 ]
 

@@ -31,6 +31,8 @@ STRATEGIES: list[Whitening] = [
     BlockDiagonalWhitening(blocks=3, ridge=1e-6),
     BlockDiagonalWhitening(blocks=100, ridge=1e-6),
     TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0),
+    TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="sampled"),
+    TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="top_k"),
 ]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bs_exp.allocation.zero_sum import ZeroSum, zero_sum_ranks
+from bs_exp.allocation.first_order import FirstOrder, zero_sum_ranks
 from bs_exp.cache import Cache
+from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.importance.none import NoImportance
@@ -88,7 +89,7 @@ def test_the_sum_stays_near_zero_where_sizes_alone_would_let_it_grow() -> None:
     sizes = sum(sum(map(abs, changes[rank:])) for changes, rank in zip(by_group, ranks, strict=True))
     assert abs(total) <= 10.0 and sizes > 50.0  # 10 is the largest that one component can change
     assert min(ranks[:2]) < 32 and min(ranks[2:]) < 32
-    plan = ZeroSum().allocate(AllocationProblem(tuple(spectra), 0.85, LAYOUT))
+    plan = FirstOrder(order="zero_sum").allocate(AllocationProblem(tuple(spectra), 0.85, LAYOUT))
     assert plan.parameters <= 0.85 * plan.dense_parameters
 
 
@@ -96,4 +97,26 @@ def test_without_changes_it_says_what_it_needs() -> None:
     values = torch.ones(4, dtype=torch.float64)
     bare = Spectrum(group=WeightGroup("q", (0,), 4, 4), singular_values=values, energies=values, ridge=0.0)
     with pytest.raises(ValueError, match="needs"):
-        ZeroSum().allocate(AllocationProblem((bare,), 0.5, LAYOUT))
+        FirstOrder(order="zero_sum").allocate(AllocationProblem((bare,), 0.5, LAYOUT))
+
+
+def test_by_size_signs_do_not_matter() -> None:
+    """Of what may go next, the least change goes: q's 1 and 2, then k's 3 and 3, and q's last one, which saves."""
+    values = torch.ones(4, dtype=torch.float64)
+    spectra = tuple(
+        Spectrum(
+            group=WeightGroup(name, (0,), 4, 4),
+            singular_values=values,
+            energies=values,
+            ridge=0.0,
+            first_order=torch.tensor(changes, dtype=torch.float64),
+        )
+        for name, changes in {"q": [9.0, -3.5, 2.0, -1.0], "k": [9.0, 8.0, -3.0, 3.0]}.items()
+    )
+    plan = FirstOrder(order="size").allocate(AllocationProblem(spectra, 0.75, LAYOUT))
+    assert [planned.rank for planned in plan.groups] == [1, None]
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(ConfigError, match="order must be one of zero_sum, size, got 'sum'"):
+        FirstOrder(order="sum")
