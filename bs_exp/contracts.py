@@ -235,13 +235,15 @@ def _stored(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def _tensors(statistics: GroupStatistics) -> Iterator[tuple[str, Tensor]]:
     if statistics.gram is not None:
         yield "Gram", statistics.gram
-    for gram in (statistics.output_grams or {}).values():
-        yield "output Gram", gram
+    for grams in (statistics.output_grams, statistics.sampled_grams, statistics.top_k_grams):
+        yield from (("output Gram", gram) for gram in (grams or {}).values())
     if statistics.moments is not None:
         moments = statistics.moments
         yield from (("input moments", tensor) for tensor in (moments.absolute, moments.peak, moments.fourth))
     if statistics.weight_gradient is not None:
         yield "weight gradient", statistics.weight_gradient.rows
+    if statistics.loss_gradient is not None:
+        yield "loss gradient", statistics.loss_gradient
 
 
 def _version(tensor: Tensor) -> int:

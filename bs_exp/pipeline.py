@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bs_exp.calibration.group_statistics import check_gatherable
+from bs_exp.calibration.group_statistics import OF_MATRICES, check_gatherable
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.contracts import (
     check_groups,
@@ -64,6 +64,9 @@ from bs_exp.workspace import Workspace
 
 STRATEGIES = ("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")
 
+# A metric made of one of them is in nats.
+_OUTPUT_GRAMS = frozenset({Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -89,7 +92,7 @@ class Recipe:
                 f"{type(self.whitening).__name__} does not read. Use importance=none, or a whitening made from the "
                 "Gram, such as whitening=gram, block_diagonal or two_sided."
             )
-        if self.sharing.in_nats and Statistic.OUTPUT_GRAM not in self.whitening.needs:
+        if self.sharing.in_nats and not self.whitening.needs & _OUTPUT_GRAMS:
             raise ConfigError(
                 f"sharing {type(self.sharing).__name__} adds up losses of different matrix types, which whitening "
                 f"{type(self.whitening).__name__} measures in units that cannot be added. Use whitening=two_sided, or "
@@ -115,6 +118,11 @@ class Recipe:
     def metric_needs(self) -> frozenset[Statistic]:
         """The statistics that the metric, and so every decomposition, depends on."""
         return self.whitening.needs | self.importance.needs
+
+    @property
+    def round_needs(self) -> frozenset[Statistic]:
+        """The statistics of matrices that every round gathers anew."""
+        return self.metric_needs | (self.allocation.needs & OF_MATRICES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,11 +221,11 @@ def compress(
     whole, dense, data = dense, prepared.dense, prepared.data
     comparison = _comparison(dense, recipe, data)
     profile = None
-    if recipe.allocation.needs:
+    if recipe.allocation.needs - OF_MATRICES:
         with progress.stage(Stage.PROFILE):
             profile = profile_blocks(whole, data, needs=recipe.allocation.needs, workspace=workspace)
     start_of_round = len(workspace.cache.made)
-    measures = _measures(dense, dense, data, recipe, recipe.metric_needs | recipe.sharing.needs, workspace)
+    measures = _measures(dense, dense, data, recipe, recipe.round_needs | recipe.sharing.needs, workspace)
     groups = prepared.groups
     if groups is None:
         measures.gather()
@@ -250,7 +258,7 @@ def compress(
         workspace.cache.drop(workspace.cache.made[start_of_round:])
         start_of_round = len(workspace.cache.made)
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
-        measures = _measures(dense, current, data, recipe, recipe.metric_needs, workspace)
+        measures = _measures(dense, current, data, recipe, recipe.round_needs, workspace)
     with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
         report = recipe.update.apply(module, dense, plan, data, workspace)
     return CompressedModel(
@@ -265,7 +273,7 @@ def compress(
 
 def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace) -> SharingProblem:
     """The problem that a measured sharing strategy is given, for an analysis; statistics come from the cache."""
-    dense, needs = prepared.dense, recipe.metric_needs | recipe.sharing.needs
+    dense, needs = prepared.dense, recipe.round_needs | recipe.sharing.needs
     return _sharing_problem(dense, recipe, _measures(dense, dense, prepared.data, recipe, needs, workspace))
 
 

@@ -167,7 +167,8 @@ class Whitening(Protocol):
     Importance acts on the Gram: only a whitening that lists it in `needs` can be re-weighted.
     """
 
-    needs: ClassVar[frozenset[Statistic]]
+    @property
+    def needs(self) -> frozenset[Statistic]: ...
 
     def metric(self, statistics: GroupStatistics) -> Metric:
         """The metric of a group from its statistics, whose Gram the importance strategy has already re-weighted.

@@ -61,9 +61,12 @@ class Statistic(StrEnum):
     GRAM = "gram"  # X^T X, one per input site
     INPUT_MOMENTS = "input_moments"  # mean |x|, max |x| and mean x^4 by channel, one of each per input site
     OUTPUT_GRAM = "output_gram"  # g^T g with g = dLoss/dy at a matrix's output, one per matrix; costs a backward pass
+    SAMPLED_OUTPUT_GRAM = "sampled_output_gram"  # the same with labels that the model draws from its own predictions
+    TOP_K_OUTPUT_GRAM = "top_k_output_gram"  # the same with labels drawn among the most probable tokens alone
     SENSITIVITY = "sensitivity"  # ||dLoss/dW||_F / ||W||_F, summed over each block's matrices; costs a backward pass
     BLOCK_OUTPUTS = "block_outputs"  # singular values of each block's outputs
     WEIGHT_GRADIENT = "weight_gradient"  # E[(dLoss/dW)^2] summed over each row, one per matrix; costs a backward pass
+    LOSS_GRADIENT = "loss_gradient"  # dLoss/dW with its signs, one per matrix, as large as it; costs a backward pass
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,9 @@ class GroupStatistics:
     """The statistics of one group: Grams are sums over tokens (and, for `gram`, over the group's layers), in fp64.
 
     `tokens` is the number of tokens that one layer of the group read, `predictions` the number of predicted tokens
-    whose loss gradients make the output Grams. A statistic that no strategy needs is None.
+    whose loss gradients make the output Grams. `loss_gradient` is that of the mean token loss, in nats per predicted
+    token, by the concatenated weights. `sampled_grams` and `top_k_grams` are output Grams of drawn labels. A statistic
+    that no strategy needs is None.
     """
 
     group: WeightGroup
@@ -273,6 +278,9 @@ class GroupStatistics:
     moments: InputMoments | None = None
     weight_gradient: WeightGradient | None = None
     predictions: int | None = None
+    loss_gradient: Float[Tensor, "d_in columns"] | None = None
+    sampled_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    top_k_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -429,6 +437,8 @@ class Spectrum:
     """The singular values of a whitened group, in falling order, and the loss of dropping each component.
 
     `energies` add up: `energies[k:].sum()` is the loss at rank k in nats, or the squared loss if `unit` is a norm.
+    `first_order` adds up too: by how many nats per predicted token, with its sign, the model's loss changes to first
+    order when a component is dropped; None unless an allocation needs `Statistic.LOSS_GRADIENT`.
     """
 
     group: WeightGroup
@@ -437,6 +447,7 @@ class Spectrum:
     ridge: float
     unit: LossUnit = LossUnit.OUTPUT_NORM
     damping: float = 0.0
+    first_order: Float[Tensor, " full_rank"] | None = None
 
     def loss(self, rank: int | None) -> float:
         """Predicted loss at a rank, in the unit of the spectrum; 0 for None, which is dense."""

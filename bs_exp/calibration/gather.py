@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bs_exp.calibration.activations import BlockOutputSpectrum, GramSum, MomentSums
-from bs_exp.calibration.gradients import OutputGramSum, Sensitivity, SquaredGradientRows
+from bs_exp.calibration.gradients import (
+    LossGradient,
+    OutputGramSum,
+    SampledOutputGramSum,
+    Sensitivity,
+    SquaredGradientRows,
+    TopKOutputGramSum,
+)
 from bs_exp.calibration.statistics import Accumulator, Loss, Place, Seen, Subject, is_finite, subjects
 from bs_exp.calibration.walk import walk
 from bs_exp.errors import CalibrationError
@@ -27,10 +34,13 @@ ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
     Statistic.INPUT_MOMENTS: MomentSums,
     Statistic.BLOCK_OUTPUTS: BlockOutputSpectrum,
     Statistic.OUTPUT_GRAM: OutputGramSum,
+    Statistic.SAMPLED_OUTPUT_GRAM: SampledOutputGramSum,
+    Statistic.TOP_K_OUTPUT_GRAM: TopKOutputGramSum,
     Statistic.WEIGHT_GRADIENT: SquaredGradientRows,
+    Statistic.LOSS_GRADIENT: LossGradient,
     Statistic.SENSITIVITY: Sensitivity,
 }
-_LOSSES: Sequence[Loss | None] = (None, "sum", "mean")
+_LOSSES: Sequence[Loss | None] = (None, "sum", "mean", "sampled", "top_k")
 
 Gathered: TypeAlias = tuple[Statistic, str, dict[str, Tensor]]
 """A statistic, the name of its subject, and the tensors found."""
@@ -49,10 +59,10 @@ def gather(
     """The statistics of all their subjects on the calibration windows, as soon as each has seen all of them.
 
     One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
-    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher). `layers` are those whose
-    statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where
-    a walk that was interrupted takes them up by their `key`. Tensors are on the CPU. Hooks,
-    `requires_grad` flags and gradients are as before afterwards, whatever happened.
+    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher) or on drawn ones. `layers` are
+    those whose statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where a walk
+    that was interrupted takes them up by their `key`. Tensors are on the CPU. Hooks, `requires_grad` flags and
+    gradients are as before afterwards, whatever happened.
     Raises CalibrationError if what was seen is not finite, or matrices of one site read different inputs.
     """
     for loss in _LOSSES:

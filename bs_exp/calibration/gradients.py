@@ -29,6 +29,40 @@ class OutputGramSum:
         return {"gram": self._gram}
 
 
+class SampledOutputGramSum:
+    """`gram`: `sum_t g_t g_t^T`, the loss being that of labels that are drawn from the model's own predictions."""
+
+    place: ClassVar[Place] = Place.OUTPUT_GRADIENT
+    loss: ClassVar[Loss | None] = "sampled"
+    reads_inputs: ClassVar[bool] = False
+
+    def __init__(self, subject: Subject, *, batches: int) -> None:
+        self._sum = OutputGramSum(subject, batches=batches)
+
+    def add(self, seen: Seen) -> None:
+        self._sum.add(seen)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._sum.tensors()
+
+
+class TopKOutputGramSum:
+    """`gram`: `sum_t g_t g_t^T`, the loss being that of labels that are drawn among the most probable tokens."""
+
+    place: ClassVar[Place] = Place.OUTPUT_GRADIENT
+    loss: ClassVar[Loss | None] = "top_k"
+    reads_inputs: ClassVar[bool] = False
+
+    def __init__(self, subject: Subject, *, batches: int) -> None:
+        self._sum = OutputGramSum(subject, batches=batches)
+
+    def add(self, seen: Seen) -> None:
+        self._sum.add(seen)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._sum.tensors()
+
+
 class SquaredGradientRows:
     """`rows`: row sums of `(dLoss/dW)^2`, averaged over sequences; the loss is that of a sequence's tokens, summed.
 
@@ -52,6 +86,29 @@ class SquaredGradientRows:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"rows": self._rows / max(self._sequences, 1)}
+
+
+class LossGradient:
+    """`gradient`: `sum_t x_t g_t^T`, the gradient of the summed token loss by a matrix `[d_in, d_out]`, in fp32.
+
+    It takes as much memory as the weights in fp64, until the layer is finished.
+    """
+
+    place: ClassVar[Place] = Place.OUTPUT_GRADIENT
+    loss: ClassVar[Loss | None] = "sum"
+    reads_inputs: ClassVar[bool] = True
+
+    def __init__(self, subject: Subject, *, batches: int) -> None:
+        [matrix] = subject.matrices
+        self._gradient = torch.zeros(matrix.d_in, matrix.d_out, dtype=torch.float64)
+
+    def add(self, seen: Seen) -> None:
+        assert seen.inputs is not None
+        inputs = seen.inputs.reshape(-1, seen.inputs.shape[-1]).float()
+        self._gradient += (inputs.mT @ seen.rows).double().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gradient": self._gradient.float()}
 
 
 class Sensitivity:

@@ -31,7 +31,8 @@ from bs_exp.workspace import Workspace
 WITH_LOSS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
 # Statistics of input sites and of matrices, in contrast to those of whole blocks.
 OF_MATRICES = frozenset(s for s, kind in ACCUMULATORS.items() if kind.place in (Place.INPUT, Place.OUTPUT_GRADIENT))
-_GRAMS = frozenset({Statistic.GRAM, Statistic.OUTPUT_GRAM})
+_OUTPUT_GRAMS = (Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM)
+_GRAMS = frozenset({Statistic.GRAM, *_OUTPUT_GRAMS})
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +51,20 @@ class CalibrationStats:
         """The statistics of a group. Its Gram is the sum of its layers': the Gram of their inputs stacked
         (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
         matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
-        gram, output_grams, moments, gradient = None, None, None, None
+        gram, moments, gradient, loss_gradient = None, None, None, None
         tokens = self.tokens
         if found := self.entries.get(Statistic.GRAM):
             gram = _sum(_gram(found[m.input_site]).to(device) for m in matrices)
             # An encoder and its decoder read different numbers of tokens.
             tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
-        if found := self.entries.get(Statistic.OUTPUT_GRAM):
-            output_grams = {m.layer: _gram(found[m.module]).to(device) for m in matrices}
+        output_grams, sampled, top_k = (self._output_grams(kind, matrices, device) for kind in _OUTPUT_GRAMS)
         if found := self.entries.get(Statistic.INPUT_MOMENTS):
             moments = _moments([found[m.input_site] for m in matrices], device)
         if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
             gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
+        if found := self.entries.get(Statistic.LOSS_GRADIENT):
+            by_matrix = [found[m.module].tensor("gradient").to(device).double() for m in matrices]
+            loss_gradient = torch.cat(by_matrix, dim=1) / self.predictions
         return GroupStatistics(
             group=group,
             tokens=tokens,
@@ -70,7 +73,16 @@ class CalibrationStats:
             moments=moments,
             weight_gradient=gradient,
             predictions=self.predictions,
+            loss_gradient=loss_gradient,
+            sampled_grams=sampled,
+            top_k_grams=top_k,
         )
+
+    def _output_grams(
+        self, statistic: Statistic, matrices: Sequence[WeightMatrix], device: torch.device
+    ) -> dict[int, Tensor] | None:
+        found = self.entries.get(statistic)
+        return {m.layer: _gram(found[m.module]).to(device) for m in matrices} if found else None
 
 
 def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[str, Set[Statistic]]) -> None:

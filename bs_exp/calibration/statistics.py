@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bs_exp.types import Architecture, WeightMatrix
 
-Loss: TypeAlias = Literal["sum", "mean"]
-"""The model's own loss on a batch: summed over its predicted tokens, or averaged."""
+Loss: TypeAlias = Literal["sum", "mean", "sampled", "top_k"]
+"""The model's own loss on a batch: summed over its predicted tokens, or averaged; or one of drawn labels, summed
+(`drawn_loss`)."""
 
 
 class Place(StrEnum):
@@ -101,7 +102,7 @@ def subjects(architecture: Architecture, place: Place) -> tuple[Subject, ...]:
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether sums hold no NaN and nothing infinite. What is infinite anywhere in a Gram is so on its diagonal."""
-    looked_at = [tensor.diagonal() if tensor.dim() == 2 else tensor for tensor in tensors.values()]
+    looked_at = [tensor.diagonal() if name == "gram" else tensor for name, tensor in tensors.items()]
     return all(bool(tensor.isfinite().all()) for tensor in looked_at)
 
 

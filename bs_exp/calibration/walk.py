@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from bs_exp.calibration.drawn_labels import MOST_PROBABLE, drawn_loss
 from bs_exp.calibration.statistics import Loss
 from bs_exp.errors import ModelError
 from bs_exp.models.architecture import trunks
@@ -31,7 +32,13 @@ LARGE = 1_000_000_000
 # Batches that go backward together, block by block. With one, the inputs of its blocks stay on the model's device. With
 # more, weights of a block are read once for all of them, and the inputs of their blocks wait on the CPU.
 WAVE = 1
-_LABELS: Mapping[Loss | None, str] = {None: "calibrating", "sum": "gradients", "mean": "sensitivity"}
+_LABELS: Mapping[Loss | None, str] = {
+    None: "calibrating",
+    "sum": "gradients",
+    "mean": "sensitivity",
+    "sampled": "gradients of drawn labels",
+    "top_k": "gradients of drawn labels",
+}
 
 
 class Watch(Protocol):
@@ -295,6 +302,8 @@ class _Run:
 
     def _loss(self, examples: Examples, logits: Tensor) -> Tensor:
         assert self._watch.loss is not None
+        if self._watch.loss in ("sampled", "top_k"):
+            return drawn_loss(examples, logits, among=MOST_PROBABLE if self._watch.loss == "top_k" else None)
         return examples.loss(logits, reduction=self._watch.loss)
 
 

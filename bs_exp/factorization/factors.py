@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
 
 from bs_exp.cache import Entry
 from bs_exp.errors import DecompositionError
@@ -13,7 +17,7 @@ from bs_exp.linalg.decomposition import decompose, split_by_layer
 from bs_exp.protocols import Layout
 from bs_exp.rank_budget import largest_rank
 from bs_exp.records.stages import Stage
-from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, WeightGroup
+from bs_exp.types import Corrections, RankPlan, SharedFactors, Spectrum, Statistic, WeightGroup
 
 KIND = "decomposition"
 
@@ -28,10 +32,13 @@ class Decompositions:
     entries: Mapping[WeightGroup, Entry]
     measures: GroupMeasures
 
-    @property
+    @cached_property
     def spectra(self) -> tuple[Spectrum, ...]:
-        """All spectra, in the order of the groups."""
-        return tuple(read_spectrum(group, entry) for group, entry in self.entries.items())
+        """All spectra, in the order of the groups; with first-order changes of the loss where its gradient is known."""
+        spectra = (read_spectrum(group, entry) for group, entry in self.entries.items())
+        if Statistic.LOSS_GRADIENT not in self.measures.needs:
+            return tuple(spectra)
+        return tuple(replace(spectrum, first_order=self._first_order(spectrum.group)) for spectrum in spectra)
 
     def truncated(self, plan: RankPlan) -> Iterator[SharedFactors]:
         """The factors of a plan in fp64, one group at a time; groups that stay dense are left out."""
@@ -45,6 +52,17 @@ class Decompositions:
                 )
                 shared = split_by_layer(planned.group, basis_t, coefficients)
                 yield replace(shared, corrections=self._corrections(planned.group, entry, planned.rank))
+
+    def _first_order(self, group: WeightGroup) -> Tensor:
+        """`-b_i^T G c_i`: the change of the loss, to first order, without component i, `b_i c_i`; G is its gradient."""
+        gradient = self.measures.statistics(group).loss_gradient
+        assert gradient is not None
+        entry = self.entries[group]
+        basis_t, coefficients = (
+            entry.tensor(name).to(gradient.device).double() for name in ("basis_t", "coefficients")
+        )
+        change: Tensor = -torch.linalg.vecdot(basis_t @ gradient, coefficients)
+        return change.cpu()
 
     def _corrections(self, group: WeightGroup, entry: Entry, rank: int) -> Corrections:
         if not group.correction:
@@ -61,10 +79,13 @@ def decompose_groups(
     """The decompositions of groups, from the cache where it has them; the others are made one at a time and stored.
 
     Stored are the components that a plan can ask for: with a `layout`, those of ranks that cost less than the dense
-    group. Statistics are gathered only if some decomposition is missing.
+    group, and all if the measures have the loss's gradient, whose share in every component is then asked for.
+    Statistics are gathered only if some decomposition is missing.
     Raises DecompositionError, with the group's name, if its weights or its Gram cannot be factorised.
     """
     progress = measures.workspace.progress
+    if Statistic.LOSS_GRADIENT in measures.needs:
+        layout = None
     ranks = {group: _largest_rank(group, layout) for group in groups}
     entries = {group: _stored(group, measures, rank) for group, rank in ranks.items()}
     missing = [group for group, entry in entries.items() if entry is None]

@@ -195,7 +195,7 @@ class MaskedFeeder:
         count = self.predictions(ids.shape[1])
         hidden = torch.zeros(ids.shape, dtype=torch.bool)
         for row, window in zip(hidden, ids.cpu(), strict=True):
-            row[torch.randperm(len(window), generator=_generator(window, self._feeding.seed))[:count]] = True
+            row[torch.randperm(len(window), generator=window_generator(window, self._feeding.seed))[:count]] = True
         hidden = hidden.to(ids.device)
         return Examples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))
 
@@ -286,7 +286,7 @@ class SpansFeeder:
     def _split(self, window: Int[Tensor, " length"]) -> tuple[Tensor, Tensor]:
         """Source and target of one window."""
         noise, spans = self._counts(len(window))
-        generator = _generator(window, self._feeding.seed)
+        generator = window_generator(window, self._feeding.seed)
         kept = _partition(len(window) - noise, spans, generator)
         cut = _partition(noise, spans, generator)
         pieces = window.split([size for pair in zip(kept, cut, strict=True) for size in pair])
@@ -352,7 +352,7 @@ def _partition(total: int, parts: int, generator: torch.Generator) -> list[int]:
     return [end - begin for begin, end in pairwise(bounds)]
 
 
-def _generator(window: Int[Tensor, " length"], seed: int) -> torch.Generator:
+def window_generator(window: Int[Tensor, " length"], seed: int) -> torch.Generator:
     """A generator seeded by the window's ids and `seed`: its numbers depend on no batch, order or model."""
     content = window.contiguous().numpy().astype("<i8").tobytes()
     digest = hashlib.sha256(f"{seed}:".encode() + content).digest()

@@ -9,6 +9,8 @@ from typing import Any
 WITHOUT_EFFECT = frozenset({"name", "cache", "debug", "force", "sample", "save_model", "tracking"})
 # Of groups: where weights, and the hidden states of windows, wait while they are not used.
 _OFFLOAD, _ACTIVATIONS = "offload", "activations"
+# The value of a setting that came later, which is what was done before: left out, so that results stay found.
+_AS_BEFORE = {"whitening": {"curvature": "label"}}
 _WINDOWS = "bs_exp.corpora.windows.CalibrationSet"
 
 
@@ -27,4 +29,5 @@ def _of_results(value: Any, path: str) -> Any:
     ignored = {_OFFLOAD} if path == "model" else set()
     if path == "calibration" or value.get("_target_") == _WINDOWS:
         ignored.add(_ACTIVATIONS)
+    ignored |= {key for key, before in _AS_BEFORE.get(path, {}).items() if value.get(key) == before}
     return {key: _of_results(inner, f"{path}.{key}") for key, inner in value.items() if key not in ignored}

@@ -108,12 +108,13 @@ class SpendingContract:
 
 
 def spectrum(group: WeightGroup, seed: int = 0) -> Spectrum:
-    """A random falling spectrum, in the unit of a norm."""
+    """A random falling spectrum, in the unit of a norm, with first-order changes of both signs."""
     generator = torch.Generator().manual_seed(seed)
     # Above 1, as norms over many tokens are.
     values = 1.0 + 99.0 * torch.rand(group.full_rank, generator=generator, dtype=torch.float64) ** 2
     values = values.sort(descending=True).values
-    return Spectrum(group=group, singular_values=values, energies=values.square(), ridge=0.0)
+    first_order = 0.01 * torch.randn(group.full_rank, generator=generator, dtype=torch.float64)
+    return Spectrum(group=group, singular_values=values, energies=values.square(), ridge=0.0, first_order=first_order)
 
 
 def problem(groups: Sequence[WeightGroup], ratio: float, layout: Layout = LAYOUTS[0]) -> AllocationProblem:

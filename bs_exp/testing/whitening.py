@@ -72,8 +72,11 @@ class WhiteningContract:
         available: dict[Statistic, dict[str, Any]] = {
             Statistic.GRAM: {"gram": None},
             Statistic.OUTPUT_GRAM: {"output_grams": None},
+            Statistic.SAMPLED_OUTPUT_GRAM: {"sampled_grams": None},
+            Statistic.TOP_K_OUTPUT_GRAM: {"top_k_grams": None},
             Statistic.INPUT_MOMENTS: {"moments": None},
             Statistic.WEIGHT_GRADIENT: {"weight_gradient": None},
+            Statistic.LOSS_GRADIENT: {"loss_gradient": None},
         }
         for statistic, without in available.items():
             if statistic in whitening.needs:
@@ -105,6 +108,9 @@ def statistics(group: WeightGroup) -> GroupStatistics:
         output_grams={layer: g.T @ g for layer, g in gradients.items()},
         moments=InputMoments(absolute=x.abs().mean(0), peak=x.abs().amax(0), fourth=x.pow(4).mean(0)),
         weight_gradient=WeightGradient(rows=normal(group.d_in, seed=3).square(), sensitivity=1.0),
+        loss_gradient=normal(group.d_in, group.columns, seed=4),
+        sampled_grams={layer: 2.0 * g.T @ g for layer, g in gradients.items()},
+        top_k_grams={layer: 3.0 * g.T @ g for layer, g in gradients.items()},
     )
 
 

@@ -74,3 +74,17 @@ def test_parameters_keep_their_flags_and_get_no_gradients() -> None:
     others = [p for p in model.module.parameters() if p is not frozen]
     assert all(p.requires_grad and p.grad is None for p in others)
     assert sum(len(m._forward_hooks) for m in model.module.modules()) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loss_gradients_are_those_of_autograd(family: str) -> None:
+    model = tiny_random(family)
+    ids = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
+    found = gather(model, ids, Statistic.LOSS_GRADIENT)[Statistic.LOSS_GRADIENT]
+    modules = {m: module_of(model.module, m) for m in model.architecture.matrices}
+    logits = model.module(ids).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, [module.weight for module in modules.values()])
+    for (matrix, module), gradient in zip(modules.items(), gradients, strict=True):
+        expected = gradient.mT if isinstance(module, nn.Linear) else gradient
+        torch.testing.assert_close(found[matrix.module]["gradient"], expected, rtol=1e-3, atol=1e-5)

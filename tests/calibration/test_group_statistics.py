@@ -41,6 +41,9 @@ def test_nothing_is_gathered_that_nobody_asked_for(statistic: Statistic) -> None
         Statistic.OUTPUT_GRAM: found.output_grams,
         Statistic.INPUT_MOMENTS: found.moments,
         Statistic.WEIGHT_GRADIENT: found.weight_gradient,
+        Statistic.LOSS_GRADIENT: found.loss_gradient,
+        Statistic.SAMPLED_OUTPUT_GRAM: found.sampled_grams,
+        Statistic.TOP_K_OUTPUT_GRAM: found.top_k_grams,
     }
     assert {name for name, value in present.items() if value is not None} == {statistic}
     assert set(cache.misses) == {statistic}
@@ -81,7 +84,7 @@ def test_statistics_of_one_pass_come_from_one_pass(monkeypatch: pytest.MonkeyPat
     handle = model.module.get_input_embeddings().register_forward_hook(count)
     calibrate(model, DATA, needs=OF_MATRICES, workspace=Workspace(Cache(None), Progress(quiet=True)))
     handle.remove()
-    assert len(passes) == 2 * 3  # forward, and forward with backward, in three batches each
+    assert len(passes) == 4 * 3  # forward, and forward with backward for three losses, in three batches each
 
 
 def test_what_the_cache_has_is_not_gathered_again(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_what_the_cache_has_is_not_gathered_again(tmp_path: Path) -> None:
     assert second.misses[Statistic.GRAM] == 0 and second.misses[Statistic.INPUT_MOMENTS] > 0
     third = Cache(tmp_path)
     again = gathered(*OF_MATRICES, cache=third)
-    assert set(third.misses) == {Statistic.OUTPUT_GRAM, Statistic.WEIGHT_GRADIENT}
+    assert set(third.misses) == OF_MATRICES - {Statistic.GRAM, Statistic.INPUT_MOMENTS}
     group = WeightGroup("q", (0,), 32, 32)
     for stats in (both, again):
         found, expected = stats.of(group, CPU).gram, first.of(group, CPU).gram

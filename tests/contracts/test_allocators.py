@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bs_exp.allocation.bayesopt import BayesianSearch
 from bs_exp.allocation.dipsvd_heuristic import DipSvdHeuristic
 from bs_exp.allocation.effective_rank import EffectiveRank
+from bs_exp.allocation.first_order import FirstOrder
 from bs_exp.allocation.loss_threshold import LossThreshold
 from bs_exp.allocation.manual import ManualAllocation
 from bs_exp.allocation.sensitivity import SensitivitySearch
@@ -91,6 +92,8 @@ ALLOCATORS: list[Allocation] = [
     heuristic("code"),
     smooth("block", 0.1, max_ratio=0.7),
     manual(max_ratio=0.8),
+    FirstOrder(order="zero_sum"),
+    FirstOrder(order="size"),
     *SPENDING,
 ]
 

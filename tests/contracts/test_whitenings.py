@@ -31,6 +31,8 @@ STRATEGIES: list[Whitening] = [
     BlockDiagonalWhitening(blocks=3, ridge=1e-6),
     BlockDiagonalWhitening(blocks=100, ridge=1e-6),
     TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0),
+    TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="sampled"),
+    TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="top_k"),
 ]
 
 
@@ -130,6 +132,7 @@ def test_on_uncorrelated_channels_blocks_change_nothing() -> None:
         (BlockDiagonalWhitening, {"blocks": 0}, r"^blocks must be a whole number of at least 1, got 0"),
         (BlockDiagonalWhitening, {"blocks": 2.5}, r"^blocks must be a whole number"),
         (BlockDiagonalWhitening, {"ridge": -1.0}, r"^ridge must be at least 0"),
+        (TwoSidedWhitening, {"curvature": "kl"}, r"^curvature must be one of label, sampled, top_k, got 'kl'"),
     ],
 )
 def test_settings_that_make_no_sense(strategy: type, settings: dict[str, Any], message: str) -> None:
@@ -137,6 +140,7 @@ def test_settings_that_make_no_sense(strategy: type, settings: dict[str, Any], m
         DiagonalWhitening: {"alpha": 0.5, "size": "mean", "epsilon": 1e-6},
         FisherRowsWhitening: {"ridge": 1e-6},
         BlockDiagonalWhitening: {"blocks": 4, "ridge": 1e-6},
+        TwoSidedWhitening: {"ridge": 1e-6, "damping": 1e-4, "temper": 1.0},
     }
     with pytest.raises(ConfigError, match=message):
         strategy(**{**usual[strategy], **settings})
