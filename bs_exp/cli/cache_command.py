@@ -52,7 +52,9 @@ def print_cache(folder: Path | None) -> None:
     console = Console(highlight=False)
     if found:
         console.print(table)
-    console.print(printable(f"{folder.absolute()}: {_bytes(total)}. It can be deleted at any time."), markup=False)
+    console.print(
+        printable(f"{folder.absolute()}: {_bytes(total)}. It can be deleted at any time."), markup=False, soft_wrap=True
+    )
 
 
 def prune_cache(folder: Path | None, max_gb: float) -> None:

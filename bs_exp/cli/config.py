@@ -215,8 +215,9 @@ def _shown_dials(cfg: DictConfig, evaluator: str) -> DictConfig:
     node: DictConfig = cfg.evaluation.evaluators[evaluator].copy()
     with open_dict(node):
         for name in ("corpora", "tasks"):
-            if name not in node and name in cfg.evaluation:
-                node[name] = list(cfg.evaluation[name])
+            given = cfg.evaluation.get(name)
+            if name not in node and isinstance(given, DictConfig | ListConfig):  # else its constructor refuses it
+                node[name] = list(given)
     return node
 
 

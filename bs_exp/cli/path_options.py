@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.object_type import ObjectType
-from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 
@@ -107,4 +107,5 @@ def _model(name: str) -> tuple[str, dict[str, Any]]:
     return "hub", {"name": name}
 
 
-Plugins.instance().register(PathOptions)
+# Not through `Plugins`, whose making looks for plug-ins: ours import this module, and would be looked for twice.
+SourcesRegistry.instance().register(PathOptions)

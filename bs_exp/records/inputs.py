@@ -58,7 +58,8 @@ def earlier_code(record: RunRecord, sweep: Path) -> tuple[str, list[str]] | None
         except RecordError:
             continue
         known = _noted(other, CODE)
-        same = all(other.config.get(key) == value for key, value in settings.items())
+        theirs = result_settings(other.config)
+        same = all(theirs.get(key) == value for key, value in settings.items())
         changed = [target for target in code if known.get(target, code[target]) != code[target]]
         if same and changed and other.status is Status.COMPLETED:
             return folder.name, changed

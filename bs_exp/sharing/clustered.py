@@ -11,7 +11,7 @@ from bs_exp.linalg.subspaces import left_subspace, subspace_distances
 from bs_exp.protocols import Measures, SharingProblem
 from bs_exp.sharing.layers import by_shape, check_matrices, check_named, check_size, part
 from bs_exp.types import Architecture, Statistic, WeightGroup
-from bs_exp.validation import check_at_least, check_choice, check_names
+from bs_exp.validation import check_at_least, check_choice, check_names, shown
 
 SPACES = ("weight", "whitened")
 
@@ -54,7 +54,7 @@ class ClusteredSharing:
         if not is_share and not is_number:
             raise ConfigError(
                 "subspace must be a whole number of directions, at least 1, or a share of them between 0 and 1, got "
-                f"{self.subspace!r}."
+                f"{shown(self.subspace)}."
             )
         if self.max_distance is not None and not 0.0 <= self.max_distance <= 1.0:
             raise ConfigError(f"max_distance must be between 0 and 1, or null, got {self.max_distance}.")

@@ -151,7 +151,7 @@ model=hub model.name=null => text, got null
 sharing.group_size=0 => at least 1, got 0
 sharing.group_size=-1 => at least 1, got -1
 sharing.group_size=1e3 => a whole number | got 1000.0
-sharing.group_size=true => a whole number | got True
+sharing.group_size=true => a whole number | got true
 sharing.group_size={q:0} => sharing.group_size.q must be | at least 1, got 0
 sharing.group_size={q:x} => sharing.group_size.q must be | got 'x'
 sharing.group_size={down:2} => down | list the type there too
@@ -170,12 +170,12 @@ sharing=clustered sharing.linkage=foo => average, complete, single, got 'foo'
 sharing=clustered sharing.max_distance=x => a number or null, got 'x'
 sharing=clustered sharing.clusters=1.5 => a whole number | got 1.5
 sharing=clustered sharing.adjacent_only=maybe => true or false, got 'maybe'
-sharing=criterion sharing.norm=null => frobenius, whitened, output, got None
+sharing=criterion sharing.norm=null => frobenius, whitened, output, got null
 sharing=explicit sharing.layers={q:[[0,0]]} => sharing.layers.q names layer 0 twice
 sharing=explicit sharing.layers={q:[[x]]} => sharing.layers | [['x']]
 sharing=heads sharing.heads_per_block=null => got null
 sharing=residual sharing.residual_rank=null => a whole number, got null
-whitening.ridge=null => at least 0 and below 1, got None
+whitening.ridge=null => at least 0 and below 1, got null
 whitening.ridge=nan => at least 0 and below 1, got nan
 whitening.ridge=inf => at least 0 and below 1, got inf
 whitening.ridge=-1e-9 => at least 0 and below 1, got -1e-09
@@ -210,7 +210,7 @@ update=lora update.dropout=1 => at least 0 and below 1, got 1
 update=lora update.data=5 => a strategy | or null, got 5
 update=lora update.matrices=q => [q, v] | got 'q'
 update=lora update.merge=5 => true or false, got 5
-update=refit update.gram=null => group, layer, got None
+update=refit update.gram=null => group, layer, got null
 analysis=sharing_pays analysis.matrices=5 => a list of names or null, got 5
 tracking=wandb tracking.project=5 => text, got 5 | "tracking.project='5'"
 tracking=wandb tracking.tags=5 => a list of names, got 5
@@ -233,7 +233,7 @@ calibration.corpus=5 => a strategy | got 5
 calibration.set=null => got null
 calibration.files=5 => a list of names, got 5
 calibration.files=[] => is empty
-model.layers=null => a whole number | got None
+model.layers=null => a whole number | got null
 model.layers=true => a whole number, got true
 model.dtype=int4 => float32, float16, bfloat16, auto, got 'int4'
 model.device=moon => auto, cpu, cuda | got 'moon'

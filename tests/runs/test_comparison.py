@@ -7,9 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bs_exp.records.record import read_record
 
 Cli = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow table folds names
 
 
 def _rows(out: str) -> dict[str, list[str]]:

@@ -85,7 +85,7 @@ def test_explicit_lists_are_the_groups() -> None:
         ({"q": [[0, 0]]}, r"layers\.q names layer 0 twice"),
         ({"gaet": [[0, 1]]}, r"gaet is no matrix type.*q, k, down"),
         ({"gate": [[0, 1]]}, r"gate is not in this model.*q, k, down"),
-        ({"q": [0, 1]}, r"lists of layers by matrix type.*got \{'q': \[0, 1\]\}"),
+        ({"q": [0, 1]}, r"lists of layers by matrix type.*got \{q: \[0, 1\]\}"),
         ({"q": [[]]}, r"lists of layers by matrix type"),
         ({"q": [["0"]]}, r"whole numbers from 0, got '0'"),
         ("q", r"lists of layers by matrix type.*got 'q'"),
