@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.storages import BaseStorage
@@ -161,9 +167,16 @@ def _check_trials(trials: Sequence[FrozenTrial], wording: Wording) -> None:
 
 
 def _checksum(trial: FrozenTrial, values: Sequence[float] | None) -> str:
-    """CRC-32 of a trial's number, parameters, attributes, and the values that it ends with, as 8 hex digits."""
+    """CRC-32 of a trial: number, parameters and their ranges, attributes, and the values that it ends with."""
     attributes = {key: value for key, value in trial.user_attrs.items() if key != _CHECKSUM}
-    said = [trial.number, trial.params, attributes, None if values is None else [float(value) for value in values]]
+    ranges = {name: distribution_to_json(found) for name, found in trial.distributions.items()}
+    said = [
+        trial.number,
+        trial.params,
+        ranges,
+        attributes,
+        None if values is None else [float(value) for value in values],
+    ]
     return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
 
 

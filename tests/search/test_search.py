@@ -441,6 +441,10 @@ def test_a_front_is_saved(tmp_path: Path) -> None:
     [
         ("UPDATE trial_values SET value = value + 1e-9 WHERE trial_id = 2", "trial 1 is not what was stored"),
         ("UPDATE trial_params SET param_value = 0.5 WHERE trial_id = 1 AND param_name = 'x'", "trial 0 is not what"),
+        (
+            "UPDATE trial_params SET distribution_json = replace(distribution_json, '3', '4') WHERE param_name = 'n'",
+            "trial 0 is not what was stored",
+        ),
         ("DELETE FROM trials WHERE number = 1", "trial 1 is missing"),
         ("UPDATE trial_user_attributes SET value_json = '{' || value_json", "is damaged .*JSONDecodeError"),
         ("UPDATE trials SET state = 'COMPLEDE'", "is damaged .*LookupError"),
