@@ -6,6 +6,7 @@ Matplotlib are imported when a search begins.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bs_exp.cli.config import check_root
 from bs_exp.cli.explain import explain
 from bs_exp.cli.setting_types import check_kind, wrong_settings
-from bs_exp.errors import ConfigError, RecordError
+from bs_exp.errors import CacheError, ConfigError, RecordError
 from bs_exp.records.metrics import lower_is_better
 from bs_exp.records.record import read_record
 from bs_exp.records.settings import result_settings
@@ -200,6 +201,17 @@ class OptunaSweeper(Sweeper):
         return {key: point[key] for key in point if key in belongs or key not in found}
 
 
+def _lacks_space(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, says that a file could not grow, or that the cache cannot be written."""
+    while error is not None:
+        if isinstance(error, CacheError):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None, direction: str) -> TrialOutcome:
     """The outcome of a point that was launched as a job; of one that did not compose, the error.
 
@@ -213,6 +225,8 @@ def _outcome(overrides: Sequence[str], error: str | None, job: JobReturn | None,
     folder = None if job.hydra_cfg is None else str(job.hydra_cfg.hydra.runtime.output_dir)
     if job.status is not JobStatus.COMPLETED:
         # Not `return_value`: that raises, and prints.
+        if _lacks_space(job._return_value):
+            raise job._return_value  # not the point's fault: the search ends, and a new start repeats it
         return TrialOutcome(error=explain(job._return_value), overrides=point, folder=folder)
     if job.return_value is None:
         error = "the run returned no objective: set objective to a metric of the evaluation."
