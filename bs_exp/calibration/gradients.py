@@ -29,38 +29,16 @@ class OutputGramSum:
         return {"gram": self._gram}
 
 
-class SampledOutputGramSum:
+class SampledOutputGramSum(OutputGramSum):
     """`gram`: `sum_t g_t g_t^T`, the loss being that of labels that are drawn from the model's own predictions."""
 
-    place: ClassVar[Place] = Place.OUTPUT_GRADIENT
     loss: ClassVar[Loss | None] = "sampled"
-    reads_inputs: ClassVar[bool] = False
-
-    def __init__(self, subject: Subject, *, batches: int) -> None:
-        self._sum = OutputGramSum(subject, batches=batches)
-
-    def add(self, seen: Seen) -> None:
-        self._sum.add(seen)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self._sum.tensors()
 
 
-class TopKOutputGramSum:
+class TopKOutputGramSum(OutputGramSum):
     """`gram`: `sum_t g_t g_t^T`, the loss being that of labels that are drawn among the most probable tokens."""
 
-    place: ClassVar[Place] = Place.OUTPUT_GRADIENT
     loss: ClassVar[Loss | None] = "top_k"
-    reads_inputs: ClassVar[bool] = False
-
-    def __init__(self, subject: Subject, *, batches: int) -> None:
-        self._sum = OutputGramSum(subject, batches=batches)
-
-    def add(self, seen: Seen) -> None:
-        self._sum.add(seen)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self._sum.tensors()
 
 
 class SquaredGradientRows:

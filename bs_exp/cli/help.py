@@ -20,8 +20,8 @@ from bs_exp.errors import ConfigError
 
 _FLAGS = frozenset({"-h", "--help"})
 _NARROWEST, _WIDEST = 80, 120
-# Of groups with more options, the page has the names alone.
-_MOST_LINES = 20
+# Of groups with more options, the page has the names alone; but presets are what most people choose, and nothing else.
+_MOST_LINES, _IN_FULL = 15, "experiment"
 # Shown first, in this order; the others follow as conf/config.yaml lists them.
 _FIRST = ("experiment", "model", "data")
 _USAGE = """\
@@ -91,7 +91,7 @@ def _page() -> str:
 def _group(group: str, default: str | None, width: int) -> Iterator[str]:
     # Those inside folders (best_without/steps) stand in the help of their group.
     options = {name: told for name, told in _options(root_folder() / "conf" / group).items() if "/" not in name}
-    if len(options) > _MOST_LINES:
+    if len(options) > _MOST_LINES and group != _IN_FULL:
         shown = ", ".join(name + "*" * (name == default) for name in options)
         yield from wrap(shown, width, initial_indent=f"{group:<12}", subsequent_indent=" " * 12, break_on_hyphens=False)
         if group in GROUPS:

@@ -105,7 +105,7 @@ def read_python_docs(split: Split) -> PythonDocs:
 def sources_hash(split: Split) -> str:
     """SHA-256 of the names and the bytes of all files that a split is made from, and of the versions that it names.
 
-    Reading the bytes takes a tenth of the time of parsing them. It includes the files of earlier splits, whose
+    Nothing is parsed for it. It includes the files of earlier splits, whose
     paragraphs are left out, and so the order in which splits are dealt.
     """
     splits = list(SPLIT_SHARES)[: list(SPLIT_SHARES).index(split) + 1]

@@ -128,11 +128,13 @@ def test_ties_are_made_anew_with_adapters(saved: Any, layout: Layout, family: st
 
 
 def test_ties_are_made_anew_where_peft_wraps_the_layers_themselves(saved: Any, tmp_path: Path) -> None:
-    """As adapters of Parameters do: a layer is then called `LAYER.base_layer`."""
+    """As adapters of Parameters do: a layer is then called `LAYER.base_layer`, or `LAYER.base_layer.base_layer`."""
     folder, _ = saved(LAYOUTS[0], "gemma")
     base = AutoModelForCausalLM.from_pretrained(folder)
-    members = [m for group in base.config.quantization_config.groups for m in group["members"]]
-    targets = [f"{member}.weight" for member in members]
+    groups = base.config.quantization_config.groups
+    alone = [f"{group['members'][0]}.basis" for group in groups if len(group["members"]) == 1]
+    targets = [*(f"{member}.weight" for group in groups for member in group["members"]), *alone]
+    assert alone
     wrapped = get_peft_model(base, LoraConfig(target_modules=[], target_parameters=targets, r=1))
     expected = logits_of(wrapped)
     wrapped.tie_weights()

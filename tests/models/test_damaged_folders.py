@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
@@ -79,7 +79,7 @@ def test_a_trunk_needs_them_as_well(folder: Path) -> None:
 @in_folder("plain")
 def test_a_shape_that_does_not_fit_is_refused_even_if_that_is_to_be_ignored(folder: Path) -> None:
     change_weights(folder, lambda tensors: tensors.update({f"{UP}.basis": torch.ones(3, 8)}))
-    with pytest.raises((RuntimeError, ValueError), match=f"mismatch|holds no tensor {UP}.basis that fits"):
+    with pytest.raises(RuntimeError, match="mismatch"):
         load(folder)
     with pytest.raises(ValueError, match=f"holds no tensor {UP}.basis that fits"):
         AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
@@ -327,9 +327,11 @@ def test_a_hostile_configuration_is_refused_in_words(folder: Path, change: dict[
 def test_long_lists_are_refused_in_linear_time(folder: Path, change: dict[str, Any], message: str) -> None:
     change_config(folder, lambda config: config["quantization_config"].update(change))
     start = time.process_time()
+    AutoConfig.from_pretrained(folder)  # what Transformers takes by itself: most of it for a text that it may log
+    read = time.process_time()
     with pytest.raises(ValueError, match=message) as refusal:
         load(folder)
-    assert time.process_time() - start < 30.0  # twenty thousand took 22 s when it was quadratic
+    assert (time.process_time() - read) - (read - start) < 5.0
     assert len(str(refusal.value)) < 2000
 
 
