@@ -20,10 +20,11 @@ from omegaconf import DictConfig
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import build, check_objectives, check_root, describe, in_sweep
+from bs_exp.cli.config import build, check_objectives, check_root
 from bs_exp.cli.explain import explain
 from bs_exp.cli.help import asks_for_help, help_text, version_text
 from bs_exp.cli.multirun import end_sweep
+from bs_exp.cli.points import describe, in_sweep
 from bs_exp.printable import printable_lines
 from bs_exp.progress import Progress
 from bs_exp.records.inputs import FILES, earlier_code

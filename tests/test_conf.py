@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import RootConfig, build, config_hash, hash_of
+from bs_exp.cli.config import RootConfig, build
 from bs_exp.cli.dials import with_dials
 from bs_exp.cli.explain import explain
+from bs_exp.cli.points import config_hash, hash_of
 from bs_exp.errors import ConfigError
 from bs_exp.sharing.adjacent import AdjacentSharing
 from bs_exp.sharing.none import NoSharing

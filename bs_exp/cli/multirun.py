@@ -17,8 +17,9 @@ from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import check_objectives, check_root, is_kept, point_name
+from bs_exp.cli.config import check_objectives, check_root
 from bs_exp.cli.early_check import check_early
+from bs_exp.cli.points import is_kept, point_name
 from bs_exp.errors import ConfigError
 from bs_exp.files import read_text
 from bs_exp.printable import printable

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import bs_exp
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import hash_of
+from bs_exp.cli.points import hash_of
 from bs_exp.models.tiny import tiny_random
 from bs_exp.records.record import read_record
 

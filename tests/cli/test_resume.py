@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import read_write
 
 from bs_exp.cli.conf_root import root_folder
-from bs_exp.cli.config import sweep_name
+from bs_exp.cli.points import sweep_name
 from bs_exp.records.record import RecordError, RunRecord, Status, read_record
 
 Cli = Callable[..., Any]
