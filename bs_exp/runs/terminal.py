@@ -121,7 +121,9 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 def _table(record: RunRecord) -> Table:
     title = escape(printable(f"{record.name}: {record.status}"))
-    table = Table(box=SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False)
+    table = Table(
+        box=SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False, collapse_padding=True
+    )
     table.add_column("", overflow="fold")
     for column in ("dense", "compressed", "change"):
         table.add_column(column, justify="right", no_wrap=True)
