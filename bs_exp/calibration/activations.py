@@ -5,21 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, is_finite
-
-
-def upper_gram(rows: Float[Tensor, "tokens channels"]) -> Float[Tensor, "channels channels"]:
-    """The upper triangle of `X^T X`, in fp64 on the CPU; what is below it is not to be read.
-
-    A Gram is symmetric, and BLAS has a product for it (`dsyrk`, Level 3) that leaves out the other half. PyTorch has
-    none: its fp64 product takes about twice as long as this one, which takes about as long as one in fp32.
-    """
-    # The transpose of rows in C order is in Fortran order, as BLAS wants it, without a copy.
-    return torch.from_numpy(dsyrk(1.0, rows.contiguous().numpy().T))
 
 
 class GramSum:
@@ -27,7 +15,8 @@ class GramSum:
 
     On a CPU the products are in fp64: rounded to fp32, the Gram of a few tokens or of constant inputs has eigenvalues
     of its rounding in place of zeros, and predicted losses are off by 5e-4 of `||X W||`. On accelerators products are
-    in fp32 (and so are they off, where Grams are singular), sums in fp64.
+    in fp32 (and so are they off, where Grams are singular), sums in fp64. BLAS's product for symmetric
+    results (`dsyrk`) is half the work, but its threads and PyTorch's wait for each other (docs/LOG.md).
     """
 
     place: ClassVar[Place] = Place.INPUT
@@ -41,7 +30,7 @@ class GramSum:
 
     def add(self, seen: Seen) -> None:
         rows = seen.exact_rows
-        self._gram += upper_gram(rows) if rows.dtype == torch.float64 else (rows.mT @ rows).double().cpu()
+        self._gram += (rows.mT @ rows).double().cpu()
         self._tokens += len(rows)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bs_exp.calibration.activations import upper_gram
+from bs_exp.calibration.activations import GramSum
+from bs_exp.calibration.statistics import Seen, Subject
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
-from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
+from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows, WeightMatrix
 from tests.support.gathered import gathered, grams_of
 
 
@@ -126,13 +127,20 @@ def test_matrices_of_one_site_must_read_the_same_input() -> None:
         handle.remove()
 
 
+def _gram(rows: Tensor) -> Tensor:
+    channels = rows.shape[1]
+    total = GramSum(Subject("site", 0, (WeightMatrix("q", 0, "site", "q", channels, channels),)), batches=1)
+    total.add(Seen(rows))
+    return total.tensors()["gram"]
+
+
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (1, 5), (7, 3), (300, 64)])
-def test_the_gram_by_halves_is_that_of_exact_arithmetic(tokens: int, channels: int) -> None:
-    """As exact as the whole product in fp64: within the bound of summing in any order (Higham, section 3.1)."""
+def test_the_gram_is_that_of_exact_arithmetic(tokens: int, channels: int) -> None:
+    """Of inputs in fp32: within the bound of summing in any order (Higham, section 3.1)."""
     values = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(channels)
     values = values.clamp(-1e6, 1e6)
     rows = values.double()
-    upper = upper_gram(rows)
+    upper = _gram(values)
     exact = [[sum(Fraction(a) * Fraction(b) for a, b in zip(x, y, strict=True)) for y in rows.T.tolist()[:5]]
              for x in rows.T.tolist()[:5]]  # fmt: skip
     bound = (rows.abs().mT @ rows.abs()) * tokens * torch.finfo(torch.float64).eps
@@ -146,7 +154,8 @@ def test_sums_of_grams_are_symmetric_and_read_any_strides() -> None:
     for gram in grams_of(tiny_random("llama"), CalibrationData(windows(), 2)).values():
         assert torch.equal(gram, gram.mT)
     values = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
-    whole = values.reshape(-1, 16).double()
-    strided = torch.randn(16, 80, generator=torch.Generator().manual_seed(1)).double().mT
+    whole = values.reshape(-1, 16)
+    strided = torch.randn(16, 80, generator=torch.Generator().manual_seed(1)).mT
     for rows in (whole, strided, whole[::2]):
-        assert torch.allclose(upper_gram(rows).triu(), (rows.mT @ rows).triu(), rtol=1e-14, atol=1e-12)
+        exact = rows.double()
+        assert torch.allclose(_gram(rows), exact.mT @ exact, rtol=1e-14, atol=1e-12)
