@@ -17,6 +17,7 @@ import hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
+from bs_exp import processes
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.commands import COMMANDS, run_command
 from bs_exp.cli.conf_root import root_folder
@@ -25,6 +26,7 @@ from bs_exp.cli.explain import explain
 from bs_exp.cli.help import asks_for_help, help_text, version_text
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.cli.points import describe, in_sweep
+from bs_exp.cli.process_folder import process_folder
 from bs_exp.printable import printable_lines
 from bs_exp.progress import Progress
 from bs_exp.records.inputs import FILES, earlier_code
@@ -62,7 +64,9 @@ class ErrorPrinter:
         if any(error is shown for shown in self._shown):
             return
         self._shown.append(error)
-        print(printable_lines(f"error: {explain(error, sys.argv[1:])}"), file=sys.stderr)
+        # What all processes of a run say alike is said once; what one of them says for itself names it.
+        who = "" if processes.is_first() else f"process {os.environ['RANK']}: "
+        print(printable_lines(f"{who}error: {explain(error, sys.argv[1:])}"), file=sys.stderr)
         if self.tracebacks:
             print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         # Hydra keeps the exception of a failed job; without this, its frames would keep the job's models alive.
@@ -91,8 +95,11 @@ def _run(cfg: DictConfig) -> Objective:
 
     record, folder = describe(cfg)
     if record.sweep is None:
-        objective, record = _work(cfg, record, folder, Progress(), DenseStore())
-        print_report(record, folder)
+        with processes.joined():
+            progress = Progress(quiet=not processes.is_first())
+            objective, record = _work(cfg, record, folder, progress, DenseStore())
+        if processes.is_first():
+            print_report(record, folder)
         return objective
     with occupied(folder):
         kept = None if cfg.force else _kept(record, folder, with_model=cfg.save_model)
@@ -129,6 +136,8 @@ def _work(
             check_root(cfg)
             check_objectives(cfg)
             experiment = build(cfg, dense)
+            if not processes.is_first():
+                experiment = experiment.as_helper()
         objective = experiment.run(recorder)
     return objective, recorder.record
 
@@ -158,7 +167,8 @@ def main() -> None:
             print(version_text())
         else:
             sys.argv[1:] = for_hydra(sys.argv[1:])
-            run()
+            with process_folder(sys.argv):
+                run()
     except SystemExit as end:
         if end.__cause__ is not None:  # a setting was refused before the run had a folder
             _errors.show(end.__cause__)

@@ -166,6 +166,17 @@ class Cache:
         (self.misses if entry is None else self.hits)[kind] += 1
         return entry
 
+    def look_again(self, kind: str, key: str) -> Entry:
+        """The entry that another process of this run stored; it is no find. CacheError if it is not here."""
+        entry = None if self.folder is None else self._open(kind, key)
+        if entry is None:
+            raise CacheError(
+                f"{self.folder} is not the folder that the other processes of this run write to. They hand each other "
+                "statistics and factors through the cache: set cache.dir to a folder that all machines share."
+            )
+        self._use(f"{kind}/{key}")
+        return entry
+
     def store(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> Entry:
         """Stores the tensors under a key, and returns their entry.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bs_exp import processes
 from bs_exp.calibration.group_statistics import OF_MATRICES, check_gatherable
 from bs_exp.calibration.profile import profile_blocks
 from bs_exp.contracts import (
@@ -245,7 +247,8 @@ def compress(
                     identity=_search_identity(dense, recipe, data, kept=rounds[-1]),
                     workspace=workspace,
                 )
-            plan = next_plan(decompositions.spectra, profile, rounds[-1], recipe, score)
+            spectra = decompositions.spectra
+            plan = processes.from_first(partial(next_plan, spectra, profile, rounds[-1], recipe, score))
         with progress.stage(Stage.REPLACE):
             module = twin(dense.module)
             factors = decompositions.truncated(plan)
@@ -261,6 +264,7 @@ def compress(
         measures = _measures(dense, current, data, recipe, recipe.round_needs, workspace)
     with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
         report = recipe.update.apply(module, dense, plan, data, workspace)
+        processes.same_values(module, unlike=dense.module)
     return CompressedModel(
         module=module,
         plan=plan,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, is_finite
+from bs_exp.processes import add_up, largest, total_of
 
 
 class GramSum:
@@ -33,6 +34,9 @@ class GramSum:
         self._gram += (rows.mT @ rows).double().cpu()
         self._tokens += len(rows)
 
+    def combine(self) -> None:
+        self._gram, self._tokens = add_up(self._gram), total_of(self._tokens)
+
     def tensors(self) -> dict[str, Tensor]:
         upper = self._gram.triu()
         return {"gram": upper + upper.triu(1).mT, "tokens": torch.tensor(self._tokens)}
@@ -55,6 +59,11 @@ class MomentSums:
         self._absolute += sizes.sum(0).double().cpu()
         self._peak = torch.maximum(self._peak, sizes.amax(0).double().cpu())
         self._fourth += sizes.square().square().sum(0).double().cpu()
+
+    def combine(self) -> None:
+        self._tokens = total_of(self._tokens)
+        self._absolute, self._fourth = add_up(self._absolute), add_up(self._fourth)
+        self._peak = largest(self._peak)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -82,6 +91,9 @@ class BlockOutputSpectrum:
         rows = seen.values.reshape(-1, seen.values.shape[-1]).double()
         gram = (rows.mT @ rows).cpu()
         self._gram = self._gram + gram if len(self._gram) else gram
+
+    def combine(self) -> None:
+        self._gram = add_up(self._gram)
 
     def tensors(self) -> dict[str, Tensor]:
         if not is_finite({"gram": self._gram}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bs_exp import processes
 from bs_exp.calibration.activations import BlockOutputSpectrum, GramSum, MomentSums
 from bs_exp.calibration.gradients import (
     LossGradient,
@@ -61,14 +63,19 @@ def gather(
     One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
     gradients of one loss: the model's own, on the text's own tokens (empirical Fisher) or on drawn ones. `layers` are
     those whose statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where a walk
-    that was interrupted takes them up by their `key`. Tensors are on the CPU. Hooks, `requires_grad` flags and
-    gradients are as before afterwards, whatever happened.
+    that was interrupted takes them up by their `key`. Tensors are on the CPU. Several processes share out the batches,
+    and each yields the statistics of all. Hooks, `requires_grad` flags and gradients are as before afterwards, whatever
+    happened.
     Raises CalibrationError if what was seen is not finite, or matrices of one site read different inputs.
     """
+    count, part = len(data.batches), data
+    if processes.count() > 1:
+        part = replace(data, windows=replace(data.windows, ids=torch.cat(processes.mine(data.batches))))
+        key = key and f"{key}-{processes.rank()}-of-{processes.count()}"
     for loss in _LOSSES:
         if chosen := [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss]:
-            sums = _Sums(model, chosen, loss, batches=len(data.batches))
-            for done in walk(model, data, sums, progress=progress, folder=folder, layers=layers, key=key):
+            sums = _Sums(model, chosen, loss, batches=count)
+            for done in walk(model, part, sums, progress=progress, folder=folder, layers=layers, key=key):
                 yield from sums.finished(done)
 
 
@@ -129,7 +136,11 @@ class _Sums:
         broken: list[str] = []
         for place, subject, statistics in self._watched:
             if subject.layer in layers:
-                new = [(s, subject.name, self._sums.pop((s, subject.name)).tensors()) for s in statistics]
+                new = []
+                for statistic in statistics:
+                    accumulator = self._sums.pop((statistic, subject.name))
+                    accumulator.combine()
+                    new.append((statistic, subject.name, accumulator.tensors()))
                 if not all(is_finite(tensors) for _, _, tensors in new):
                     broken.append(_not_finite(place, subject))
                 found += new

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bs_exp.calibration.statistics import Loss, Place, Seen, Subject
+from bs_exp.processes import add_up, total_of
 
 
 class OutputGramSum:
@@ -24,6 +25,9 @@ class OutputGramSum:
     def add(self, seen: Seen) -> None:
         rows = seen.rows
         self._gram += (rows.mT @ rows).double().cpu()
+
+    def combine(self) -> None:
+        self._gram = add_up(self._gram)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gram": self._gram}
@@ -62,6 +66,9 @@ class SquaredGradientRows:
             self._rows += (x.mT @ g).square().sum(1).double().cpu()
         self._sequences += seen.batch[0]
 
+    def combine(self) -> None:
+        self._rows, self._sequences = add_up(self._rows), total_of(self._sequences)
+
     def tensors(self) -> dict[str, Tensor]:
         return {"rows": self._rows / max(self._sequences, 1)}
 
@@ -84,6 +91,9 @@ class LossGradient:
         assert seen.inputs is not None
         inputs = seen.inputs.reshape(-1, seen.inputs.shape[-1]).float()
         self._gradient += (inputs.mT @ seen.rows).double().cpu()
+
+    def combine(self) -> None:
+        self._gradient = add_up(self._gradient)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gradient": self._gradient.float()}
@@ -110,6 +120,9 @@ class Sensitivity:
         size = float(seen.weight.detach().float().norm())
         # A matrix of zeros has no relative change; the official code's 1e-8 keeps it finite.
         self._sum += float(seen.values.float().norm()) / (size + 1e-8) / self._batches
+
+    def combine(self) -> None:
+        self._sum = total_of(self._sum)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"value": torch.tensor(self._sum, dtype=torch.float64)}

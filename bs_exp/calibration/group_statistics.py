@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from bs_exp import processes
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.calibration.statistics import Place, subjects
@@ -96,7 +97,8 @@ def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[s
 
 
 def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
-    """Hash of what the statistics depend on. The batch size changes the order of summation, hence the last bits."""
+    """Hash of what the statistics depend on. The batch size and the number of
+    processes change the order of summation, hence the last bits."""
     # Models that predict the next token ignore how others are fed.
     feeding = None if model.task is Task.CAUSAL_LM else asdict(data.windows.feeding)
     return content_key(
@@ -106,6 +108,7 @@ def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
         windows=data.windows.provenance["sha256"],
         feeding=feeding,
         batch_size=data.batch_size,
+        **({"processes": processes.count()} if processes.count() > 1 else {}),
     )
 
 
@@ -139,16 +142,21 @@ def calibrate(
         entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
         if absent := {layers[name] for name in names if name not in entries[statistic]}:
             missing[statistic] = absent
+    missing = processes.from_first(lambda: missing)
     # An earlier walk that was interrupted left the statistics of the blocks that it finished.
     for lacking, statistics in _together(missing):
         gathered = gather(
             model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=lacking, key=key
         )
         for statistic, name, tensors in gathered:
-            if name not in entries[statistic]:
+            if name not in entries[statistic] and processes.is_first():
                 if statistic in _GRAMS:
                     tensors = {**tensors, "gram": pack_symmetric(tensors["gram"], dtype)}
                 entries[statistic][name] = cache.store(statistic, keys[statistic][name], tensors)
+    if missing and processes.count() > 1:
+        processes.wait()
+        for kind, found_keys in keys.items():
+            entries[kind] = {name: cache.look_again(kind, name_key) for name, name_key in found_keys.items()}
     count, length = data.windows.ids.shape
     predictions = count * feeder(model, data.windows.feeding).predictions(length)
     return CalibrationStats(

@@ -7,6 +7,7 @@ from collections.abc import Set
 import torch
 from torch import Tensor
 
+from bs_exp import processes
 from bs_exp.cache import content_key
 from bs_exp.calibration.gather import gather
 from bs_exp.calibration.group_statistics import statistics_key
@@ -31,11 +32,12 @@ def profile_blocks(
         if statistic not in needs:
             return None
         entry = workspace.cache.find(statistic, key)
-        if entry is None:
+        if processes.from_first(lambda: entry is None):
             found = gather(model, data, {statistic}, progress=workspace.progress, folder=workspace.cache.folder)
             ordered = sorted(found, key=lambda gathered: int(gathered[1]))
             stacked = torch.stack([value for _, _, tensors in ordered for value in tensors.values()])
             entry = workspace.cache.store(statistic, key, {"values": stacked})
+        assert entry is not None
         return entry.tensor("values")
 
     outputs = values(Statistic.BLOCK_OUTPUTS)

@@ -76,10 +76,13 @@ class Accumulator(Protocol):
     reads_inputs: ClassVar[bool]
 
     def __init__(self, subject: Subject, *, batches: int) -> None:
-        """`batches` is how many there will be."""
+        """`batches` is how many there will be, in all processes together."""
 
     def add(self, seen: Seen) -> None:
         """Takes what was seen once."""
+
+    def combine(self) -> None:
+        """Adds what the other processes of the run saw (`bs_exp.processes`); called once, after all was seen."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What was found, by name; not finite where anything seen was not."""

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from bs_exp import processes
 from bs_exp.corpora.content import content_of
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import (
@@ -133,7 +134,9 @@ class Perplexity:
         if tail is not None:
             batches.append(tail[None])
         first = True
-        for batch_losses in tracked(token_losses(model, batches), label, total=len(batches)):
+        own = processes.mine(batches)
+        found = tracked(token_losses(model, own), label, total=len(own)) if own else ()
+        for batch_losses in processes.put_together(list(found), len(batches)) if processes.count() > 1 else found:
             for losses in batch_losses:
                 # The beginning of a window was counted in the one before; the first window has none before it.
                 yield losses[(start if first else known) - 1 : len(losses) - after]

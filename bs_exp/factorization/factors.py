@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bs_exp import processes
 from bs_exp.cache import Entry
 from bs_exp.errors import DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
@@ -88,12 +89,19 @@ def decompose_groups(
         layout = None
     ranks = {group: _largest_rank(group, layout) for group in groups}
     entries = {group: _stored(group, measures, rank) for group, rank in ranks.items()}
-    missing = [group for group, entry in entries.items() if entry is None]
-    if missing:
+    missing = processes.from_first(lambda: [group for group, entry in entries.items() if entry is None])
+    if missing or processes.count() > 1:  # what only the first process asks for later is there then
         measures.gather()
     with progress.stage(Stage.DECOMPOSE):
-        for group in progress.track(missing, label="decomposing", total=len(missing)):
-            entries[group] = _decomposed(group, measures, ranks[group])
+        failed = None
+        try:
+            for group in progress.track(own := processes.mine(missing), label="decomposing", total=len(own)):
+                entries[group] = _decomposed(group, measures, ranks[group])
+        except DecompositionError as error:
+            failed = error
+        processes.raise_together(failed)
+        if processes.count() > 1:
+            entries |= {group: measures.workspace.cache.look_again(KIND, measures.key(group)) for group in missing}
     if count := len(entries) - len(missing):
         progress.note(f"{count} of {len(entries)} decompositions came from the cache")
     return Decompositions({group: entry for group, entry in entries.items() if entry is not None}, measures)

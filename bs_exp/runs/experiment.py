@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets.utils import logging as datasets_logging
 
+from bs_exp import processes
 from bs_exp.cache import Cache
 from bs_exp.calibration.group_statistics import WITH_LOSS
 from bs_exp.calibration.walk import check_room
@@ -37,7 +38,8 @@ from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
 from bs_exp.runs.stored_values import NOT_OF_COMPRESSION
 from bs_exp.selection.none import NoSelection
-from bs_exp.types import CompressedModel, LoadedModel
+from bs_exp.tracking.none import NullTracker
+from bs_exp.types import CalibrationData, CompressedModel, LoadedModel
 from bs_exp.validation import check_objective, check_seed
 from bs_exp.workspace import Workspace
 
@@ -74,6 +76,10 @@ class Experiment:
         check_seed(self.seed)
         check_objective(self.objective)
 
+    def as_helper(self) -> Experiment:
+        """The same for a process that helps the first one of its run: it tracks and saves nothing."""
+        return replace(self, tracker=NullTracker(), save_model=False, sample=None)
+
     def run(self, recorder: Recorder) -> Objective:
         """The objective, for a sweeper; everything else goes into the record."""
         _quiet_libraries()
@@ -106,7 +112,14 @@ class Experiment:
         """Who judges, the dense model, the recipe's preparation; an error for settings that do not fit, before work."""
         if self.save_model:
             check_replaceable(recorder.folder / MODEL_FOLDER)
+        if processes.count() > 1 and self.cache.folder is None:
+            raise ConfigError(
+                f"{processes.count()} processes hand each other results through the cache, and cache.dir=null keeps it "
+                "in memory. Set cache.dir to a folder."
+            )
         self.cache.check()
+        if processes.count() > 1:
+            recorder.update(provenance={**recorder.record.provenance, "processes": processes.count()})
         for warning in data_warnings(self.model, self.recipe, self.evaluators):
             recorder.progress.warn(warning)
         dense = self._load(recorder)
@@ -117,6 +130,7 @@ class Experiment:
         compares = bool(self.selection.candidates)
         cut = partial(self.dense.windows, cache=self.cache)
         prepared = prepare(dense, self.recipe, recorder.progress, cut=cut, reads_windows=compares)
+        _check_shares(prepared.data)
         check_room(dense, prepared.data, self.cache.folder, backward=bool(self.recipe.needs & WITH_LOSS))
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)
@@ -211,6 +225,16 @@ class Experiment:
             size={**recorder.record.size, "saved_bytes": saved},
             model_folder=MODEL_FOLDER,
             provenance={**recorder.record.provenance, SAVED_FILES: files},
+        )
+
+
+def _check_shares(data: CalibrationData) -> None:
+    """ConfigError if there is no batch of calibration windows for each process."""
+    batches, windows = len(data.batches), len(data.windows.ids)
+    if windows and batches < processes.count():
+        raise ConfigError(
+            f"calibration has {windows} windows in {batches} batches (calibration.batch_size={data.batch_size}), and "
+            f"{processes.count()} processes were started. Start at most {batches}, or lower calibration.batch_size."
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from bs_exp import processes
 from bs_exp.cache import Cache
 from bs_exp.corpora.fitting import fitted, told
 from bs_exp.errors import BsExpError, ConfigError
@@ -65,7 +67,7 @@ class Judge:
             found, key = self.store.measurement(evaluator), None
             if found is None:
                 key = self._key(name, evaluator, model)
-                found = self._find_dense(key, evaluator)
+                found = processes.from_first(partial(self._find_dense, key, evaluator))
             if found is None:
                 self._measure_dense(metrics, name, evaluator, model, key)
             else:
@@ -91,7 +93,8 @@ class Judge:
         for name, evaluator in self.evaluators.items():
             if isinstance(evaluator, PairedEvaluator):
                 with self.recorder.progress.stage(evaluation_stage(name, BOTH)), _about(name):
-                    paired[name], found = evaluator.compare(model.original, model)
+                    # Timings need the machine for themselves: the other processes wait.
+                    paired[name], found = processes.from_first(partial(evaluator.compare, model.original, model))
                 self.add(dict(self.recorder.record.metrics.get("dense", {})), paired[name], name, "dense")
             else:
                 found = self._measure(name, evaluator, model, "compressed")
@@ -136,7 +139,8 @@ class Judge:
         fresh = self._measure(name, evaluator, model, "dense")
         run_id = self.recorder.record.run_id
         self.store.measured(evaluator, fresh, run_id)
-        if key is not None and self._key(name, evaluator, model) == key:  # nothing changed while it was read
+        # Unless something changed while it was read.
+        if processes.is_first() and key is not None and self._key(name, evaluator, model) == key:
             store_data(self.cache, EVALUATION, key, {"metrics": fresh, "run_id": run_id})
         self.add(metrics, fresh, name, "dense")
 

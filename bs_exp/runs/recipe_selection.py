@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bs_exp import processes
 from bs_exp.errors import BsExpError, CalibrationError
 from bs_exp.pipeline import Preparation, Recipe, compress, prepare
 from bs_exp.plan_score import Comparison, check_measurable
@@ -74,6 +75,7 @@ def select(
                 "predicted_loss": made.plan.predicted_loss,
                 "seconds": round(time.perf_counter() - start, 3),
             }
+    judged = processes.from_first(lambda: judged)
     values = {name: float(found["value"]) for name, found in judged.items()}
     chosen = min(values, key=values.__getitem__)  # of equals the first
     if not math.isfinite(values[chosen]):
