@@ -15,6 +15,7 @@ from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, subjects
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.tiny import tiny_random
+from bs_exp.processes import largest
 from bs_exp.types import CalibrationData, Statistic, TokenWindows
 from tests.support.gathered import gathered
 
@@ -74,6 +75,9 @@ def test_a_new_statistic_is_a_class_and_a_row(way: str, monkeypatch: pytest.Monk
 
         def add(self, seen: Seen) -> None:
             self._peak = max(self._peak, float(seen.values.abs().max()))
+
+        def combine(self) -> None:
+            self._peak = float(largest(torch.tensor(self._peak)))
 
         def tensors(self) -> dict[str, Tensor]:
             return {"peak": torch.tensor(self._peak)}
