@@ -15,10 +15,11 @@ it; the suites of `bs_exp.testing` check the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -199,6 +200,24 @@ class StoredFactors:
     @property
     def rank(self) -> int:
         return self.basis.shape[1]
+
+    def on(self, device: torch.device) -> StoredFactors:
+        """The same factors on a device; the same tensors if they are there."""
+        return replace(
+            self._mapped(lambda tensor: tensor.to(device)), kept={n: k.to(device) for n, k in self.kept.items()}
+        )
+
+    def in_dtype(self, dtype: torch.dtype) -> StoredFactors:
+        """The factors rounded to a dtype; what is kept beside them stays as it is."""
+        return self._mapped(lambda tensor: tensor.to(dtype))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> StoredFactors:
+        return replace(
+            self,
+            basis=change(self.basis),
+            coefficients={layer: change(c) for layer, c in self.coefficients.items()},
+            corrections={layer: (change(down), change(up)) for layer, (down, up) in self.corrections.items()},
+        )
 
 
 class Layout(Protocol):
@@ -392,9 +411,10 @@ class Update(Protocol):
     ) -> Mapping[str, Any]:
         """Changes the factors of the compressed model in place, and returns a report as plain data, empty for none.
 
-        `plan` says which groups are factorised, and at which retained share. Only values of factors change: shapes and
-        names stay, and so do all other parameters, which are the dense model's own (both checked). Who shares still
-        shares. `requires_grad` and `grad` of all parameters are afterwards as before.
+        `plan` says which groups are factorised, and at which retained share. Only values change, shapes and names stay,
+        and the dense model is as before (both checked). All parameters that are no factors are the dense model's own,
+        and stay so; an update that trains some of them puts copies in their place first (`surgery.own_parameters`). Who
+        shares still shares. `requires_grad` and `grad` of all parameters are afterwards as before.
         """
 
 

@@ -78,6 +78,16 @@ def check_room(model: LoadedModel, data: CalibrationData, folder: Path | None, *
         Waiting(data.activations, folder).fixed(total)
 
 
+def check_block_walk(model: LoadedModel, data: CalibrationData, remedy: str) -> None:
+    """ModelError, with the remedy, if the blocks of the model cannot be run one at a time on the windows."""
+    reader = feeder(model, data.windows.feeding)
+    first, *second = (reader.inputs(ids.to(model.device)) for ids in data.windows.ids.split(1)[:2])
+    try:
+        Blocks(model).check(first, second[0] if second else first)
+    except ModelError as error:
+        raise ModelError(f"{error} {remedy}") from error
+
+
 def walk(
     model: LoadedModel,
     data: CalibrationData,

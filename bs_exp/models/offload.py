@@ -87,6 +87,13 @@ def resident(block: nn.Module) -> Iterator[None]:
         _leave(block)
 
 
+def keep_changes(block: nn.Module) -> None:
+    """The weights of a resident block, as they are now, go to where they wait."""
+    residence: _Residence | None = vars(block).get(_RESIDENCE)
+    for parameter, data in residence.home if residence is not None else ():
+        data.copy_(parameter.data)
+
+
 @dataclass(eq=False)
 class _Residence:
     """Where a block's weights are: `home` holds those that wait elsewhere while the block is on the device."""

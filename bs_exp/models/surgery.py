@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -111,6 +112,32 @@ def find_factors(module: nn.Module) -> dict[str, nn.Parameter]:
         elif isinstance(layer, CorrectedLinear):
             names |= {layer.down: f"{name}.down", layer.weight: f"{name}.weight"}
     return {name: factor for factor, name in names.items()}
+
+
+def block_parameters(model: PreTrainedModel, path: str) -> dict[str, nn.Parameter]:
+    """The parameters that the module at this path holds alone, by name: no other block shares them."""
+    inside = dict(model.get_submodule(path).named_parameters(prefix=path))
+    whole = Counter(parameter for module in model.modules() for parameter in module._parameters.values())
+    own = Counter(p for module in model.get_submodule(path).modules() for p in module._parameters.values())
+    return {name: p for name, p in inside.items() if p.numel() and own[p] == whole[p]}
+
+
+def own_parameters(
+    model: PreTrainedModel, dense: PreTrainedModel, path: str, folder: Path | None = None
+) -> list[nn.Parameter]:
+    """Copies, in the module at this path, of the parameters that it shares with the dense model and nobody else.
+
+    Returns them. Those that lie in files have copies in a file without a name in `folder`.
+    """
+    others = set(dense.parameters())
+    shared = [parameter for parameter in block_parameters(model, path).values() if parameter in others]
+    copies = {parameter: nn.Parameter(parameter.detach().clone(), parameter.requires_grad) for parameter in shared}
+    _to_files((copies[parameter] for parameter in shared if is_mapped(parameter)), folder)
+    for module in model.get_submodule(path).modules():
+        for name, parameter in module._parameters.items():
+            if parameter in copies:
+                module.register_parameter(name, copies[parameter])
+    return list(copies.values())
 
 
 def exchange_factors(

@@ -1,4 +1,4 @@
-"""What every update keeps: only factors change, what is shared stays shared, in every layout, and to the same bits."""
+"""What every update keeps: what may change, what is shared stays shared, in every layout, and to the same bits."""
 
 from __future__ import annotations
 
@@ -50,19 +50,27 @@ class UpdateContract:
         """Whether the update does anything, and reports it."""
         return True
 
+    def changes_blocks(self, update: Update) -> bool:
+        """Whether it changes other parameters of blocks too, of which the compressed model then has its own."""
+        return False
+
     def test_factors_change_and_nothing_else(self, update: Update, layout: Layout, made: CompressedModel) -> None:
-        """Which columns are pivots is a part of the factors; what is no factor is the dense model's own Parameter."""
+        """Which columns are pivots is a part of the factors; what is no factor is the dense model's own Parameter, or
+        one of a block that changed."""
         module, original = made.module, dense().module
         before, after = values(plain(layout.name).module), values(module)
         assert before.keys() == after.keys() and same(values(original), values(tiny_random().module))
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         layers = {name for name, layer in module.named_modules() if isinstance(layer, FactorisedLinear)}
-        assert all(name.rpartition(".")[0] in layers for name in changed)
+        blocks = tuple(f"{path}." for path in dense().architecture.blocks) if self.changes_blocks(update) else ()
+        assert all(name.rpartition(".")[0] in layers or name.startswith(blocks) for name in changed)
         assert bool(changed) == self.changes_factors(update)
         factors = {id(factor) for factor in find_factors(module).values()}
         untouched = dict(original.named_parameters(remove_duplicate=False))
         named = module.named_parameters(remove_duplicate=False)
-        assert all(p is untouched[name] for name, p in named if p.numel() and id(p) not in factors)
+        others = [(name, p) for name, p in named if p.numel() and id(p) not in factors]
+        own = {name for name, p in others if p is not untouched[name]}
+        assert all(name.startswith(blocks) for name in own) and bool(own) == self.changes_blocks(update)
         assert all(p.requires_grad and p.grad is None for model in (module, original) for p in model.parameters())
 
     def test_who_shares_still_shares_and_nothing_more_is_stored(self, layout: Layout, made: CompressedModel) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.group_statistics import calibrate
-from bs_exp.errors import CalibrationError, ConfigError, ModelError
+from bs_exp.calibration.site_inputs import inputs_of
+from bs_exp.calibration.walk import check_block_walk
+from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.fingerprint import fingerprint
-from bs_exp.models.hooks import Hooks
 from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.offload import is_offloaded
@@ -97,16 +96,12 @@ class Refit:
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """Windows that fit, and blocks that can be run one at a time where that is needed."""
         if self.streams:
-            batches = data.windows.ids.split(1)[:2]
-            feed = feeder(dense, data.windows.feeding)
-            first, *second = (feed.inputs(ids.to(dense.device)) for ids in batches)
-            try:
-                Blocks(dense).check(first, second[0] if second else first)
-            except ModelError as error:
-                raise ModelError(
-                    f"{error} For the refit use update.mode=one_shot with update.target=compressed_inputs, which runs "
-                    "the model as a whole; update=none leaves it out."
-                ) from error
+            check_block_walk(
+                dense,
+                data,
+                "For the refit use update.mode=one_shot with update.target=compressed_inputs, which runs the model as "
+                "a whole; update=none leaves it out.",
+            )
 
     def apply(
         self,
@@ -214,7 +209,7 @@ class _Work:
         """Refits some layers of a group on their inputs, if that lowers the loss of the numbers that are stored."""
         architecture, ridge = self.dense.architecture, self.settings.ridge
         device = self.device(group)
-        stored = _on(factors_of(self.compressed, architecture, group), device)
+        stored = factors_of(self.compressed, architecture, group).on(device)
         layout = stored.layout
         present = layout.restore(stored)
         weights = [weight_of(self.dense.module, self.matrix(group, i)) for i in layers]
@@ -237,7 +232,7 @@ class _Work:
             present.basis, columns(present.coefficients), weight, inputs, beta=beta, ridge=ridge, fixed=fixed
         )
         parts = dict(zip(layers, new.split(group.d_out, dim=1), strict=True))
-        candidate = _in_dtype(layout.with_coefficients(stored, parts), stored.basis.dtype)
+        candidate = layout.with_coefficients(stored, parts).in_dtype(stored.basis.dtype)
         before, after = loss(stored), loss(candidate)
         if not math.isfinite(before):
             raise CalibrationError(
@@ -301,9 +296,9 @@ def _gather(
     for batch in range(len(current)):
         wanted: dict[str, Tensor] = {}
         if original is not None:
-            with _inputs_of(work.dense.module, sites) as wanted:
+            with inputs_of(work.dense.module, sites) as wanted:
                 original.advance(batch, original.run(layer, batch))
-        with _inputs_of(work.compressed, sites) as seen:
+        with inputs_of(work.compressed, sites) as seen:
             states = current.run(layer, batch)
         if advance:
             current.advance(batch, states)
@@ -316,41 +311,6 @@ def _gather(
             pairs = InputPairs.of(seen[site], wanted.get(site))
             found[site] = found[site] + pairs if site in found else pairs
     return found
-
-
-@contextmanager
-def _inputs_of(module: PreTrainedModel, sites: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """Inputs of the named modules by site, tokens x channels, filled in as the model runs."""
-    seen: dict[str, Tensor] = {}
-
-    def see(site: str, inputs: Tensor) -> None:
-        rows = inputs.flatten(0, -2)
-        seen[site] = torch.cat((seen[site], rows)) if site in seen else rows
-
-    with Hooks() as hooks:
-        for site, name in sites.items():
-            hooks.on_input(module.get_submodule(name), partial(see, site))
-        yield seen
-
-
-def _on(factors: StoredFactors, device: torch.device) -> StoredFactors:
-    """The factors on a device; the same tensors if they are there."""
-    return replace(
-        factors,
-        basis=factors.basis.to(device),
-        coefficients={layer: c.to(device) for layer, c in factors.coefficients.items()},
-        kept={name: value.to(device) for name, value in factors.kept.items()},
-        corrections={layer: (down.to(device), up.to(device)) for layer, (down, up) in factors.corrections.items()},
-    )
-
-
-def _in_dtype(factors: StoredFactors, dtype: torch.dtype) -> StoredFactors:
-    return replace(
-        factors,
-        basis=factors.basis.to(dtype),
-        coefficients={layer: c.to(dtype) for layer, c in factors.coefficients.items()},
-        corrections={layer: (down.to(dtype), up.to(dtype)) for layer, (down, up) in factors.corrections.items()},
-    )
 
 
 def _summary(report: Mapping[str, Any]) -> str:

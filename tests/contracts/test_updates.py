@@ -10,6 +10,7 @@ import pytest
 from bs_exp.protocols import Update
 from bs_exp.testing import UpdateContract
 from bs_exp.update.none import NoUpdate
+from bs_exp.update.refine_blocks import RefineBlocks
 from tests.support.options import option_of, options, strategy
 
 # A few steps of training, large enough to be seen.
@@ -26,18 +27,23 @@ ROWS = [
     f" corpus@update.data.corpus=text update.data.corpus.files=['{Path(__file__)}'] update.data.sequence_length=24"
     " update.data.num_sequences=12",
     f"update=recover {TRAINING.format('update')}",
+    f"update=refine_blocks {TRAINING.format('update')}",
+    f"update=refine_blocks update.start=anchored update.trained=factors {TRAINING.format('update')}",
     f"update=refit_recover {TRAINING.format('update.updates.recover')}",
 ]
 
 
 class TestUpdates(UpdateContract):
-    @pytest.fixture(scope="class", params=ROWS, ids=[row[:30] for row in ROWS])
+    @pytest.fixture(scope="class", params=ROWS, ids=[row[:36] for row in ROWS])
     @classmethod
     def update(cls, request: pytest.FixtureRequest) -> Any:
         return strategy(request.param)
 
     def changes_factors(self, update: Update) -> bool:
         return not isinstance(update, NoUpdate)
+
+    def changes_blocks(self, update: Update) -> bool:
+        return isinstance(update, RefineBlocks) and update.trained == "block"
 
 
 def test_every_option_has_a_row() -> None:
