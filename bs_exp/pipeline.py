@@ -44,6 +44,7 @@ from bs_exp.protocols import (
     SharingProblem,
     SplitsMatrices,
     Update,
+    UpdatesRounds,
     Whitening,
 )
 from bs_exp.rank_budget import make_plan, share_out
@@ -258,6 +259,9 @@ def compress(
             break
         told = f"{plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}"
         progress.note(f"round {len(rounds) - 1}: {told}")
+        if isinstance(recipe.update, UpdatesRounds) and recipe.update.every_round:
+            with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
+                recipe.update.apply(module, dense, plan, data, workspace)
         workspace.cache.drop(workspace.cache.made[start_of_round:])
         start_of_round = len(workspace.cache.made)
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})

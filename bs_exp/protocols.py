@@ -418,6 +418,14 @@ class Update(Protocol):
         """
 
 
+@runtime_checkable
+class UpdatesRounds(Update, Protocol):
+    """An update that may also be applied after every round of a schedule, before the next one takes its statistics."""
+
+    @property
+    def every_round(self) -> bool: ...
+
+
 class Evaluator(Protocol):
     """Measures a model, in the same way for dense and compressed ones."""
 

@@ -31,7 +31,8 @@ class FirstOrder:
     papers: groups may be shared and layouts may be any; every group keeps one component; and parameters are counted as
     they are stored, without int8 remapping, so that a group at or above break-even stays dense, although what it would
     have dropped is in the running sum. ZS-SVD's correction (truncated weights moved along the gradient, and truncated
-    again) is not made. Corrections of a group that has some (sharing=residual) are not in the first-order changes.
+    again) is `update=gradient_correction`. Corrections of a group that has some (sharing=residual) are not in the
+    first-order changes.
     """
 
     order: str
