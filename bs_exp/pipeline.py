@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp import processes
 from bs_exp.calibration.group_statistics import OF_MATRICES, check_gatherable
@@ -260,15 +260,12 @@ def compress(
         told = f"{plan.retain_ratio:.3f} kept, predicted loss {plan.predicted_loss:.4g}"
         progress.note(f"round {len(rounds) - 1}: {told}")
         if isinstance(recipe.update, UpdatesRounds) and recipe.update.every_round:
-            with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
-                recipe.update.apply(module, dense, plan, data, workspace)
+            _updated(module, dense, whole, recipe.update, plan, data, workspace)
         workspace.cache.drop(workspace.cache.made[start_of_round:])
         start_of_round = len(workspace.cache.made)
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
         measures = _measures(dense, current, data, recipe, recipe.round_needs, workspace)
-    with progress.stage(Stage.UPDATE), only_factors_change(module, whole, recipe.update):
-        report = recipe.update.apply(module, dense, plan, data, workspace)
-        processes.same_values(module, unlike=dense.module)
+    report = _updated(module, dense, whole, recipe.update, plan, data, workspace)
     return CompressedModel(
         module=module,
         plan=plan,
@@ -277,6 +274,22 @@ def compress(
         update=report,
         spectra=decompositions.spectra,
     )
+
+
+def _updated(
+    module: PreTrainedModel,
+    dense: LoadedModel,
+    whole: LoadedModel,
+    update: Update,
+    plan: RankPlan,
+    data: CalibrationData,
+    workspace: Workspace,
+) -> Mapping[str, Any]:
+    """Applies the update to the compressed model; its report."""
+    with workspace.progress.stage(Stage.UPDATE), only_factors_change(module, whole, update):
+        report = update.apply(module, dense, plan, data, workspace)
+        processes.same_values(module, unlike=dense.module)
+    return report
 
 
 def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace) -> SharingProblem:

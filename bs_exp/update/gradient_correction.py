@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bs_exp import processes
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
-from bs_exp.errors import DataError
+from bs_exp.errors import ConfigError, DataError
 from bs_exp.linalg.cholesky import damped_root
 from bs_exp.linalg.decomposition import needs_left_root
 from bs_exp.linalg.gradient_step import corrected_factors
@@ -70,6 +71,11 @@ class GradientCorrection:
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """ConfigError for a model without a loss, DataError if there are too few windows to hold some out."""
         check_gatherable(dense, data, {"update=gradient_correction": {Statistic.LOSS_GRADIENT}})
+        if self.windows is not None and self.windows < processes.count():
+            raise ConfigError(
+                f"windows must be at least {processes.count()}, one for each process, got {self.windows}. Raise "
+                "update.windows, or start fewer processes."
+            )
         if self.holdout and len(data.windows.ids) < 2:
             raise DataError(
                 f"update=gradient_correction needs at least 2 calibration windows, one of them held out, got "
@@ -99,6 +105,7 @@ class GradientCorrection:
         for number in range(self.corrections):
             gathered = len(workspace.cache.made)
             self._correct(compressed, dense, groups, replace(data, windows=training), number, workspace)
+            processes.same_values(compressed, unlike=dense.module)
             # Statistics of a model that is gone.
             workspace.cache.drop(workspace.cache.made[gathered:])
             history.append(self._loss(compressed, dense, data, held_out))
@@ -130,13 +137,13 @@ class GradientCorrection:
         """One correction of all groups, from statistics of the model as it is."""
         provenance = {**dense.provenance, "fingerprint": fingerprint(compressed)}
         source = replace(dense, module=compressed, provenance=provenance)
-        grams = calibrate(source, data, needs={Statistic.GRAM}, workspace=workspace)
+        grams = calibrate(source, _shared_out(data), needs={Statistic.GRAM}, workspace=workspace)
         drawn = data
         if self.windows is not None and self.windows < len(data.windows.ids):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             chosen = torch.randperm(len(data.windows.ids), generator=generator)[: self.windows].sort().values
             drawn = replace(data, windows=part_of(data.windows, chosen, name=f"drawn for correction {number}"))
-        gradients = calibrate(source, drawn, needs={Statistic.LOSS_GRADIENT}, workspace=workspace)
+        gradients = calibrate(source, _shared_out(drawn), needs={Statistic.LOSS_GRADIENT}, workspace=workspace)
         for planned in workspace.progress.track(groups, label="correcting", total=len(groups)):
             candidate = self._corrected(compressed, dense, planned, grams, gradients)
             exchange_factors(compressed, dense.architecture, candidate, workspace.cache.folder)
@@ -179,4 +186,14 @@ class GradientCorrection:
         """The model's own loss on windows, in nats per predicted token; 0 without any."""
         objective = TokenLoss(module=compressed, feeder=feeder(dense, data.windows.feeding), autocast=False)
         parts = ids.split(data.batch_size) if len(ids) else ()
-        return sum(float(objective(part.to(dense.device), training=False)) for part in parts) / max(len(ids), 1)
+
+        def measured() -> float:
+            return sum(float(objective(part.to(dense.device), training=False)) for part in parts) / max(len(ids), 1)
+
+        return processes.from_first(measured)
+
+
+def _shared_out(data: CalibrationData) -> CalibrationData:
+    """The windows in batches that are small enough to leave one for every process."""
+    share = len(data.windows.ids) // processes.count()
+    return replace(data, batch_size=max(1, min(data.batch_size, share)))
