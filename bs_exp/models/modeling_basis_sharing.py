@@ -15,9 +15,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -202,6 +204,17 @@ class FactorisedLinear(nn.Module):
         """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
         product = canonical(self.product().to(self.weight.dtype))
         return _dense_layer(self, product, self.any_bias, requires_grad=self.weight.requires_grad)
+
+    def lora_layer(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The layer with a LoRA adapter of the whole matrix; arguments are those of peft's LoRA layers."""
+        layer: nn.Module = _lora_class()(*args, **kwargs)
+        return layer
+
+    def with_term(self, down: Tensor, up: Tensor) -> CorrectedLinear:
+        """The layer plus `up @ down`, a term of its own `[out, rank] @ [rank, in]`: the shared basis stays as it is."""
+        like = self.weight
+        terms = (nn.Parameter(canonical(t.detach().to(like.device, like.dtype)), False) for t in (down, up))
+        return CorrectedLinear(self, *terms)
 
     def extra_repr(self) -> str:
         return (
@@ -391,10 +404,34 @@ class CorrectedLinear(nn.Module):
     def out_features(self) -> int:
         return self.shared.out_features
 
+    @property
+    def any_bias(self) -> nn.Parameter | None:
+        """The bias, whatever it is called."""
+        return self.shared.any_bias
+
     def forward(self, x: Tensor) -> Tensor:
         linear = nn.functional.linear
         y: Tensor = self.shared(x) + linear(linear(x, self.down), self.weight)
         return y
+
+    def lora_layer(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `FactorisedLinear.lora_layer`."""
+        layer: nn.Module = _lora_class()(*args, **kwargs)
+        return layer
+
+    def with_term(self, down: Tensor, up: Tensor) -> CorrectedLinear:
+        """The layer plus `up @ down`: both terms of low rank in one, of the sum of their ranks."""
+        down, up = (new.detach().to(old) for new, old in ((down, self.down), (up, self.weight)))
+        terms = torch.cat([self.down.detach(), down]), torch.cat([self.weight.detach(), up], dim=1)
+        return CorrectedLinear(self.shared, *(nn.Parameter(canonical(term), False) for term in terms))
+
+    def without_term(self, rank: int) -> FactorisedLinear | CorrectedLinear:
+        """The layer as it was before `with_term` added a term of this rank, to the bit."""
+        left = self.down.shape[0] - rank
+        if not left:
+            return self.shared
+        down, up = canonical(self.down.detach()[:left]), canonical(self.weight.detach()[:, :left])
+        return CorrectedLinear(self.shared, nn.Parameter(down, False), nn.Parameter(up, False))
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The ordinary layer with the sum of both products, in the dtype of the factors."""
@@ -744,6 +781,7 @@ class BasisSharingQuantizer(HfQuantizer):
         # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
         for name, method in _METHODS.items():
             setattr(model, name, MethodType(method, model))
+        _tell_peft()
 
     def attach(self, model: Any) -> None:
         """Make a model whose layers were just replaced the same as one that `from_pretrained` returns."""
@@ -763,9 +801,11 @@ class BasisSharingQuantizer(HfQuantizer):
         """Basis of every further member -> basis of the owner."""
         ties = {}
         for group in self.quantization_config.groups:
-            owner, *peers = _local_names(model, group)
-            basis = "shared.basis" if group.get("correction") else "basis"
-            ties.update({f"{peer}.{basis}": f"{owner}.{basis}" for peer in peers})
+            owner, *peers = (
+                f"{name}.shared.basis" if isinstance(model.get_submodule(name), CorrectedLinear) else f"{name}.basis"
+                for name in _local_names(model, group)
+            )
+            ties.update(dict.fromkeys(peers, owner))
         return ties
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -782,8 +822,10 @@ class BasisSharingQuantizer(HfQuantizer):
             (name,) = _local_names(model, {"members": [split["module"]]})
             model.set_submodule(name, model.get_submodule(name).merged())
         patterns = _patterns(ties)
+        # A layer may have got its own term, such as a merged adapter, since its tie was declared.
+        names = ties.keys() | {name.replace(".shared.basis", ".basis") for name in ties}
         model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k not in patterns} or None
-        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in ties}
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in names}
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -824,6 +866,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     if not is_writer or getattr(model, "_hf_peft_config_loaded", False):
         save(model, save_directory, *args, **kwargs)
         return
+    _declare_terms(model)
     own_code = model.is_remote_code()  # it brings an auto_map, which must stay
     if not own_code:
         # Before the rest, which may end with an upload of the folder.
@@ -845,6 +888,35 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "half": nn.Module.half,
     "float": nn.Module.float,
 }
+
+
+def _declare_terms(model: Any) -> None:
+    """Writes into the groups the rank of their layers' own terms, as it is now: adapters may have been merged.
+
+    The layers of a group have terms of one rank, at most the full one: those of a lower rank are filled with zeros.
+    """
+    for group in model.config.quantization_config.groups:
+        members = {name: model.get_submodule(name) for name in _local_names(model, group)}
+        most = max(_term_rank(layer) for layer in members.values())
+        full = min(s for m in members.values() for s in (m.in_features, m.out_features))
+        for name, layer in members.items():
+            if _term_rank(layer) > full:
+                whole, is_low = layer.weight @ layer.down, layer.out_features == full
+                one = torch.eye(full)
+                layer = layer.shared.with_term(whole, one) if is_low else layer.shared.with_term(one, whole)
+            if (lacking := min(most, full) - _term_rank(layer)) > 0:
+                down, up = torch.zeros(lacking, layer.in_features), torch.zeros(layer.out_features, lacking)
+                layer = layer.with_term(down, up)
+            if layer is not members[name]:
+                model.set_submodule(name, layer)
+        group.pop("correction", None)
+        if most:
+            group["correction"] = min(most, full)
+    model.hf_quantizer.declare_ties(model)
+
+
+def _term_rank(layer: Any) -> int:
+    return layer.down.shape[0] if isinstance(layer, CorrectedLinear) else 0
 
 
 # In a group's entry of a saved config.json: CRC-32 of what its layers keep besides their factors, as 8 hex digits.
@@ -1018,6 +1090,119 @@ def _is_own_auto_map(entries: Mapping[str, str] | None) -> bool:
     return bool(names) and all(name.startswith(f"{REMOTE_MODULE}.") for name in names)
 
 
+# peft's module of LoRA models. It asks its own list of layer types what to make of a module, and lets nobody add one.
+_PEFT_LORA = "peft.tuners.lora.model"
+# How an adapter may begin; the other ways decompose the dense weight, which a factorised layer lacks.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@cache
+def _lora_class() -> type[nn.Module]:
+    """peft's LoRA layer on a factorised one. Made when it is asked for: peft may be missing."""
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    class FactorisedLora(LoraLinear):
+        """`y = layer(x) + scaling * (x @ A^T) @ B^T`, which merging makes a term of the layer's own: see `with_term`.
+
+        So a shared basis is never touched, and taking an adapter out again gives the layer back to the bit.
+        """
+
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            layer = cast("FactorisedLinear | CorrectedLinear", module)
+            return layer.in_features, layer.out_features
+
+        @property
+        def lora_variants(self) -> dict[tuple[str, ...], Any]:
+            return {(): None}
+
+        def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+            asked = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
+            if config.init_lora_weights not in _STARTS:
+                asked["init_lora_weights"] = config.init_lora_weights
+            if wrong := [f"{name}={value!r}" for name, value in asked.items() if value]:
+                raise ValueError(
+                    f"{kwargs.get('target_name')} is stored as two factors, so an adapter of it cannot have "
+                    f"{', '.join(wrong)}: the dense weight or a bias of its own is not there. Leave use_dora and "
+                    f"lora_bias out, and set init_lora_weights to one of {', '.join(map(str, _STARTS))}. Or make the "
+                    "model dense first (bs_exp.to_dense)."
+                )
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            self.fan_in_fan_out = False  # the factors of a Conv1D layer are [out, in], too
+
+        @property
+        def _layer(self) -> Any:
+            return self.base_layer
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            for name in check_adapters_to_merge(self, adapter_names):
+                if name not in self.lora_A:
+                    continue
+                down, up = (cast("Tensor", part[name].weight).detach() for part in (self.lora_A, self.lora_B))
+                up = up.double() * self.scaling[name]
+                if safe_merge and not (down.isfinite().all() and up.isfinite().all()):
+                    raise ValueError(f"The adapter {name} has NaN or infinite values, so it is not merged.")
+                self.base_layer = self._layer.with_term(down, up)
+                self.merged_adapters.append(name)
+
+        def unmerge(self) -> None:
+            while self.merged_adapters:
+                self.base_layer = self._layer.without_term(self.r[self.merged_adapters.pop()])
+
+    return FactorisedLora
+
+
+def _tell_peft() -> None:
+    """Has peft put adapters on factorised layers by their usual names, from now on or as soon as it is imported."""
+    module = sys.modules.get(_PEFT_LORA)
+    if module is not None:
+        _extend(module)
+    elif not any(type(finder).__name__ == PeftFinder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, PeftFinder())
+
+
+def _extend(module: Any) -> None:
+    model = getattr(module, "LoraModel", None)
+    if model is None or hasattr(model._create_new_module, "asks_layers"):
+        return
+    usual = model._create_new_module
+
+    def create(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        # A target can be a tuner's layer itself. Copies of this file know their own classes: the layers are asked.
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if not hasattr(base, "lora_layer") or kwargs.get("parameter_name") is not None:
+            return usual(config, adapter_name, target, **kwargs)
+        if target is not base:
+            raise ValueError(
+                f"{kwargs.get('target_name')} is adapted twice in one model: by its name and by a Parameter of it "
+                "(target_parameters). Choose one of them."
+            )
+        return base.lora_layer(base, adapter_name, config=config, **kwargs)
+
+    create.asks_layers = True  # type: ignore[attr-defined]
+    model._create_new_module = staticmethod(create)
+
+
+class PeftFinder:
+    """Finds one module of peft, as the other finders do, and extends it after it was executed."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != _PEFT_LORA:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                _extend(module)
+                sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != PeftFinder.__name__]
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
 def _linear_layers(
     dense: Sequence[nn.Module], members: Sequence[str]
 ) -> tuple[list[nn.Linear | Conv1D], list[tuple[int, int]]]:
@@ -1060,10 +1245,14 @@ def _local_names(model: Any, group: Mapping[str, Any]) -> list[str]:
 
 
 def _patterns(ties: Mapping[str, str]) -> dict[str, str]:
-    """The names of ties as patterns that match them where modules are wrapped, too: peft calls these `base_layer`."""
+    """The names of ties as patterns that match them where modules are wrapped, too.
+
+    peft calls these `base_layer`, and a layer with a term of its own calls the rest of it `shared`.
+    """
 
     def pattern(name: str) -> str:
-        return r"(\.base_layer)*\.".join(map(re.escape, name.split("."))) + "$"
+        parts = name.replace(".shared.", ".").split(".")
+        return r"(\.base_layer|\.shared)*\.".join(map(re.escape, parts)) + "$"
 
     return {pattern(peer): pattern(owner) for peer, owner in ties.items()}
 

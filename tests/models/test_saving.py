@@ -91,6 +91,12 @@ def test_fresh_process_without_bs_exp(without_plugin: Any, family: str) -> None:
     assert "mismatch" in (without_plugin["refusals"][family] or ""), "never random layers without a word"
 
 
+def test_peft_adapts_matrices_by_their_usual_names(dense: Dense, with_plugin: Any, without_plugin: Any) -> None:
+    """Imported after the model was loaded; and where bs_exp is not installed."""
+    assert with_plugin["adapters"] == len(dense("llama").architecture.of_type("q"))
+    assert without_plugin["adapters"]
+
+
 def test_harness_needs_the_plugin_or_trust_remote_code(without_plugin: Any) -> None:
     assert float(without_plugin["harness"]) < 0
     assert "basis_sharing" in without_plugin["harness_without"]

@@ -24,6 +24,7 @@ for family, logits in expected["compressed"].items():
     prompt = tokenizer("A word", return_tensors="pt").input_ids
     made = model.generate(prompt, max_new_tokens=3, do_sample=False)
     layers = [m for m in model.modules() if isinstance(m, bs_exp.SharedLinear | bs_exp.PivotedLinear)]
+    assert "peft" not in sys.modules  # it is imported last, and finds the layers all the same
     seen[family] = {
         "equal": torch.equal(again, logits),
         "prompt": tokenizer.decode(made[0, : prompt.shape[1]]),
@@ -31,4 +32,8 @@ for family, logits in expected["compressed"].items():
         "layers": len(layers),
         "bases": len({id(layer.basis) for layer in layers}),
     }
-print(json.dumps(seen))
+from peft import LoraConfig, get_peft_model  # noqa: E402
+
+some = AutoModelForCausalLM.from_pretrained(folder / "compressed" / "llama")
+adapted = get_peft_model(some, LoraConfig(target_modules=["q_proj"]))
+print(json.dumps({**seen, "adapters": sum(".lora_A." in name for name, _ in adapted.named_parameters())}))

@@ -53,9 +53,25 @@ trusted = {
     family: torch.equal(loaded_logits("compressed", family, trust_remote_code=True), logits)
     for family, logits in expected["compressed"].items()
 }
+
+
+def adapters() -> bool:
+    """Whether peft adapts matrices by their usual names, and merges that, with the file in the folder alone."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(some, trust_remote_code=True)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        logits = adapted(ids).logits
+        merged = adapted.merge_and_unload()(ids).logits
+    changed = not torch.allclose(logits, expected["compressed"]["llama"], atol=1e-2)
+    return changed and torch.allclose(merged, logits, rtol=1e-4, atol=1e-4)
+
+
 print(
     json.dumps(
         {
+            "adapters": adapters(),
             "refusals": refusals,
             "dense": dense,
             "trusted": trusted,
