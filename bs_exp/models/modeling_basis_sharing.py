@@ -682,7 +682,11 @@ class BasisSharingQuantizer(HfQuantizer):
             raise ImportError(f"{METHOD!r} needs transformers 5 or newer, got {transformers.__version__}.")
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The configuration as it is. Transformers asks before it builds the model: the last moment to refuse."""
+        """The configuration without the word for who lacks the plug-in (`_word_without_plugin`).
+
+        Transformers asks before it looks for files and builds the model: the last moment to refuse.
+        """
+        vars(config).pop(_WEIGHTS_FILE, None)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             for name in _DEPTHS:
                 depth = getattr(part, name, None)
@@ -853,33 +857,75 @@ class BasisSharingQuantizer(HfQuantizer):
         return True
 
 
-def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
     """As the model's class saves it, with a copy of this file and the `auto_map` through which Auto classes find it.
 
-    At last config.json gets the checksums of what was written. An upload in the same call (`push_to_hub=True`) comes
-    before that; `model.push_to_hub(...)`, which saves first, takes them along.
+    At last config.json gets the checksums of what was written. An upload in the same call comes after that, with a
+    README.md that lies in the folder as it is; `model.push_to_hub(...)` saves first, too.
     """
     save = type(model).save_pretrained
     folder = Path(save_directory)
-    is_writer = model.should_save_on_this_rank(kwargs.get("is_main_process", True))
+    is_writer = model.should_save_on_this_rank(is_main_process)
     # Of a model with adapters these alone are saved: neither its weights nor its configuration.
     if not is_writer or getattr(model, "_hf_peft_config_loaded", False):
-        save(model, save_directory, *args, **kwargs)
+        save(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         return
+    hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs}
     _declare_terms(model)
     own_code = model.is_remote_code()  # it brings an auto_map, which must stay
     if not own_code:
-        # Before the rest, which may end with an upload of the folder.
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, folder / f"{REMOTE_MODULE}.py")
         model.config.auto_map = auto_map(model)
     try:
         with _checksums(model):
-            save(model, save_directory, *args, **kwargs)
+            save(model, save_directory, is_main_process, state_dict, **kwargs)
     finally:
         if not own_code:
             del model.config.auto_map
-    _write_file_checksums(folder)
+    _complete_config(folder)
+    if push_to_hub:
+        _push(folder, token=kwargs.get("token"), tags=model.model_tags, **hub)
+
+
+_MODEL_FILES = (
+    *("README.md", f"{REMOTE_MODULE}.py", "config.json", "generation_config.json"),
+    "model.safetensors.index.json",
+)
+
+
+def _push(
+    folder: Path,
+    *,
+    token: str | bool | None,
+    tags: Sequence[str] | None,
+    repo_id: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    private: bool | None = None,
+) -> None:
+    """Uploads what a model consists of, in one commit; Transformers itself would do so before the checksums."""
+    from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
+    if not (folder / "README.md").exists():
+        data = ModelCardData(library_name="transformers", tags=[*(tags or ()), "basis-sharing"])
+        ModelCard(f"---\n{data.to_yaml()}\n---\n").save(folder / "README.md")
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        commit_message=commit_message or "Upload model",
+        create_pr=create_pr,
+        allow_patterns=[*_MODEL_FILES, *(file.name for file in folder.glob("model*.safetensors"))],
+    )
 
 
 # What a compressed model does otherwise than its class, which refuses a change of dtype to any quantized model.
@@ -960,15 +1006,35 @@ _CONFIG_FILE = "config.json"
 _BLOCK = 2**20
 
 
-def _write_file_checksums(folder: Path) -> None:
+# Of a configuration: the file of weights that Transformers is to read in place of the usual ones.
+_WEIGHTS_FILE = "transformers_weights"
+
+
+def _complete_config(folder: Path) -> None:
+    """Checksums into config.json, and a word for who lacks the plug-in."""
     path = folder / _CONFIG_FILE
     found = {file.name: _file_checksum(file) for file in sorted(folder.glob("model*.safetensors"))}
     data = json.loads(path.read_text(encoding="utf-8"))
+    if _is_own_auto_map(data.get("auto_map")):
+        data[_WEIGHTS_FILE] = _word_without_plugin(data["auto_map"])
     data["quantization_config"][FILE_CHECKSUMS] = found
     found[_CONFIG_FILE] = _config_checksum(data)
     whole = path.with_name(f"{_CONFIG_FILE}.new")
     whole.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     whole.replace(path)
+
+
+def _word_without_plugin(auto_map: Mapping[str, str]) -> str:
+    """What a process without the plug-in is told in place of the wrong shapes that it would find later.
+
+    It is the name of a file that cannot be one, which Transformers quotes as it refuses it, before it reads any
+    weights. Whoever has the plug-in never sees it: the quantizer takes it out of the configuration.
+    """
+    auto = next((name for name in auto_map if name != "AutoConfig"), "AutoModel")
+    return (
+        f"none, for the weights are stored as factors. Load this model with {auto}.from_pretrained(..., "
+        "trust_remote_code=True), or install bs_exp"
+    )
 
 
 def _check_files(files: Sequence[str | os.PathLike[str]], checksums: Mapping[str, str]) -> None:

@@ -88,7 +88,19 @@ def test_fresh_process_with_bs_exp_gives_the_same_logits(dense: Dense, with_plug
 def test_fresh_process_without_bs_exp(without_plugin: Any, family: str) -> None:
     assert without_plugin["trusted"][family], "trust_remote_code=True must give the same logits bit for bit"
     assert without_plugin["dense"][family], "the dense export must load as an ordinary checkpoint"
-    assert "mismatch" in (without_plugin["refusals"][family] or ""), "never random layers without a word"
+    assert "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)" in without_plugin["refusals"][family]
+
+
+def test_native_class_without_bs_exp_is_told_before_it_reads_weights(without_plugin: Any) -> None:
+    """Never random layers without a word, not even where Transformers would put up with other shapes."""
+    for case in ("native class", "sizes ignored"):
+        assert "trust_remote_code=True), or install bs_exp" in without_plugin["refusals"][case]
+
+
+def test_word_for_others_stays_in_the_folder(saved: Path) -> None:
+    folder = saved / "compressed" / "llama"
+    assert "install bs_exp" in json.loads((folder / "config.json").read_text())["transformers_weights"]
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(folder).config, "transformers_weights")
 
 
 def test_peft_adapts_matrices_by_their_usual_names(dense: Dense, with_plugin: Any, without_plugin: Any) -> None:

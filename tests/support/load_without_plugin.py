@@ -25,7 +25,17 @@ def loaded_logits(kind: str, family: str, **options: bool) -> torch.Tensor:
 def refusal(family: str) -> str | None:
     try:
         loaded_logits("compressed", family)
-    except RuntimeError as error:
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def refusal_of_native_class(**options: bool) -> str | None:
+    from transformers import LlamaForCausalLM
+
+    try:
+        LlamaForCausalLM.from_pretrained(folder / "compressed" / "llama", **options)
+    except ValueError as error:
         return str(error)
     return None
 
@@ -46,6 +56,8 @@ def harness_answer(path: Path, **options: bool) -> str:
 
 # trust_remote_code registers the plug-in for the rest of the process, so these come first
 refusals = {family: refusal(family) for family in expected["compressed"]}
+refusals["native class"] = refusal_of_native_class()
+refusals["sizes ignored"] = refusal_of_native_class(ignore_mismatched_sizes=True)
 dense = {family: torch.equal(loaded_logits("dense", family), logits) for family, logits in expected["dense"].items()}
 some = folder / "compressed" / "llama"
 harness_without = harness_answer(some)
