@@ -5,6 +5,7 @@ Settings are composed from the same option files, so nothing is typed twice; Hyd
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from hydra import compose as compose_config
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,8 @@ from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build_cache, build_recipe, check_root, maker
 from bs_exp.cli.explain import explain
+from bs_exp.cli.points import plain_settings
+from bs_exp.cli.recipe_file import run_recipe
 from bs_exp.corpora.fitting import fitted
 from bs_exp.corpora.given_texts import GivenTexts
 from bs_exp.corpora.text_files import TextFiles
@@ -33,11 +36,15 @@ from bs_exp.models.checkpoint import reading
 from bs_exp.models.loading import assemble
 from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import is_factorised, twin
+from bs_exp.models.upload import upload
 from bs_exp.progress import Progress
 from bs_exp.protocols import Corpus
+from bs_exp.records.record import RunRecord
 from bs_exp.records.stages import Stage
 from bs_exp.reporting import formats
 from bs_exp.runs.data_warnings import data_warnings
+from bs_exp.runs.model_card import RunRecipe, write_card
+from bs_exp.runs.recorder import new_record
 from bs_exp.types import Architecture, LoadedModel, RankPlan, Spectrum, Task
 from bs_exp.workspace import Workspace
 
@@ -46,9 +53,13 @@ if TYPE_CHECKING:
 
 Texts: TypeAlias = str | Path | Sequence[str]
 """Documents in memory, or the path of a text file."""
+Metrics: TypeAlias = Mapping[str, Mapping[str, float | str]]
+"""What `evaluate` found, of the models `dense` and `compressed`."""
 
 # The option that judges a model of each task by its own loss.
 _EVALUATIONS = {Task.CAUSAL_LM: "perplexity", Task.MASKED_LM: "encoder", Task.SEQ2SEQ_LM: "seq2seq"}
+# Takes the place of a file; the text itself is handed over.
+_IN_MEMORY = "calibration.files=[given]"
 
 
 class Loaded(NamedTuple):
@@ -75,10 +86,30 @@ class Compression:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    record: RunRecord | None = None
+    recipe: RunRecipe | None = None
 
-    def save(self, folder: str | Path) -> Path:
-        """The folder, which plain `from_pretrained` loads; see `bs_exp.save_model`."""
-        return save_model(self.model, self.tokenizer, folder)
+    def save(self, folder: str | Path, *, metrics: Metrics | None = None) -> Path:
+        """The folder, which plain `from_pretrained` loads (`bs_exp.save_model`), with README.md and recipe.yaml.
+
+        `metrics`, such as `{"dense": bs_exp.evaluate(..), "compressed": bs_exp.evaluate(..)}`, go into the table of
+        README.md, where both models stand beside each other.
+        """
+        written = save_model(self.model, self.tokenizer, folder)
+        if self.record is not None and self.recipe is not None:
+            write_card(replace(self.record, metrics=dict(metrics or {})), self.recipe, written)
+        return written
+
+    def push_to_hub(
+        self, repo_id: str, *, metrics: Metrics | None = None, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Saves the model, with its card, and uploads all of it to ORG/NAME on the hub; returns the commit's address.
+
+        Raises UploadError if the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save(Path(place, "model"), metrics=metrics)
+            return upload(folder, repo_id, private=private, token=token)
 
     def report(self) -> str:
         """What was kept, the ranks by matrix type, and the seconds by stage, as text."""
@@ -151,7 +182,7 @@ def compress(
     """
     settings = [f"experiment={preset}", f"retain_ratio={retain_ratio}", "tracking=none", *_model_settings(model)]
     if texts is not None:
-        settings += ["calibration=text", "calibration.files=[given]", "calibration.num_sequences=all"]
+        settings += ["calibration=text", _IN_MEMORY, "calibration.num_sequences=all"]
     elif data is not None:
         settings.append(_data_setting(data))
     cfg = _compose([*settings, *overrides])
@@ -178,12 +209,22 @@ def compress(
             made = pipeline.compress(dense, recipe, workspace, prepared)
     finally:
         workspace.cache.release()
+    size = measure_size(prepared.dense, made, made.plan)
+    config = _as_given(cfg, in_memory=isinstance(model, PreTrainedModel), texts=texts)
+    record = replace(
+        new_record(name=preset, config=plain_settings(config), config_hash="", folder=Path()),
+        plan=made.plan.to_dict(),
+        size=size,
+        provenance={"model": dict(dense.provenance), "calibration": dict(made.calibration)},
+    )
     return Compression(
+        record=record,
+        recipe=run_recipe(config, [*(s for s in settings if s != _IN_MEMORY), *overrides]),
         model=made.module,
         tokenizer=dense.tokenizer,
         plan=made.plan,
         spectra=made.spectra,
-        size=measure_size(prepared.dense, made, made.plan),
+        size=size,
         update=made.update,
         calibration=made.calibration,
         seconds=dict(progress.timings),
@@ -272,6 +313,16 @@ def _compose(settings: Sequence[str]) -> DictConfig:
             return compose_config("config", list(settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, settings)) from error
+
+
+def _as_given(cfg: DictConfig, *, in_memory: bool, texts: Texts | None) -> DictConfig:
+    """The configuration for a recipe: what was in memory here has to be given as a folder or a file there."""
+    config = cfg.copy()
+    if in_memory:
+        config.model = OmegaConf.load(root_folder() / "conf" / "model" / "local.yaml")
+    if texts is not None:
+        config.calibration.files = [str(texts)] if isinstance(texts, str | Path) else "???"
+    return config
 
 
 def _model_settings(model: PreTrainedModel | str | Path) -> list[str]:

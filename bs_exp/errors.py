@@ -35,6 +35,10 @@ class SaveError(BsExpError, OSError):
     """The compressed model cannot be written."""
 
 
+class UploadError(BsExpError):
+    """A saved model cannot be uploaded to the hub."""
+
+
 class CacheError(BsExpError):
     """The cache folder cannot be written."""
 

@@ -1,4 +1,4 @@
-"""The commands beside runs and sweeps: pages and figures of finished runs, the cache, export of saved models."""
+"""The commands beside runs and sweeps: pages and figures of runs, the cache, export and upload of saved models."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "figures": Command("FOLDER ...", "every figure anew, as SVG and PNG"),
     "cache": Command("[prune --max-gb N] [FOLDER]", "what the cache holds: kind, model, size, last use; or less of it"),
     "export": Command("OUT/model --to dense", "a saved compressed model with ordinary nn.Linear layers"),
+    "push": Command("OUT/model ORG/NAME", "a saved compressed model to the hub, with its card and its recipe"),
 }
 # Skipped files beyond these are named on the page alone.
 _MOST_SKIPPED = 20
@@ -45,6 +46,10 @@ def run_command(arguments: Sequence[str]) -> None:
         from bs_exp.cli.export_command import export
 
         print(printable(str(export(options.folder, options.to, options.out))))
+    elif options.command == "push":
+        from bs_exp.cli.push_command import push
+
+        push(options)
     else:
         _report(options)
 
@@ -108,4 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="MODEL", type=Path, help="a saved model, such as RUN_FOLDER/model")
     export.add_argument("--to", choices=("dense",), required=True, help="dense: the products of the factors")
     export.add_argument("--out", metavar="OUT", type=Path, help="where to write (default: MODEL-dense)")
+    push = commands["push"]
+    push.add_argument("folder", metavar="MODEL", type=Path, help="a saved model, such as RUN_FOLDER/model")
+    push.add_argument("name", metavar="ORG/NAME", help="its name on the hub; the repository is made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="the branch to write to (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--dry-run", action="store_true", help="list what would go up, and send nothing")
     return parser

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
@@ -96,6 +97,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
     """
     check_root(cfg)
 
+    from bs_exp.cli.recipe_file import run_recipe
     from bs_exp.evaluation.sample import TextSample
     from bs_exp.runs.dense_cache import DenseStore
     from bs_exp.runs.experiment import Experiment
@@ -111,6 +113,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         seed=cfg.seed,
         objective=_objective(cfg.objective),
         save_model=cfg.save_model,
+        card=run_recipe(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else ()),
         selection=make("selection"),
         sample=TextSample(prompt=cfg.sample.prompt, tokens=cfg.sample.tokens) if cfg.sample.prompt else None,
         dense=dense or DenseStore(),

@@ -779,7 +779,7 @@ class BasisSharingQuantizer(HfQuantizer):
             _settle(_factorised(model, _local_names(model, group)), group)
             group.pop(CHECKSUM, None)  # there while saving only: what is trained on may change what is kept
         # Last: what is missing or does not fit is told by its name.
-        _check_files(self.files_read, vars(self.quantization_config).pop(FILE_CHECKSUMS, {}))
+        check_files(self.files_read, vars(self.quantization_config).pop(FILE_CHECKSUMS, {}))
         if _is_own_auto_map(getattr(model.config, "auto_map", None)):
             del model.config.auto_map  # there while saving only: what is made of this config may have no such file
         # On the instance: the model is of a native class, which knows no plug-in that would write a file of its own.
@@ -1037,7 +1037,7 @@ def _word_without_plugin(auto_map: Mapping[str, str]) -> str:
     )
 
 
-def _check_files(files: Sequence[str | os.PathLike[str]], checksums: Mapping[str, str]) -> None:
+def check_files(files: Sequence[str | os.PathLike[str]], checksums: Mapping[str, str]) -> None:
     """ValueError if one of the files that were read, or config.json beside them, is not what was saved.
 
     All bytes are read for that, so what is found is independent of the dtype and the devices that are asked for. Files

@@ -37,7 +37,7 @@ def processor_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
     """
     place, source = str(provenance["name"]), provenance["source"]
     if source == "local":
-        return _in_folder(Path(place))
+        return copied_files(Path(place))
     if source != "hub":
         return {}
     found = {name: _from_hub(place, name, provenance.get("revision")) for name in _HUB_NAMES}
@@ -53,7 +53,8 @@ def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _in_folder(folder: Path) -> dict[str, Path]:
+def copied_files(folder: Path) -> dict[str, Path]:
+    """Files of the tokenizer and the processors in a folder, by their names inside it."""
     names = {
         str(path.relative_to(folder)): path
         for pattern in ("*", f"{CHAT_TEMPLATE_DIR}/*")

@@ -18,7 +18,7 @@ from bs_exp.records.settings import result_settings
 CODE = "code"
 FILES = "files"
 # Settings that name files or folders which are read.
-_READ = frozenset({"file", "files", "path"})
+READ = frozenset({"file", "files", "path"})
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.py")
 _LARGE = 1 << 30
 _FIRST = 1 << 20
@@ -75,7 +75,7 @@ def _noted(record: RunRecord, key: str) -> Mapping[str, Any]:
 def _named(node: Any) -> Iterator[str]:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            if key in _READ:
+            if key in READ:
                 yield from (name for name in _listed(value) if isinstance(name, str))
             yield from _named(value)
     elif isinstance(node, Sequence) and not isinstance(node, str):

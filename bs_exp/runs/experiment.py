@@ -34,6 +34,7 @@ from bs_exp.runs import environment
 from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.runs.dense_cache import DenseStore
 from bs_exp.runs.judge import Judge
+from bs_exp.runs.model_card import RunRecipe, write_card
 from bs_exp.runs.recipe_selection import check_candidates, select
 from bs_exp.runs.recorder import Recorder
 from bs_exp.runs.stored_values import NOT_OF_COMPRESSION
@@ -51,6 +52,7 @@ Objective = float | tuple[float, ...] | None
 class Experiment:
     """A model, a recipe, and how to judge the result. `run` does all of it once.
 
+    `card` tells in a saved model how it is made again; None leaves its README.md and recipe.yaml out.
     Nothing stays in memory but what `dense` keeps for the next point of a sweep.
     """
 
@@ -63,6 +65,7 @@ class Experiment:
     seed: int
     objective: str | tuple[str, ...] | None
     save_model: bool
+    card: RunRecipe | None = None
     selection: Selection = field(default_factory=NoSelection)
     dense: DenseStore = field(default_factory=DenseStore)
     sample: TextSample | None = None
@@ -106,6 +109,7 @@ class Experiment:
         if self.cache.folder is None or not self.cache.hits.keys() - NOT_OF_COMPRESSION:
             before, seconds = recorder.record.metrics["dense"], recorder.record.timings[Stage.COMPRESS]
             judge.add(metrics, measure_cost(seconds, before, metrics), names.COST, "compressed")
+        self._write_card(recorder)
         return self._report(objectives, metrics, recorder)
 
     def _prepare(self, recorder: Recorder) -> tuple[Judge, LoadedModel, Preparation]:
@@ -226,6 +230,14 @@ class Experiment:
             model_folder=MODEL_FOLDER,
             provenance={**recorder.record.provenance, SAVED_FILES: files},
         )
+        # Now, so that a model whose evaluation fails has a card, too. Whoever edits it does not change the model: its
+        # size is not noted.
+        self._write_card(recorder)
+
+    def _write_card(self, recorder: Recorder) -> None:
+        """README.md and recipe.yaml of the saved model, from what the record holds by now."""
+        if self.card is not None and recorder.record.model_folder is not None:
+            write_card(recorder.record, self.card, recorder.folder / recorder.record.model_folder)
 
 
 def _check_shares(data: CalibrationData) -> None:

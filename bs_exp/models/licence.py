@@ -1,0 +1,57 @@
+"""The licence of the model that another was made from: copied where there is one, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers.utils.hub import cached_file
+
+_CARD = "README.md"
+_FIELDS = ("license", "license_name", "license_link")
+_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+
+def licence_lines(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a loaded model's own card; empty where it says nothing.
+
+    `provenance` is that of a `LoadedModel`. A folder with a licence file and no such line has the licence "other",
+    which lies in that file. Without a network, of a hub model only what is in the cache counts.
+    """
+    card = _found(provenance, _CARD)
+    if card is None:
+        lines = {}
+    else:
+        text = card.read_text(encoding="utf-8", errors="replace")
+        data = ModelCard(text, ignore_metadata_errors=True).data
+        lines = {name: data.get(name) for name in _FIELDS if isinstance(data.get(name), str)}
+    files = licence_files(provenance)
+    if "license" not in lines and "LICENSE" in files:
+        return {"license": "other", "license_link": "LICENSE"}
+    return lines if "license" in lines else {}
+
+
+def licence_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
+    """Licence texts beside the model that was loaded, by name."""
+    found = {name: _found(provenance, name) for name in _FILES}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _found(provenance: Mapping[str, Any], name: str) -> Path | None:
+    place, source = str(provenance.get("name", "")), provenance.get("source")
+    if source == "local":
+        path = Path(place, name)
+        return path if path.is_file() else None
+    if source != "hub":
+        return None
+    found = cached_file(
+        place,
+        name,
+        revision=provenance.get("revision") or "main",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
