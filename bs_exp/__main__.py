@@ -81,6 +81,11 @@ def run(cfg: DictConfig) -> Objective:
     """One run; returns its objective to a sweeper."""
     _errors.tracebacks |= bool(cfg.debug)
     try:
+        if cfg.dry_run:
+            from bs_exp.cli.estimate_command import print_estimate
+
+            print_estimate(cfg)
+            return None
         return _run(cfg)
     except BaseException as error:
         # Shown at once: Hydra goes on with the other jobs of a sweep, and tells of failures at the end.

@@ -207,7 +207,7 @@ class Cache:
 
         Nothing goes if rounds are kept; `keep_rounds="auto"` keeps those of up to 1 GiB.
         """
-        if self.keep_rounds is True or (self.keep_rounds == "auto" and self._bytes(names) <= _SMALL_ROUND):
+        if self.keeps(self._bytes(names)):
             return
         if self.folder is None:
             for name in names:
@@ -215,6 +215,17 @@ class Cache:
                 self._memory.pop((kind, key), None)
         else:
             remove(self.folder, set(names), lease=self._lease)
+
+    def keeps(self, nbytes: int) -> bool:
+        """Whether a round of so many bytes is kept when it has ended."""
+        return self.keep_rounds is True or (self.keep_rounds == "auto" and nbytes <= _SMALL_ROUND)
+
+    def made_bytes(self) -> dict[str, int]:
+        """Bytes, by kind, of what this process stored and is still there."""
+        found: Counter[str] = Counter()
+        for name in set(self.made):
+            found[name.partition("/")[0]] += self._bytes([name])
+        return dict(found)
 
     def release(self) -> None:
         """Says that nothing that was found or stored is needed any more, so that others may remove it."""

@@ -43,6 +43,10 @@ class CacheError(BsExpError):
     """The cache folder cannot be written."""
 
 
+class EstimateError(BsExpError):
+    """A run would not fit into memory, or onto the disk."""
+
+
 class RecordError(BsExpError):
     """A run record, or another file of results, cannot be written or read."""
 

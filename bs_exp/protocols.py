@@ -392,7 +392,9 @@ class Selection(Protocol):
 class Update(Protocol):
     """Changes the factors after truncation.
 
-    `reads_windows` says whether the calibration windows are read; where no strategy does, there are none.
+    `reads_windows` says whether the calibration windows are read; where no strategy does, there are none. An update may
+    also have `is_traceable`, true if `apply` does the same whatever the values are, once for every batch: an estimate
+    then runs it on tensors that hold none. What others take is not estimated.
     """
 
     @property

@@ -290,6 +290,18 @@ def make_plan(problem: AllocationProblem, ranks: list[int | None]) -> RankPlan:
     return RankPlan(groups=groups, requested_ratio=problem.retain_ratio, layout=problem.layout.name)
 
 
+def planned_shapes(
+    groups: Sequence[WeightGroup], ranks: Sequence[int | None], ratio: float, layout: Layout
+) -> RankPlan:
+    """A plan of which no losses are known: what is stored at these ranks."""
+    sizes = [
+        group.parameters if rank is None else layout.parameters(group, max(1, rank))
+        for group, rank in zip(groups, ranks, strict=True)
+    ]
+    planned = (PlannedGroup(g, rank, size, 0.0, 0.0) for g, rank, size in zip(groups, ranks, sizes, strict=True))
+    return RankPlan(groups=tuple(planned), requested_ratio=ratio, layout=layout.name)
+
+
 def _pools(items: Iterable[Item], pool: Callable[[Item], str]) -> Mapping[str, list[Item]]:
     members: dict[str, list[Item]] = defaultdict(list)
     for item in items:

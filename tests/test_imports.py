@@ -36,6 +36,7 @@ FLOORS = (
     {"factorization", "update"},
     {"plan_score", "reporting"},
     {"analysis", "pipeline"},
+    {"estimate"},
     {"benchmarks", "runs", "testing"},
     {"cli"},
     {"__main__", "api"},

@@ -72,11 +72,17 @@ def gather(
     if processes.count() > 1:
         part = replace(data, windows=replace(data.windows, ids=torch.cat(processes.mine(data.batches))))
         key = key and f"{key}-{processes.rank()}-of-{processes.count()}"
+    for loss, chosen in passes(statistics):
+        sums = _Sums(model, chosen, loss, batches=count)
+        for done in walk(model, part, sums, progress=progress, folder=folder, layers=layers, key=key):
+            yield from sums.finished(done)
+
+
+def passes(statistics: Set[Statistic]) -> Iterator[tuple[Loss | None, list[Statistic]]]:
+    """The passes over the windows that gather these statistics: the loss of each, and what it gathers."""
     for loss in _LOSSES:
         if chosen := [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss]:
-            sums = _Sums(model, chosen, loss, batches=count)
-            for done in walk(model, part, sums, progress=progress, folder=folder, layers=layers, key=key):
-                yield from sums.finished(done)
+            yield loss, chosen
 
 
 class _Sums:

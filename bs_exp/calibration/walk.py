@@ -66,15 +66,21 @@ def is_large(model: LoadedModel) -> bool:
     return is_offloaded(model.module) or sum(parameter.numel() for parameter in model.module.parameters()) >= LARGE
 
 
-def check_room(model: LoadedModel, data: CalibrationData, folder: Path | None, *, backward: bool) -> None:
-    """CacheError if the hidden states of a walk are to wait on a disk that has too little space for them.
+def states_on_disk(model: LoadedModel, windows: int, *, backward: bool) -> int:
+    """Bytes that the hidden states of so many tokens of windows take where they wait, if they wait on disk at all.
 
-    Forward they are there twice, backward once for every block.
+    Forward they are there twice; backward through an offloaded model, in front of every block and behind the last.
     """
     width = getattr(model.module.config, "hidden_size", None)
-    if is_large(model) and isinstance(width, int):
-        times = len(model.architecture.blocks) + 1 if backward else 2
-        total = times * data.windows.ids.numel() * width * model.module.dtype.itemsize
+    if not is_large(model) or not isinstance(width, int):
+        return 0
+    times = len(model.architecture.blocks) + 1 if backward else 2
+    return times * windows * width * model.module.dtype.itemsize
+
+
+def check_room(model: LoadedModel, data: CalibrationData, folder: Path | None, *, backward: bool) -> None:
+    """CacheError if the hidden states of a walk are to wait on a disk that has too little space for them."""
+    if total := states_on_disk(model, data.windows.ids.numel(), backward=backward):
         Waiting(data.activations, folder).fixed(total)
 
 

@@ -67,6 +67,8 @@ class RootConfig:
     save_model: bool = MISSING
     debug: bool = MISSING
     force: bool = MISSING
+    dry_run: bool = MISSING
+    ignore_estimate: bool = MISSING
     cache: CacheConfig = field(default_factory=CacheConfig)
     model: dict[str, Any] = MISSING
     calibration: dict[str, Any] = MISSING
@@ -117,6 +119,7 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         selection=make("selection"),
         sample=TextSample(prompt=cfg.sample.prompt, tokens=cfg.sample.tokens) if cfg.sample.prompt else None,
         dense=dense or DenseStore(),
+        ignore_estimate=cfg.ignore_estimate,
     )
     # Now that it is loaded: from here on its source counts as it is, whatever is edited while this process lives.
     targets_code(plain_settings(cfg))

@@ -87,7 +87,7 @@ def decompose_groups(
     progress = measures.workspace.progress
     if Statistic.LOSS_GRADIENT in measures.needs:
         layout = None
-    ranks = {group: _largest_rank(group, layout) for group in groups}
+    ranks = {group: stored_rank(group, layout) for group in groups}
     entries = {group: _stored(group, measures, rank) for group, rank in ranks.items()}
     missing = processes.from_first(lambda: [group for group, entry in entries.items() if entry is None])
     if missing or processes.count() > 1:  # what only the first process asks for later is there then
@@ -107,8 +107,9 @@ def decompose_groups(
     return Decompositions({group: entry for group, entry in entries.items() if entry is not None}, measures)
 
 
-def _largest_rank(group: WeightGroup, layout: Layout | None) -> int:
-    """The largest rank that costs less than the dense group; all where corrections are made of the components."""
+def stored_rank(group: WeightGroup, layout: Layout | None) -> int:
+    """How many components are stored: up to the largest rank that costs less than the dense group in the layout; all
+    without one, and where corrections are made of the components."""
     if layout is None or group.correction:
         return group.full_rank
     return max(1, largest_rank(group, group.parameters - 1, layout))

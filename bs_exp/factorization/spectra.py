@@ -72,15 +72,7 @@ class GroupMeasures:
 
     def metric(self, group: WeightGroup) -> Metric:
         """The metric that whitening and importance make of a group's statistics."""
-        given = self.statistics(group)
-        with untouched_statistics(given, self.importance, self.whitening):
-            weighted = self.importance.reweight(given)
-            metric = self.whitening.metric(weighted)
-        check_metric(metric, group, self.whitening)
-        if metric.unit is LossUnit.OUTPUT_NORM and not _same_gram(given, weighted):
-            # The norm on re-weighted inputs is no longer one of the outputs.
-            return replace(metric, unit=LossUnit.METRIC_NORM)
-        return metric
+        return metric_of(self.statistics(group), self.whitening, self.importance)
 
     def spectrum(self, group: WeightGroup) -> Spectrum:
         """The spectrum of a group from eigenvalues alone, from the cache where it has it."""
@@ -137,6 +129,18 @@ class GroupMeasures:
             return None
         with self.workspace.progress.stage(Stage.CALIBRATE):
             return calibrate(self.current, self.data, needs=self.needs, workspace=self.workspace)
+
+
+def metric_of(given: GroupStatistics, whitening: Whitening, importance: Importance) -> Metric:
+    """The metric that whitening and importance make of the statistics of a group."""
+    with untouched_statistics(given, importance, whitening):
+        weighted = importance.reweight(given)
+        metric = whitening.metric(weighted)
+    check_metric(metric, given.group, whitening)
+    if metric.unit is LossUnit.OUTPUT_NORM and not _same_gram(given, weighted):
+        # The norm on re-weighted inputs is no longer one of the outputs.
+        return replace(metric, unit=LossUnit.METRIC_NORM)
+    return metric
 
 
 def _same_gram(one: GroupStatistics, other: GroupStatistics) -> bool:

@@ -65,8 +65,11 @@ def plain_form(group: WeightGroup, pivoted: PivotedForm) -> SharedFactors:
     return SharedFactors(group, basis, {layer: _with_identity(c, pivots) for layer, c in coefficients.items()})
 
 
-def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Float[Tensor, "k others"]]:
-    """k columns J of a matrix, and the combinations `M_J^-1 M` of them that give its other columns.
+# An operation of PyTorch's, so that shapes can go through it where there are no values.
+@torch.library.custom_op("bs_exp::interpolation", mutates_args=())
+def _interpolation(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """k columns J of a matrix [k, n], one bit for each of n, and the combinations `M_J^-1 M` [k, n - k] of them that
+    give its other columns.
 
     By QR with column pivoting. The chosen columns keep their order, so that one bit per column records the choice.
     """
@@ -82,6 +85,12 @@ def _interpolation(matrix: Float[Tensor, "k n"]) -> tuple[Bool[Tensor, " n"], Fl
     own = torch.zeros(width, dtype=torch.bool)
     own[columns.values] = True
     return own.to(matrix.device), others[:, ~own].to(matrix.device)
+
+
+@_interpolation.register_fake
+def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    rank, width = matrix.shape
+    return matrix.new_empty(width, dtype=torch.bool), matrix.new_empty(rank, width - rank)
 
 
 def _with_identity(others: Float[Tensor, "k others"], own: Bool[Tensor, " n"]) -> Float[Tensor, "k n"]:

@@ -33,9 +33,7 @@ class Waiting:
 
     def fixed(self, nbytes: int) -> Waiting:
         """Memory or disk, for so many bytes. CacheError if the disk has too little space for them."""
-        if self.where == "memory" or (
-            self.where == "auto" and (self.folder is None or nbytes <= _SHARE * psutil.virtual_memory().available)
-        ):
+        if not self.takes_disk(nbytes):
             return Waiting("memory")
         folder = Path(tempfile.gettempdir()) if self.folder is None else self.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +45,12 @@ class Waiting:
                 "calibration.num_sequences or sequence_length, or set calibration.activations=memory."
             )
         return Waiting("disk", folder)
+
+    def takes_disk(self, nbytes: int) -> bool:
+        """Whether so many bytes would wait on disk."""
+        if self.where == "auto":
+            return self.folder is not None and nbytes > _SHARE * psutil.virtual_memory().available
+        return self.where == "disk"
 
     def put(self, states: Tensor) -> Tensor:
         """The states on the CPU, in memory or in a file."""

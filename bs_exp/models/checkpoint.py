@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +32,12 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from bs_exp.errors import ModelError
+from bs_exp.models.architecture import Roles
 from bs_exp.models.auto_classes import AutoClass, find_auto_class
 from bs_exp.models.in_place import read_in_place
-from bs_exp.types import Task
+from bs_exp.models.mapped import read_header
+from bs_exp.models.shapes import known_config, on_meta
+from bs_exp.types import LoadedModel, Task
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -84,6 +87,58 @@ class Checkpoint:
         tokenizer = self._read_tokenizer()
         module, unused = self._read_model(config, auto)
         return ReadCheckpoint(module, tokenizer, auto.task, unused)
+
+    def shapes(self, roles: Roles | None) -> LoadedModel:
+        """The model on the meta device, from its configuration: no weight is read, and none needs to be there.
+
+        A model on the hub is looked for in the machine's own cache, then among the known ones (`known_shapes.yaml`),
+        and on the hub last. Raises ModelError as `read` does.
+        """
+        config = self._config_at_hand()
+        self._require_dense(config)
+        auto = self._find_auto_class(config)
+        dtype = self.dtype if isinstance(self.dtype, torch.dtype) else self._stored_dtype(config)
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        with self._reading("shapes"):
+            return on_meta(
+                config, auto, self._tokenizer_at_hand(auto.task), roles, dtype=dtype, name=self.place, options=options
+            )
+
+    def _config_at_hand(self) -> PreTrainedConfig:
+        if not Path(self.place).is_dir():
+            try:
+                at_hand: PreTrainedConfig = AutoConfig.from_pretrained(
+                    self.place,
+                    revision=self.revision,
+                    trust_remote_code=self.trust_remote_code,
+                    local_files_only=True,
+                )
+                return at_hand
+            except (OSError, ValueError):
+                if (known := known_config(self.place)) is not None:
+                    return known
+        return self._read_config()
+
+    def _stored_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """That of the configuration, or else of the weights, as far as a file of them is there."""
+        given = getattr(config, "dtype", None)
+        if isinstance(given, str):
+            given = getattr(torch, given)
+        if given is None and (files := sorted(Path(self.place).glob("*.safetensors"))):
+            with self._reading("weights"):
+                given = next((tensor.dtype for tensor in read_header(files[0]).values()), None)
+        return given if isinstance(given, torch.dtype) else torch.float32
+
+    def _tokenizer_at_hand(self, task: Task) -> PreTrainedTokenizerBase:
+        """The tokenizer of a folder that has one; else one of bytes, with the special tokens that feeding takes."""
+        if Path(self.place).is_dir():
+            with suppress(ModelError):
+                return self._read_tokenizer()
+        from bs_exp.models.tiny import byte_tokenizer  # which imports this file
+
+        return byte_tokenizer(task)
 
     def _read_config(self) -> PreTrainedConfig:
         with self._reading("configuration"):

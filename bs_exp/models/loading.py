@@ -5,6 +5,8 @@ Every source ends in `assemble`, which sets eval mode, finds the matrices and co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bs_exp.errors import ConfigError
+from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.architecture import Roles, find_architecture, read_roles
 from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
 from bs_exp.models.fingerprint import fingerprint
@@ -28,6 +30,10 @@ _DTYPES: dict[str, torch.dtype | str] = {
 }
 
 _INSTALL_AGAIN = "The installation is incomplete: install bs_exp again."
+_HUB_HINT = (
+    "Without a network use model=demo, model=local model.path=DIR, or a machine's filled cache "
+    "(HF_HOME=CACHE HF_HUB_OFFLINE=1). Gated models need a token (HF_TOKEN)."
+)
 _SAVE_ANEW = "model.path must name a folder written by save_pretrained, of the model and of its tokenizer."
 
 
@@ -44,14 +50,20 @@ class DemoModel:
 
     def load(self) -> LoadedModel:
         """The demo model; ModelError if the installation lacks it."""
-        with resources.as_file(resources.files("bs_exp.demo") / "model") as folder:
-            require_checkpoint(folder, _INSTALL_AGAIN)
-            checkpoint = Checkpoint(
-                place=str(folder),
-                dtype=resolve_dtype(self.dtype),
-                hint=_INSTALL_AGAIN,
-            )
+        with self._checkpoint() as checkpoint:
+            require_checkpoint(Path(checkpoint.place), _INSTALL_AGAIN)
             return _load(checkpoint, self.device, self.roles, source="demo", name="demo")
+
+    def shapes(self) -> LoadedModel:
+        """The demo model on the meta device."""
+        with self._checkpoint() as checkpoint:
+            found = checkpoint.shapes(self.roles)
+        return replace(found, provenance={**found.provenance, "name": "demo"})
+
+    @contextmanager
+    def _checkpoint(self) -> Iterator[Checkpoint]:
+        with resources.as_file(resources.files("bs_exp.demo") / "model") as folder:
+            yield Checkpoint(place=str(folder), dtype=resolve_dtype(self.dtype), hint=_INSTALL_AGAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +85,20 @@ class LocalModel:
 
     def load(self) -> LoadedModel:
         """The model of the folder, read without network; ModelError if the folder is no checkpoint."""
-        folder = Path(self.path).expanduser().resolve()
-        require_checkpoint(folder, _SAVE_ANEW)
-        checkpoint = Checkpoint(
-            place=str(folder),
+        checkpoint = self._checkpoint
+        require_checkpoint(Path(checkpoint.place), _SAVE_ANEW)
+        return _load(checkpoint, self.device, self.roles, source="local", name=checkpoint.place, offload=self.offload)
+
+    def shapes(self) -> LoadedModel:
+        """The model on the meta device. The folder needs no more than config.json; ModelError without one."""
+        if not Path(self._checkpoint.place, "config.json").is_file():
+            raise ModelError(f"{self._checkpoint.place} holds no config.json, which says the shapes of a model.")
+        return self._checkpoint.shapes(self.roles)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            place=str(Path(self.path).expanduser().resolve()),
             dtype=resolve_dtype(self.dtype),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
@@ -84,7 +106,6 @@ class LocalModel:
             in_place=self.offload == "disk",
             hint=_SAVE_ANEW,
         )
-        return _load(checkpoint, self.device, self.roles, source="local", name=str(folder), offload=self.offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +134,17 @@ class HubModel:
                 f"model.name={self.name} is a folder here, not only a name on the hub. "
                 f"Use model=local model.path={self.name}, or run from another directory."
             )
-        checkpoint = Checkpoint(
+        checkpoint = self._checkpoint(_HUB_HINT).pinned()
+        return _load(checkpoint, self.device, self.roles, source="hub", name=self.name, offload=self.offload)
+
+    def shapes(self) -> LoadedModel:
+        """The model on the meta device. ModelError if no configuration can be found."""
+        return self._checkpoint(
+            "For an estimate without a network, put the model's config.json into a folder and name it: model=DIR."
+        ).shapes(self.roles)
+
+    def _checkpoint(self, hint: str) -> Checkpoint:
+        return Checkpoint(
             place=self.name,
             revision=self.revision,
             dtype=resolve_dtype(self.dtype),
@@ -121,10 +152,8 @@ class HubModel:
             trust_remote_code=self.trust_remote_code,
             allow_unused=self.allow_unused,
             in_place=self.offload == "disk",
-            hint="Without a network use model=demo, model=local model.path=DIR, or a machine's filled cache "
-            "(HF_HOME=CACHE HF_HUB_OFFLINE=1). Gated models need a token (HF_TOKEN).",
-        ).pinned()
-        return _load(checkpoint, self.device, self.roles, source="hub", name=self.name, offload=self.offload)
+            hint=hint,
+        )
 
 
 def check_settings(dtype: str, device: str, roles: Roles | None) -> None:

@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -177,7 +177,8 @@ def _view(mapped: mmap.mmap, dtype: torch.dtype, shape: Sequence[int], offset: i
 
 def _mapping_of(tensor: Tensor) -> tuple[mmap.mmap, int] | None:
     """The mapping in which a tensor lies, and at which byte of it; None if it lies in none."""
-    if tensor.device.type != "cpu" or not _mappings:
+    # Tensors of other classes may have no address: those of an estimate hold no values.
+    if tensor.device.type != "cpu" or not _mappings or type(tensor) not in (Tensor, nn.Parameter):
         return None
     address = tensor.data_ptr()
     position = bisect_right(_mappings, address, key=lambda entry: entry[0]) - 1

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from bs_exp.errors import ConfigError
-from bs_exp.models.architecture import Roles
+from bs_exp.models.architecture import Roles, find_architecture
 from bs_exp.models.auto_classes import AUTO_CLASSES
 from bs_exp.models.loading import assemble, check_settings, resolve_device, resolve_dtype
 from bs_exp.types import LoadedModel, Task
@@ -141,8 +141,19 @@ class TinyRandom:
         task = _TASKS[self.family]
         module = _random_model(self.family, self.layers, self.seed, resolve_dtype(self.dtype))
         module.to(device)  # type: ignore[arg-type]
-        name = f"{self.family}-{self.layers}-{self.seed}"
-        return assemble(module, byte_tokenizer(task), self.roles, source="tiny_random", name=name, task=task)
+        return assemble(module, byte_tokenizer(task), self.roles, source="tiny_random", name=self._name, task=task)
+
+    def shapes(self) -> LoadedModel:
+        """The model on the meta device."""
+        task = _TASKS[self.family]
+        with torch.device("meta"):
+            module = _random_model(self.family, self.layers, self.seed, resolve_dtype(self.dtype)).eval()
+        provenance = {"name": self._name, "dtype": str(module.dtype).removeprefix("torch.")}
+        return LoadedModel(module, byte_tokenizer(task), find_architecture(module, self.roles), provenance, task)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.family}-{self.layers}-{self.seed}"
 
 
 def tiny_random(family: str = "llama", *, seed: int = 0, layers: int = 3) -> LoadedModel:

@@ -103,6 +103,7 @@ class RunRecord:
     timings: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     cache: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # hits, misses, damaged; by kind
+    cost: Mapping[str, Any] = field(default_factory=dict)  # estimated before the run, and measured
     provenance: Mapping[str, Any] = field(default_factory=dict)  # model, calibration, code, files
     versions: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] | None = None  # commit, dirty
@@ -196,6 +197,7 @@ _CHECKS: dict[str, Check] = {
     "timings": object_of(number, _MOST_STAGES),
     "memory": object_of(or_null(number)),
     "cache": object_of(object_of(count)),
+    "cost": object_of(json_object),
     "provenance": object_with(
         model=json_object, calibration=json_object, dense_metrics=object_of(text), saved_files=object_of(count)
     ),

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 # Names, places and switches: configurations that differ in these alone have one hash, and are one point of a study.
-WITHOUT_EFFECT = frozenset({"name", "cache", "debug", "force", "sample", "save_model", "tracking"})
+WITHOUT_EFFECT = frozenset(
+    {"name", "cache", "debug", "force", "dry_run", "ignore_estimate", "sample", "save_model", "tracking"}
+)
 # Of groups: where weights, and the hidden states of windows, wait while they are not used.
 _OFFLOAD, _ACTIVATIONS = "offload", "activations"
 # The value of a setting that came later, which is what was done before: left out, so that results stay found.

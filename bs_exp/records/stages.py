@@ -9,6 +9,7 @@ class Stage(StrEnum):
     """A stage with a name of its own; evaluators and candidates have one each, made by the functions below."""
 
     CONFIGURE = "configure"
+    ESTIMATE = "estimate"
     LOAD = "load"
     CHECK_EVALUATION = "check evaluation"
     GROUP = "group"

@@ -17,6 +17,7 @@ from bs_exp.reporting.table import Cell, Column, Row, Table, text
 # Stages that the phases below are made of, where they are not one stage alone.
 _PHASES: dict[str, str] = {
     Stage.CONFIGURE: "load",
+    Stage.ESTIMATE: "load",
     Stage.CHECK_EVALUATION: "load",
     Stage.COMPRESS: "other compression",
     Stage.TOKENISE: "calibrate",

@@ -50,6 +50,11 @@ class DenseStore:
     _measured: list[tuple[Evaluator, Measurement]] = field(default_factory=list)
     _windows: list[tuple[Calibration, TokenWindows]] = field(default_factory=list)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights of the kept model."""
+        return 0 if self._kept is None else sum(weight.nbytes for weight in self._kept.model.module.parameters())
+
     def find(self, source: ModelSource) -> LoadedModel | None:
         """The kept model, if it is the one that `source` describes and nothing in it has changed; else None.
 

@@ -18,7 +18,11 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.group_statistics import WITH_LOSS
 from bs_exp.calibration.walk import check_room
 from bs_exp.contracts import check_members
-from bs_exp.errors import ConfigError
+from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.estimate import machine
+from bs_exp.estimate.estimate import Place, seconds_of
+from bs_exp.estimate.limits import check_rooms, rooms, warnings
+from bs_exp.estimate.shapes import offload_of
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.sample import TEXT, TextSample
 from bs_exp.evaluation.size import measure_size
@@ -33,6 +37,7 @@ from bs_exp.records.stages import Stage
 from bs_exp.runs import environment
 from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.runs.dense_cache import DenseStore
+from bs_exp.runs.expected import HasShapes, expected, measured_cost, place_of, shapes_of
 from bs_exp.runs.judge import Judge
 from bs_exp.runs.model_card import RunRecipe, write_card
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -69,6 +74,7 @@ class Experiment:
     selection: Selection = field(default_factory=NoSelection)
     dense: DenseStore = field(default_factory=DenseStore)
     sample: TextSample | None = None
+    ignore_estimate: bool = False
 
     def __post_init__(self) -> None:
         for family in ("model", "selection", "analysis"):
@@ -94,7 +100,11 @@ class Experiment:
         finally:
             _tell_of_cache(self.cache, recorder)
             self.cache.release()
-            recorder.update(memory=environment.peak_memory(), cache=_counts(self.cache))
+            memory = environment.peak_memory()
+            measured = measured_cost(self.cache, recorder.record.size, memory)
+            recorder.update(
+                memory=memory, cache=_counts(self.cache), cost={**recorder.record.cost, "measured": measured}
+            )
             _free_memory()
 
     def _compare(self, recorder: Recorder) -> Objective:
@@ -126,7 +136,12 @@ class Experiment:
             recorder.update(provenance={**recorder.record.provenance, "processes": processes.count()})
         for warning in data_warnings(self.model, self.recipe, self.evaluators):
             recorder.progress.warn(warning)
+        known = isinstance(self.model, HasShapes)
+        if known:
+            self._expect(None, recorder)
         dense = self._load(recorder)
+        if not known:
+            self._expect(dense, recorder)
         self.cache.model = str(dense.provenance.get("name", self.cache.model))
         judge = Judge(self.evaluators, self.dense, recorder, self.cache).fitted(dense)
         judge.check(dense)
@@ -139,6 +154,33 @@ class Experiment:
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)
         return judge, dense, prepared
+
+    def _expect(self, dense: LoadedModel | None, recorder: Recorder) -> None:
+        """Records what the run is expected to take; warns of what is scarce. EstimateError if the run cannot fit."""
+        with recorder.progress.stage(Stage.ESTIMATE):
+            try:
+                place = place_of(self.model) if dense is None else Place(dense.device, offload_of(dense))
+                shapes = shapes_of(self.model) if dense is None else dense
+                found, _ = expected(
+                    shapes,
+                    place,
+                    self.recipe,
+                    self.evaluators.values(),
+                    self.cache,
+                    save_model=self.save_model,
+                    cut=partial(self.dense.windows, cache=self.cache),
+                    held=self.dense.held_bytes,
+                )
+            except BsExpError:  # the checks of the run say what is wrong, each in its place
+                return
+            there = rooms(found, place, self.cache.folder, recorder.folder)
+            rates = machine.known(self.cache.folder, place.device, shapes.module.dtype)
+        seconds = {} if rates is None else {"seconds": seconds_of(found, rates)}
+        recorder.update(cost={"estimated": found.to_dict() | seconds})
+        for warning in warnings(found, there, self.cache.max_gb):
+            recorder.progress.warn(warning)
+        if not self.ignore_estimate:
+            check_rooms(there)
 
     def _compress(
         self, dense: LoadedModel, prepared: Preparation, recorder: Recorder

@@ -40,6 +40,11 @@ class UpdateChain:
         """Whether one of the updates reads the calibration windows."""
         return any(update.reads_windows for update in self._kept.values())
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether all of the updates are."""
+        return all(getattr(update, "is_traceable", False) for update in self._kept.values())
+
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         for update in self._kept.values():
             update.check(dense, data)

@@ -17,6 +17,7 @@ class NoUpdate:
     """Nothing is updated."""
 
     reads_windows: ClassVar[bool] = False
+    is_traceable: ClassVar[bool] = True
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         pass

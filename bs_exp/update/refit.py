@@ -93,6 +93,11 @@ class Refit:
         """Always: the refit is made of moments of the layers' inputs."""
         return True
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether an estimate can run it: Grams that come from the cache would be unpacked row by row."""
+        return self.streams
+
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """Windows that fit, and blocks that can be run one at a time where that is needed."""
         if self.streams:
