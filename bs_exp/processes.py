@@ -59,6 +59,22 @@ def joined() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Meanwhile this process does all by itself, as if there were no others."""
+    global _joined
+    before, _joined = _joined, False
+    try:
+        yield
+    finally:
+        _joined = before
+
+
+def on_this_machine() -> int:
+    """How many processes of this run share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() > 1 else 1
+
+
 def count() -> int:
     """How many processes work together now."""
     if not _joined:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from bs_exp import processes
 from bs_exp.errors import EstimateError
 from bs_exp.estimate.estimate import SAVED, Estimate, Place
 
@@ -52,8 +53,9 @@ class Room:
 
 def rooms(found: Estimate, place: Place, folder: Path | None, run_folder: Path) -> tuple[Room, ...]:
     """What a run needs of memory, disk and device, beside what is free now."""
-    own = psutil.Process().memory_info().rss
-    made = [Room("host memory", found.host[1], psutil.virtual_memory().available + own, _MEMORY_DIALS)]
+    sharing = processes.on_this_machine()
+    free = psutil.virtual_memory().available + sharing * psutil.Process().memory_info().rss
+    made = [Room("host memory", sharing * found.host[1], free, _MEMORY_DIALS)]
     if folder is not None:
         made.append(Room(f"disk under {folder}", found.cache_bytes, _free(folder) + _held(folder), _DISK_DIALS))
     if saved := found.disk.get(SAVED):
@@ -77,13 +79,15 @@ def warnings(found: Estimate, there: tuple[Room, ...], max_gb: float | None) -> 
     return told
 
 
-def check_rooms(there: tuple[Room, ...]) -> None:
-    """EstimateError if the need is clearly above what there is."""
-    if short := [room.told for room in there if room.needed > _IMPOSSIBLE * room.free]:
-        raise EstimateError(
-            f"This run does not fit: {' '.join(short)} ignore_estimate=true begins all the same; dry_run=true prints "
-            "the whole estimate."
-        )
+def too_large(there: tuple[Room, ...]) -> EstimateError | None:
+    """The error of a run whose need is clearly above what there is; None for one that may fit."""
+    short = [room.told for room in there if room.needed > _IMPOSSIBLE * room.free]
+    if not short:
+        return None
+    return EstimateError(
+        f"This run does not fit: {' '.join(short)} ignore_estimate=true begins all the same; dry_run=true prints the "
+        "whole estimate."
+    )
 
 
 def _free(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,10 +19,10 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.group_statistics import WITH_LOSS
 from bs_exp.calibration.walk import check_room
 from bs_exp.contracts import check_members
-from bs_exp.errors import BsExpError, ConfigError
+from bs_exp.errors import BsExpError, ConfigError, EstimateError
 from bs_exp.estimate import machine
 from bs_exp.estimate.estimate import Place, seconds_of
-from bs_exp.estimate.limits import check_rooms, rooms, warnings
+from bs_exp.estimate.limits import rooms, too_large, warnings
 from bs_exp.estimate.shapes import offload_of
 from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.sample import TEXT, TextSample
@@ -157,30 +158,29 @@ class Experiment:
 
     def _expect(self, dense: LoadedModel | None, recorder: Recorder) -> None:
         """Records what the run is expected to take; warns of what is scarce. EstimateError if the run cannot fit."""
-        with recorder.progress.stage(Stage.ESTIMATE):
-            try:
-                place = place_of(self.model) if dense is None else Place(dense.device, offload_of(dense))
-                shapes = shapes_of(self.model) if dense is None else dense
-                found, _ = expected(
-                    shapes,
-                    place,
-                    self.recipe,
-                    self.evaluators.values(),
-                    self.cache,
-                    save_model=self.save_model,
-                    cut=partial(self.dense.windows, cache=self.cache),
-                    held=self.dense.held_bytes,
-                )
-            except BsExpError:  # the checks of the run say what is wrong, each in its place
-                return
+        refused: EstimateError | None = None
+        # The checks of the run say what is wrong with its settings, each in its place.
+        with recorder.progress.stage(Stage.ESTIMATE), processes.alone(), suppress(BsExpError):
+            place = place_of(self.model) if dense is None else Place(dense.device, offload_of(dense))
+            shapes = shapes_of(self.model) if dense is None else dense
+            found, _ = expected(
+                shapes,
+                place,
+                self.recipe,
+                self.evaluators.values(),
+                self.cache,
+                save_model=self.save_model,
+                cut=partial(self.dense.windows, cache=self.cache),
+                held=self.dense.held_bytes,
+            )
             there = rooms(found, place, self.cache.folder, recorder.folder)
             rates = machine.known(self.cache.folder, place.device, shapes.module.dtype)
-        seconds = {} if rates is None else {"seconds": seconds_of(found, rates)}
-        recorder.update(cost={"estimated": found.to_dict() | seconds})
-        for warning in warnings(found, there, self.cache.max_gb):
-            recorder.progress.warn(warning)
-        if not self.ignore_estimate:
-            check_rooms(there)
+            seconds = {} if rates is None else {"seconds": seconds_of(found, rates)}
+            recorder.update(cost={"estimated": found.to_dict() | seconds})
+            for warning in warnings(found, there, self.cache.max_gb):
+                recorder.progress.warn(warning)
+            refused = None if self.ignore_estimate else too_large(there)
+        processes.raise_together(refused)
 
     def _compress(
         self, dense: LoadedModel, prepared: Preparation, recorder: Recorder
