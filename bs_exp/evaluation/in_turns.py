@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from scipy.stats import quantile_test
 
+from bs_exp.records.metrics import FASTER, NO_DIFFERENCE, SLOWER
+
 # The fewest rounds in which a 95 % interval of a median exists: 2 * 0.5^6 = 3 % of such sets lie all on one side.
 FEWEST_ROUNDS = 6
 
@@ -50,6 +52,13 @@ class Comparison:
         if self.interval is None or self.interval[0] <= 1.0 <= self.interval[1]:
             return False
         return abs(math.log1p(self.drift)) < abs(math.log(self.ratio))
+
+    @property
+    def in_words(self) -> str:
+        """`faster`, `slower`, or `no difference measured`, of the second one."""
+        if not self.is_difference:
+            return NO_DIFFERENCE
+        return FASTER if self.ratio > 1.0 else SLOWER
 
 
 def compare_rounds(first: Sequence[float], second: Sequence[float]) -> Comparison:

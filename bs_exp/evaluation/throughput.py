@@ -201,9 +201,7 @@ def _compared(name: str, dense: Sequence[float], compressed: Sequence[float]) ->
     found: dict[str, float | str] = {name + metrics.SPEEDUP: comparison.ratio, name + metrics.DRIFT: comparison.drift}
     if comparison.interval is not None:
         found |= dict(zip((name + metrics.SPEEDUP_LOW, name + metrics.SPEEDUP_HIGH), comparison.interval, strict=True))
-    if not comparison.is_difference:
-        return found | _no_difference(name)
-    return found | {name + metrics.DIFFERENCE: metrics.FASTER if comparison.ratio > 1.0 else metrics.SLOWER}
+    return found | {name + metrics.DIFFERENCE: comparison.in_words}
 
 
 def _no_difference(name: str) -> dict[str, float | str]:

@@ -15,6 +15,11 @@ PPL, MASKED_PPL, SEQ2SEQ_PPL = "ppl", "masked_ppl", "seq2seq_ppl"
 PERPLEXITIES = (PPL, MASKED_PPL, SEQ2SEQ_PPL)
 # Hidden states beside the dense model's.
 COSINE, RELATIVE_ERROR, SIMILARITY = "cosine", "relative_error", "similarity"
+# A compressed model as draft of its dense one: the share of its tokens that are accepted, tokens per pass of the dense
+# model, the share of prompts with the dense model's very text, the speed-up that reading the weights allows, and the
+# one that was measured. `draft/NAME` and `draft_tokens/NAME` say how.
+DRAFT, DRAFT_ACCEPTANCE, DRAFT_PER_PASS = "draft", "draft_acceptance", "draft_tokens_per_pass"
+DRAFT_SAME_TEXT, DRAFT_BOUND, DRAFT_SPEEDUP = "draft_same_text", "draft_speedup_bound", "draft_speedup"
 ACC, ACC_NORM = "acc", "acc_norm"
 ACCURACIES = (ACC, ACC_NORM)
 ITEMS, TASK_VERSION, LM_EVAL = "items", "task_version", "lm_eval"
@@ -43,8 +48,8 @@ BREAK_EVEN = {PREFILL: "cost/break_even_prefill_tokens", DECODE: "cost/break_eve
 SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes")
 
 # Settings, counts and speeds, which say nothing of the quality of a model.
-_NO_QUALITY = (ITEMS, TASK_VERSION, LM_EVAL, THROUGHPUT, COST)
-_NO_QUALITY_ENDS = (TOKENS, NONFINITE, "_sha256", STANDARD_ERROR)
+_NO_QUALITY = (ITEMS, TASK_VERSION, LM_EVAL, THROUGHPUT, COST, DRAFT, DRAFT_BOUND)
+_NO_QUALITY_ENDS = (TOKENS, NONFINITE, "_sha256", STANDARD_ERROR, SPEEDUP, SPEEDUP_LOW, SPEEDUP_HIGH, DRIFT)
 # Beginnings of the kinds, beside perplexities, of which less is better; most are names of lm-eval's.
 _LOWER_IS_BETTER = (
     "word_perplexity",
@@ -60,6 +65,9 @@ _TITLES = {
     PPL: "perplexity",
     MASKED_PPL: "masked perplexity",
     SEQ2SEQ_PPL: "sequence-to-sequence perplexity",
+    DRAFT_ACCEPTANCE: "accepted share of drafted tokens",
+    DRAFT_PER_PASS: "tokens per pass of the dense model",
+    DRAFT_SAME_TEXT: "share of prompts with the dense model's text",
     ACC: "accuracy",
     ACC_NORM: "normalised accuracy",
 }
@@ -100,7 +108,7 @@ def is_setting(name: str) -> bool:
     kind = kind_of(name)
     if kind == THROUGHPUT:
         return not name.startswith((PREFILL, DECODE, PEAK_MEMORY))
-    return kind in (ITEMS, TASK_VERSION, LM_EVAL) or kind.endswith((TOKENS, TEXT_SHA256))
+    return kind in (ITEMS, TASK_VERSION, LM_EVAL, DRAFT) or kind.endswith((TOKENS, TEXT_SHA256))
 
 
 def dense_ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -144,10 +152,11 @@ def default_objective(names: Iterable[str]) -> str | None:
     """What results are ranked by where no objective is set, of the metrics of a model in their order.
 
     The first perplexity of any kind; without one (models without logits) the first mean cosine to the dense model's
-    hidden states; None without either.
+    hidden states, or the first accepted share of drafted tokens; None without any.
     """
     names = list(names)
-    candidates = (*filter(is_perplexity, names), *(name for name in names if kind_of(name) == COSINE))
+    others = (name for kind in (COSINE, DRAFT_ACCEPTANCE) for name in names if kind_of(name) == kind)
+    candidates = (*filter(is_perplexity, names), *others)
     return next(iter(candidates), None)
 
 

@@ -243,7 +243,7 @@ class Experiment:
     def _objectives(self, metrics: Mapping[str, Any], promised: Sequence[str]) -> tuple[str, ...]:
         """The metrics to return, checked on the dense model's, and on what is promised, before compression begins."""
         if self.objective is None:
-            default = names.default_objective(metrics)
+            default = names.default_objective([*metrics, *promised])
             return () if default is None else (default,)
         numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
         known = [*numbers, *promised, *(names.metric(names.SIZE, name) for name in names.SIZES)]

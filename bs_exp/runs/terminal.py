@@ -87,6 +87,7 @@ def metric_rows(record: RunRecord) -> list[MetricRow]:
     lost = (name for name in dict.fromkeys([*dense, *compressed]) if metrics.is_nonfinite(name))
     names = [*metrics.quality((dense, compressed)), *(name for name in lost if dense.get(name) or compressed.get(name))]
     names += [name for name in _SPEEDS if name in dense or name in compressed]
+    names += [name for name in compressed if metrics.kind_of(name) in (metrics.DRAFT_SPEEDUP, metrics.DRAFT_BOUND)]
     return [
         MetricRow(
             name,

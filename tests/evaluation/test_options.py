@@ -18,6 +18,7 @@ from bs_exp.corpora.python_docs import PythonDocs
 from bs_exp.corpora.text_files import TextFiles
 from bs_exp.corpora.windows import CalibrationSet
 from bs_exp.evaluation.accuracy import Accuracy
+from bs_exp.evaluation.draft import Draft
 from bs_exp.evaluation.masked_perplexity import MaskedPerplexity
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.evaluation.seq2seq_perplexity import Seq2SeqPerplexity
@@ -140,6 +141,7 @@ def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
         "perplexity": Perplexity,
         "accuracy": Accuracy,
         "throughput": Throughput,
+        "draft": Draft,
         "similarity": Similarity,
         "masked_perplexity": MaskedPerplexity,
         "seq2seq_perplexity": Seq2SeqPerplexity,
@@ -149,6 +151,7 @@ def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
     expected = {
         **dict.fromkeys(("full", "smoke", "papers"), everything),
         "similarity": {"similarity"},
+        "draft": {"draft"},
         "encoder": {"similarity", "masked_perplexity"},
         "seq2seq": {"similarity", "seq2seq_perplexity"},
     }

@@ -14,6 +14,7 @@ from bs_exp.records import metrics
         (["cosine/text", "relative_error/text", "masked_ppl/text"], "masked_ppl/text"),
         (["cosine/text", "seq2seq_ppl_tokens/text", "seq2seq_ppl/text"], "seq2seq_ppl/text"),
         (["relative_error/text", "cosine/text", "cosine/other"], "cosine/text"),
+        (["draft_tokens_per_pass/text", "draft_acceptance/text"], "draft_acceptance/text"),
         (["word_perplexity/wikitext", "acc/piqa"], None),
         ([], None),
     ],
@@ -43,7 +44,13 @@ def test_what_is_no_quality_ranks_nothing() -> None:
         **{"acc/a": 0.5, "acc_stderr/a": 0.1, "acc/b": 0.7, "acc/mean": 0.6, "acc_norm/a": 0.5, "acc_norm/mean": 0.5},
         **{"ppl/text": 3.0, "ppl_tokens/text": 10, "ppl_nonfinite/text": 1, "ppl_text_sha256/text": "0f"},
         **{"cosine/text": 1.0, "similarity_tokens/text": 3, metrics.DECODE: 2.0, metrics.COMPRESSION_SECONDS: 1.0},
-        **{"items/a": 4, "lm_eval/version": "0.4"},
+        **{"items/a": 4, "lm_eval/version": "0.4", "draft/prompt_length": 8, "draft_tokens/text": 9},
+        **{
+            "draft_speedup/text": 1.1,
+            "draft_speedup_low/text": 1.0,
+            "draft_drift/text": 0.1,
+            "draft_speedup_bound/text": 2,
+        },
     }
     # The mean of one task is that task.
     assert metrics.quality([found]) == ["ppl/text", "acc/a", "acc/b", "acc_norm/a", "cosine/text", "acc/mean"]
@@ -51,7 +58,14 @@ def test_what_is_no_quality_ranks_nothing() -> None:
 
 
 def test_how_something_was_measured_is_no_result() -> None:
-    for name in ("ppl_tokens/a", "ppl_text_sha256/a", "items/a", "task_version/a", "lm_eval/version"):
+    for name in (
+        "ppl_tokens/a",
+        "ppl_text_sha256/a",
+        "items/a",
+        "task_version/a",
+        "lm_eval/version",
+        "draft/prompt_length",
+    ):
         assert metrics.is_setting(name)
     for name in ("throughput/device", "throughput/repeats"):
         assert metrics.is_setting(name)
