@@ -52,6 +52,43 @@ MOST_MODULES = 100_000
 
 LinearMap = Callable[[Tensor], Tensor]
 
+# Products of few tokens and a large factor on a CPU are computed in blocks: so many, up to so many tokens, from so many
+# numbers on.
+BLOCKS = 8
+MOST_TOKENS = 128
+LEAST_NUMBERS = 2**20
+
+
+def linear(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ factor^T + bias`; for few tokens in inference on a CPU as one batch of products by blocks of rows.
+
+    MKL has an entry for one product and one for a batch. With few tokens the first takes a single core on some CPUs
+    (docs/results.md), and the second takes all. Both sum the same numbers, in another order.
+    """
+    if not is_in_blocks(x, factor):
+        return nn.functional.linear(x, factor, bias)
+    tokens, blocks = x.reshape(1, -1, x.shape[-1]), factor.unflatten(0, (BLOCKS, -1)).mT
+    y = torch.bmm(tokens.expand(BLOCKS, -1, -1), blocks).transpose(0, 1).reshape(*x.shape[:-1], len(factor))
+    return y if bias is None else y + bias
+
+
+def is_in_blocks(x: Tensor, factor: Tensor) -> bool:
+    """Whether `linear` computes this product in blocks. With more threads than blocks MKL does better by itself."""
+    jit: Any = torch.jit
+    return (
+        factor.numel() >= LEAST_NUMBERS
+        and not (torch.compiler.is_compiling() or jit.is_tracing())
+        and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+        and x.dtype == factor.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and len(factor) % BLOCKS == 0
+        and 1 < torch.get_num_threads() <= BLOCKS
+        and type(factor) is nn.Parameter  # tensors of other libraries know `linear` alone
+        and torch.backends.mkl.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
 
 class FactorMap(nn.Linear):
     """The map by one factor, as a module without parameters of its own: where libraries such as peft put an adapter.
@@ -75,7 +112,7 @@ class FactorMap(nn.Linear):
         return cast("nn.Parameter", getattr(of, self._factor))
 
     def forward(self, x: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
-        return nn.functional.linear(x, factor)
+        return linear(x, factor)
 
 
 class SharedBasis(nn.Module):
@@ -185,7 +222,6 @@ class FactorisedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_adapted:
             return self._adapted(x)
-        linear = nn.functional.linear
         return self.through(x, lambda part: linear(part, self.basis), lambda z: linear(z, self.weight))
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -251,7 +287,6 @@ class SharedLinear(FactorisedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_adapted:
             return self._adapted(x)
-        linear = nn.functional.linear
         return linear(linear(x, self.basis), self.weight, self.bias)  # the bias at no cost
 
     def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:

@@ -1,0 +1,132 @@
+"""Products of few tokens on a CPU: in blocks of rows where it pays, and the same numbers as in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bs_exp.layout.pivoted import PivotedLayout
+from bs_exp.layout.plain import PlainLayout
+from bs_exp.models import modeling_basis_sharing
+from bs_exp.models.modeling_basis_sharing import BLOCKS, MOST_TOKENS, linear
+from bs_exp.protocols import Layout
+from bs_exp.types import LoadedModel
+from tests.support.factorised import compressed_twin
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+
+
+class Called(TorchDispatchMode):
+    """Counts the batched products that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batched = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.batched += func is torch.ops.aten.bmm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads, and factors of any size."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(modeling_basis_sharing, "LEAST_NUMBERS", 1)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def factor(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def number(x: Tensor, w: Tensor) -> int:
+    with Called() as called:
+        linear(x, w)
+    return called.batched
+
+
+@needs_mkl
+@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (3, 24), (2, 5, 24), (MOST_TOKENS, 24)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@torch.no_grad()
+def test_the_same_numbers(shape: tuple[int, ...], with_bias: bool) -> None:
+    w, bias = factor(4 * BLOCKS, 24), torch.randn(4 * BLOCKS) if with_bias else None
+    x = torch.randn(*shape)
+    found = linear(x, w, bias)
+    exact = nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    assert number(x, w) == 1
+    assert found.shape == exact.shape and found.is_contiguous()
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "dtype", "around"),
+    [
+        (MOST_TOKENS + 1, 16, torch.float32, torch.no_grad),
+        (1, BLOCKS + 1, torch.float32, torch.no_grad),
+        (1, 16, torch.bfloat16, torch.no_grad),
+        (1, 16, torch.float32, nullcontext),  # training keeps its bits
+        (0, 16, torch.float32, torch.no_grad),
+    ],
+)
+def test_in_one_piece(
+    tokens: int, rows: int, dtype: torch.dtype, around: Callable[[], AbstractContextManager[object]]
+) -> None:
+    w, x = factor(rows, 24, dtype), torch.randn(tokens, 24).to(dtype)
+    with around():
+        assert number(x, w) == 0
+        assert torch.equal(linear(x, w), nn.functional.linear(x, w))
+
+
+@torch.no_grad()
+def test_one_thread_and_many_leave_it_to_mkl() -> None:
+    for threads in (1, BLOCKS + 1):
+        torch.set_num_threads(threads)
+        assert number(torch.randn(1, 24), factor(16, 24)) == 0
+
+
+@needs_mkl
+@pytest.mark.parametrize("layout", [PlainLayout(), PivotedLayout()])
+@torch.no_grad()
+def test_models_write_the_same(
+    layout: Layout, dense: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed_twin(dense("llama"), layout).eval()
+    ids = torch.arange(1, 7)[None]
+
+    def answer() -> tuple[Tensor, Tensor]:
+        written = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return model(ids).logits, written
+
+    with Called() as called:
+        logits, written = answer()
+    assert called.batched > 0
+    monkeypatch.setattr(modeling_basis_sharing, "MOST_TOKENS", 0)
+    one_piece, expected = answer()
+    torch.testing.assert_close(logits, one_piece, rtol=1e-5, atol=1e-5)
+    assert torch.equal(written, expected)
+
+
+@torch.no_grad()
+def test_an_exported_layer_has_no_batched_products() -> None:
+    """Exporters and compilers see the two products that a layer is, and choose by themselves."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = factor(16, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x, self.w)
+
+    graph = torch.export.export(Product(), (torch.randn(1, 24),)).graph
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert called == ["aten.linear.default"]
