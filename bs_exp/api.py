@@ -74,7 +74,8 @@ class Compression:
     """A compressed model and how it came about.
 
     `plan` has the groups with their ranks, `spectra` the singular values of every group in its metric and the loss of
-    each component, `size` the counts of `measure_size`, `seconds` the time by stage.
+    each component, `size` the counts of `measure_size`, `seconds` the time by stage. `record` and `recipe` are what
+    the card of the saved model is made of.
     """
 
     model: PreTrainedModel

@@ -115,7 +115,9 @@ def build(cfg: DictConfig, dense: DenseStore | None = None) -> Experiment:
         seed=cfg.seed,
         objective=_objective(cfg.objective),
         save_model=cfg.save_model,
-        card=run_recipe(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else ()),
+        card=run_recipe(cfg, HydraConfig.get().overrides.task)
+        if cfg.save_model and HydraConfig.initialized()
+        else None,
         selection=make("selection"),
         sample=TextSample(prompt=cfg.sample.prompt, tokens=cfg.sample.tokens) if cfg.sample.prompt else None,
         dense=dense or DenseStore(),

@@ -17,6 +17,7 @@ from bs_exp.files import write_file
 from bs_exp.models.licence import licence_files, licence_lines
 from bs_exp.models.upload import PLACE
 from bs_exp.printable import printable
+from bs_exp.records.inputs import CODE
 from bs_exp.records.record import RunRecord
 from bs_exp.reporting import formats
 from bs_exp.runs.terminal import MetricRow, metric_rows
@@ -198,6 +199,9 @@ def _making(record: RunRecord, recipe: RunRecipe, preset: str) -> str:
     lines += ["```sh", recipe.command(), "```"]
     if recipe.given:
         lines += ["", "What stands as `PATH/TO/...` has to be given: it lay on the machine where this was made."]
+    if code := record.provenance.get(CODE):
+        names = ", ".join(f"`{printable(str(name))}`" for name in code)
+        lines += ["", f"It takes code that is not part of bs_exp, to be found on PYTHONPATH: {names}."]
     return "\n".join(lines)
 
 
