@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers.utils.hub import cached_file
+from yaml import YAMLError
 
 _CARD = "README.md"
 _FIELDS = ("license", "license_name", "license_link")
@@ -21,12 +22,7 @@ def licence_lines(provenance: Mapping[str, Any]) -> dict[str, str]:
     which lies in that file. Without a network, of a hub model only what is in the cache counts.
     """
     card = _found(provenance, _CARD)
-    if card is None:
-        lines = {}
-    else:
-        text = card.read_text(encoding="utf-8", errors="replace")
-        data = ModelCard(text, ignore_metadata_errors=True).data
-        lines = {name: data.get(name) for name in _FIELDS if isinstance(data.get(name), str)}
+    lines = {} if card is None else _lines(card.read_text(encoding="utf-8", errors="replace"))
     files = licence_files(provenance)
     if "license" not in lines and "LICENSE" in files:
         return {"license": "other", "license_link": "LICENSE"}
@@ -37,6 +33,14 @@ def licence_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
     """Licence texts beside the model that was loaded, by name."""
     found = {name: _found(provenance, name) for name in _FILES}
     return {name: path for name, path in found.items() if path is not None}
+
+
+def _lines(card: str) -> dict[str, str]:
+    try:
+        data = ModelCard(card, ignore_metadata_errors=True).data
+    except (ValueError, YAMLError):  # a card that says nothing, to the hub neither
+        return {}
+    return {name: data.get(name) for name in _FIELDS if isinstance(data.get(name), str)}
 
 
 def _found(provenance: Mapping[str, Any], name: str) -> Path | None:

@@ -248,8 +248,8 @@ class FactorisedLinear(nn.Module):
 
     def with_term(self, down: Tensor, up: Tensor) -> CorrectedLinear:
         """The layer plus `up @ down`, a term of its own `[out, rank] @ [rank, in]`: the shared basis stays as it is."""
-        like = self.weight
-        terms = (nn.Parameter(canonical(t.detach().to(like.device, like.dtype)), False) for t in (down, up))
+        dtype = self.weight.dtype if self.weight.is_floating_point() else down.dtype
+        terms = (nn.Parameter(canonical(t.detach().to(self.weight.device, dtype)), False) for t in (down, up))
         return CorrectedLinear(self, *terms)
 
     def extra_repr(self) -> str:
@@ -531,6 +531,14 @@ class SplitLinear(nn.Module):
             first, *others = (block(part) for block, part in zip(self.blocks, x.split(self.sizes, -1), strict=True))
             y = sum(others, start=first)
         return y if self.output_bias is None else y + self.output_bias
+
+    def lora_layer(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """ValueError: each block can have an adapter, and the matrix as a whole none."""
+        raise ValueError(
+            f"{kwargs.get('target_name')} is cut into blocks (sharing=heads), and an adapter of the whole could not be "
+            'merged. Name its blocks: target_modules=r".*_proj\\.blocks\\.\\d+", or make the model dense first '
+            "(bs_exp.to_dense)."
+        )
 
     def own(self) -> None:
         """Gives blocks that stay dense weights of their own, instead of views."""

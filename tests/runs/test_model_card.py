@@ -168,6 +168,8 @@ def test_a_hub_model_is_named_with_its_commit_and_data(
     [
         ({}, {}),
         ({"README.md": "# No metadata"}, {}),
+        ({"README.md": "---\nlicense: [mit\n---\n"}, {}),
+        ({"README.md": "---\n- license\n---\n"}, {}),
         ({"README.md": "---\nlicense: mit\n---\n"}, {"license": "mit"}),
         (
             {"README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"},

@@ -175,6 +175,29 @@ def test_some_blocks_of_a_layer_may_stay_dense(tmp_path: Path) -> None:
     torch.testing.assert_close(to_dense(loaded).get_submodule("model.layers.1.self_attn.q_proj").weight, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+def test_adapters_go_on_blocks(tmp_path: Path) -> None:
+    """On blocks in groups and on those that stay dense (of v), merged, saved and loaded; on the whole matrix none."""
+    from peft import LoraConfig, get_peft_model
+
+    dense = tiny_random("llama")
+    save_model(compressed(dense, 1, PivotedLayout())[0], dense.tokenizer, tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"q_proj is cut into blocks.*target_modules=r\"\.\*_proj\\\.blocks\\\.\\d\+\""
+    ):
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    settings = LoraConfig(target_modules=r".*[qv]_proj\.blocks\.\d+", r=1, init_lora_weights=False)
+    adapted = get_peft_model(base, settings).eval()
+    logits = logits_of(adapted)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(again), logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits, atol=1e-2)
+
+
 def test_a_process_without_the_plugin_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_random("llama")
     save_model(compressed(dense, 1, PlainLayout())[0], dense.tokenizer, tmp_path / "model")
