@@ -172,6 +172,7 @@ def round_with_feedback(
     order = torch.arange(grid.columns, device=weight.device)
     if by_importance:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    places = order.tolist()
     damped = gram[order][:, order]
     upper = _inverse_root(damped, damping * mean)
     left = weight.double()[:, order].clone()
@@ -180,7 +181,7 @@ def round_with_feedback(
         end = min(start + _BLOCK, grid.columns)
         errors = torch.empty(left.shape[0], end - start, dtype=torch.float64, device=weight.device)
         for i in range(start, end):
-            place = int(order[i])
+            place = places[i]
             column = left[:, i]
             codes[:, place] = grid.column_codes(column, place)
             error = (column - grid.column_values(codes[:, place], place)) / upper[i, i]

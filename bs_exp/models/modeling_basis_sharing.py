@@ -162,6 +162,9 @@ class FactorisedLinear(nn.Module):
         for name, tensor in kept.items():
             self.register_buffer(name, tensor)
         self.is_conv1d = is_conv1d
+        self._add_maps()
+
+    def _add_maps(self) -> None:
         self.shared_basis = SharedBasis(self)
         self._place = (self.shared_basis,)  # in a tuple, or it would be a part of every layer of a group
         self.weight_map: nn.Module = FactorMap(self, "weight")
@@ -192,9 +195,19 @@ class FactorisedLinear(nn.Module):
     def out_features(self) -> int:
         raise NotImplementedError
 
+    def factor_shape(self, name: str) -> tuple[int, int]:
+        """Shape `[out, in]` of `basis` or `weight`, however it is stored."""
+        rows, columns = getattr(self, name).shape
+        return rows, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That in which the layer computes."""
+        return self.weight.dtype
+
     @property
     def rank(self) -> int:
-        return self.basis.shape[0]
+        return self.factor_shape("basis")[0]
 
     @property
     def any_bias(self) -> nn.Parameter | None:
@@ -238,8 +251,10 @@ class FactorisedLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The ordinary layer with the same product, in the dtype of the factors; the bias is the same Parameter."""
-        product = canonical(self.product().to(self.weight.dtype))
-        return _dense_layer(self, product, self.any_bias, requires_grad=self.weight.requires_grad)
+        product = canonical(self.product().to(self.dtype))
+        # Codes cannot be trained, what they stand for can.
+        trained = self.weight.requires_grad or not self.weight.is_floating_point()
+        return _dense_layer(self, product, self.any_bias, requires_grad=trained)
 
     def lora_layer(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The layer with a LoRA adapter of the whole matrix; arguments are those of peft's LoRA layers."""
@@ -248,8 +263,7 @@ class FactorisedLinear(nn.Module):
 
     def with_term(self, down: Tensor, up: Tensor) -> CorrectedLinear:
         """The layer plus `up @ down`, a term of its own `[out, rank] @ [rank, in]`: the shared basis stays as it is."""
-        dtype = self.weight.dtype if self.weight.is_floating_point() else down.dtype
-        terms = (nn.Parameter(canonical(t.detach().to(self.weight.device, dtype)), False) for t in (down, up))
+        terms = (nn.Parameter(canonical(t.detach().to(self.weight.device, self.dtype)), False) for t in (down, up))
         return CorrectedLinear(self, *terms)
 
     def extra_repr(self) -> str:
@@ -278,11 +292,11 @@ class SharedLinear(FactorisedLinear):
 
     @property
     def in_features(self) -> int:
-        return self.basis.shape[1]
+        return self.factor_shape("basis")[1]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.factor_shape("weight")[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_adapted:
@@ -291,7 +305,7 @@ class SharedLinear(FactorisedLinear):
 
     def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
         y = weight(basis(x))
-        return y if self.bias is None else y + self.bias
+        return y if self.any_bias is None else y + self.any_bias
 
     def product(self) -> Tensor:
         basis, weight = self._precise()
@@ -352,7 +366,7 @@ class PivotedOutputLinear(PivotedLinear):
 
     @property
     def in_features(self) -> int:
-        return self.basis.shape[1]
+        return self.factor_shape("basis")[1]
 
     @property
     def out_features(self) -> int:
@@ -360,7 +374,7 @@ class PivotedOutputLinear(PivotedLinear):
 
     @property
     def _others(self) -> int:
-        return self.weight.shape[0]
+        return self.factor_shape("weight")[0]
 
     def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
         z = basis(x)
@@ -396,11 +410,11 @@ class PivotedInputLinear(PivotedLinear):
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.factor_shape("weight")[0]
 
     @property
     def _others(self) -> int:
-        return self.basis.shape[1]
+        return self.factor_shape("basis")[1]
 
     def through(self, x: Tensor, basis: LinearMap, weight: LinearMap) -> Tensor:
         y = weight(x.index_select(-1, self.own_features) + basis(x.index_select(-1, self.other_features)))
@@ -415,6 +429,235 @@ class PivotedInputLinear(PivotedLinear):
 def _check_pivots(d_in: int, d_out: int, rank: int, *, features: int) -> None:
     if rank > features:
         raise ValueError(f"the rank {rank} is above what layers of (d_in, d_out) = {(d_in, d_out)} have pivots for")
+
+
+class Precision(NamedTuple):
+    """How matrices are stored in whole numbers of `bits` bits: by row, in groups of `group_size` columns (None: one).
+
+    A number stands for `(code - zero) * scale`. `symmetric` leaves zero points out: all are `2^(bits - 1)`.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row; the last one may be smaller."""
+        return -(-columns // (self.group_size or max(columns, 1)))
+
+    def empty(self, rows: int, columns: int, like: Tensor) -> Packed:
+        """Room for a matrix, in the dtype and on the device of the weight that it replaces."""
+        numbers = rows * self.groups(columns)
+        scale = like.new_empty(rows, self.groups(columns))
+        codes, zero = (like.new_empty(packed_bytes(n, self.bits), dtype=torch.uint8) for n in (rows * columns, numbers))
+        return Packed.of(codes, scale, None if self.symmetric else zero, (rows, columns))
+
+
+class Packed(NamedTuple):
+    """A matrix `[rows, columns]` in few bits: packed codes, a scale for each group, and packed zero points if any.
+
+    All are Parameters that are not trained, so that layers of a group can hold the same ones.
+    """
+
+    codes: nn.Parameter
+    scale: nn.Parameter
+    zero: nn.Parameter | None
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> Packed:
+        parts = [None if part is None else nn.Parameter(part, requires_grad=False) for part in (codes, scale, zero)]
+        return cls(cast("nn.Parameter", parts[0]), cast("nn.Parameter", parts[1]), parts[2], shape)
+
+
+class Quantized(nn.Module):
+    """A part of a layer that stores matrices in few bits: each under its name, with `NAME_scale` and `NAME_zero`.
+
+    The codes of a matrix are one row of bytes: so a process without the plug-in meets a `weight` of the wrong shape and
+    fails, whatever the bits. The matrix is made anew in every forward pass.
+    """
+
+    precision: Precision
+    _shapes: dict[str, tuple[int, int]]
+
+    def _hold(self, name: str, packed: Packed) -> None:
+        """Keeps what belongs to the codes, which the layer itself keeps under their name."""
+        self.register_parameter(f"{name}_scale", packed.scale)
+        if packed.zero is not None:
+            self.register_parameter(f"{name}_zero", packed.zero)
+
+    def packed(self, name: str) -> Packed:
+        """The matrix of this name as it is stored."""
+        zero = None if self.precision.symmetric else getattr(self, f"{name}_zero")
+        return Packed(getattr(self, name), getattr(self, f"{name}_scale"), zero, self._shapes[name])
+
+    def matrix(self, name: str) -> Tensor:
+        """The matrix of this name, `[out, in]`, in the dtype of its scales."""
+        return unpacked(self.packed(name), self.precision)
+
+    def numbers(self) -> dict[nn.Parameter, int]:
+        """How many numbers every Parameter of the layer's matrices stands for; scales and zero points for none."""
+        found: dict[nn.Parameter, int] = {}
+        for name, (rows, columns) in self._shapes.items():
+            packed = self.packed(name)
+            found |= {packed.codes: rows * columns, packed.scale: 0}
+            if packed.zero is not None:
+                found[packed.zero] = 0
+        return found
+
+
+class QuantizedLinear(Quantized):
+    """A linear layer that is not factorised, its matrix in few bits. The bias stays as it is."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Packed, bias: nn.Parameter | None, precision: Precision, *, is_conv1d: bool):
+        super().__init__()
+        self.precision = precision
+        self._shapes = {"weight": weight.shape}
+        self.weight = weight.codes
+        self._hold("weight", weight)
+        self.register_parameter("bias", bias)
+        self.is_conv1d = is_conv1d
+
+    @classmethod
+    def replacing(cls, dense: nn.Linear | Conv1D, weight: Packed, precision: Precision) -> QuantizedLinear:
+        """A layer that takes the place of `dense` and keeps its bias (the same Parameter) and its mode."""
+        bias = cast("nn.Parameter | None", dense.bias)
+        return cls(weight, bias, precision, is_conv1d=isinstance(dense, Conv1D)).train(dense.training)
+
+    @property
+    def in_features(self) -> int:
+        return self._shapes["weight"][1]
+
+    @property
+    def out_features(self) -> int:
+        return self._shapes["weight"][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.matrix("weight"), self.bias)
+
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The ordinary layer with what the codes stand for; the bias is the same Parameter."""
+        return _dense_layer(self, canonical(self.matrix("weight")), self.bias, requires_grad=True)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.precision.bits}"
+
+
+class QuantizedFactors(Quantized, FactorisedLinear):
+    """A factorised layer whose `basis` and `weight` are packed codes. Its maps take no adapters: there is no factor."""
+
+    bias_name = "output_bias"  # codes do not have one row per output
+
+    basis_scale: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def __init__(
+        self,
+        basis: Packed,
+        weight: Packed,
+        bias: nn.Parameter | None,
+        *,
+        precision: Precision,
+        is_conv1d: bool,
+        **kept: Tensor,
+    ):
+        # Before the rest, which asks for shapes. Neither is a part of a module.
+        self.precision = precision
+        self._shapes = {"basis": basis.shape, "weight": weight.shape}
+        super().__init__(basis.codes, weight.codes, bias, is_conv1d=is_conv1d, **kept)
+        self._hold("basis", basis)
+        self._hold("weight", weight)
+
+    def _add_maps(self) -> None:
+        """None: libraries would put adapters on them, and merge these into codes."""
+
+    @property
+    def is_adapted(self) -> bool:
+        return False
+
+    def factor_shape(self, name: str) -> tuple[int, int]:
+        return self._shapes[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_scale.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = nn.functional.linear
+        return self.through(
+            x, lambda part: linear(part, self.matrix("basis")), lambda z: linear(z, self.matrix("weight"))
+        )
+
+    def _precise(self) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return self.matrix("basis").to(dtype), self.matrix("weight").to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.precision.bits}"
+
+
+_QUANTIZED: dict[str, type[QuantizedFactors]] = {}
+
+
+def quantized_kind(kind: type[FactorisedLinear]) -> type[QuantizedFactors]:
+    """The class of layers that are like those of `kind`, with their factors in few bits; the same for every call."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name not in _QUANTIZED or not issubclass(_QUANTIZED[name], kind):
+        own = {"__module__": kind.__module__}
+        _QUANTIZED[name] = type(f"Quantized{kind.__name__}", (QuantizedFactors, kind), own)
+    return _QUANTIZED[name]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that so many codes of so many bits take."""
+    return -(-count * bits // 8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (bytes, of which the lower `bits` count) as one row of bytes, the first code in the lowest bits.
+
+    At 8 bits they stay as they are; at 4 two share a byte; at 3 eight share three bytes. Only the last byte may be
+    filled up, so that rows of odd widths cost nothing.
+    """
+    codes = codes.reshape(-1)
+    if bits == 8:
+        return codes.clone()
+    ones = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    return pack_bits(((codes[:, None] >> ones) & 1).flatten())
+
+
+def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The first `count` codes of packed bytes, one a byte."""
+    if bits == 8:
+        return packed[:count]
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), dim=1).flatten()[:count]
+    # Eight codes are `bits` bytes, which one number of 64 bits holds.
+    whole = nn.functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()
+    places = torch.arange(8, device=packed.device)
+    words: Tensor = (whole << (8 * places[:bits])).sum(dim=1)
+    codes: Tensor = (words[:, None] >> (bits * places)) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten()[:count]
+
+
+def unpacked(packed: Packed, precision: Precision) -> Tensor:
+    """The matrix that packed codes stand for, in the dtype of the scales."""
+    rows, columns = packed.shape
+    scale, groups = packed.scale.detach(), precision.groups(columns)
+    codes = unpack_codes(packed.codes, rows * columns, precision.bits).view(rows, columns).to(scale.dtype)
+    if packed.zero is None:
+        zero = scale.new_full((1, 1), 2 ** (precision.bits - 1)).expand(rows, groups)
+    else:
+        zero = unpack_codes(packed.zero, rows * groups, precision.bits).view(rows, groups).to(scale.dtype)
+    if groups > 1:
+        size = cast("int", precision.group_size)
+        scale, zero = (part.repeat_interleave(size, dim=1)[:, :columns] for part in (scale, zero))
+    # Differences of codes are exact in every dtype, and the product is rounded once.
+    return (codes - zero) * scale
 
 
 class CorrectedLinear(nn.Module):
@@ -589,7 +832,7 @@ def unpack_bits(packed: Tensor, length: int) -> Tensor:
 
 
 def _dense_layer(
-    layer: FactorisedLinear | SplitLinear,
+    layer: FactorisedLinear | QuantizedLinear | SplitLinear,
     product: Tensor,
     bias: nn.Parameter | None,
     *,
@@ -632,7 +875,13 @@ def shared_kind(members: int) -> type[SharedLinear]:
 LAYOUTS: dict[str, Callable[[int], type[FactorisedLinear]]] = {"plain": shared_kind, "pivoted": pivoted_kind}
 
 
-def empty_layers(layout: str, dense: Sequence[nn.Module], members: Sequence[str], rank: int) -> list[FactorisedLinear]:
+def empty_layers(
+    layout: str,
+    dense: Sequence[nn.Module],
+    members: Sequence[str],
+    rank: int,
+    precision: Precision | None = None,
+) -> list[FactorisedLinear]:
     """Layers of a rank, not yet filled, in place of the given ones; they hold one basis.
 
     Raises ValueError, by the names of the `members`, for layers that cannot have it.
@@ -649,15 +898,40 @@ def empty_layers(layout: str, dense: Sequence[nn.Module], members: Sequence[str]
             f"quantization_config: the rank of {_shown(members)} must be at most {full}, the full rank of layers of "
             f"(d_in, d_out) = {_shown(sides)}, got {rank}. It does not fit this model."
         )
+    if precision is not None:
+        return _empty_quantized(quantized_kind(kind), linear, shapes, precision)
     basis = nn.Parameter(linear[0].weight.new_empty(shapes[0].basis))
     layers = []
     for layer, shape in zip(linear, shapes, strict=True):
         weight = nn.Parameter(layer.weight.new_empty(shape.weight))
-        with torch.device("meta"):  # they come with the checkpoint
-            kept = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shape.kept.items()}
-        layers.append(kind.replacing(layer, basis, weight, **kept))
+        layers.append(kind.replacing(layer, basis, weight, **_empty_kept(shape)))
     share_basis(layers)
     return layers
+
+
+def _empty_kept(shapes: Shapes) -> dict[str, Tensor]:
+    with torch.device("meta"):  # they come with the checkpoint
+        return {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.kept.items()}
+
+
+def _empty_quantized(
+    kind: type[QuantizedFactors],
+    dense: Sequence[nn.Linear | Conv1D],
+    shapes: Sequence[Shapes],
+    precision: Precision,
+) -> list[FactorisedLinear]:
+    basis = precision.empty(*shapes[0].basis, like=dense[0].weight)
+    return [
+        kind(
+            basis,
+            precision.empty(*shape.weight, like=layer.weight),
+            cast("nn.Parameter | None", layer.bias),
+            precision=precision,
+            is_conv1d=isinstance(layer, Conv1D),
+            **_empty_kept(shape),
+        ).train(layer.training)
+        for layer, shape in zip(dense, shapes, strict=True)
+    ]
 
 
 def _with_correction(shared: FactorisedLinear, rank: int) -> FactorisedLinear | CorrectedLinear:
@@ -670,8 +944,8 @@ def _with_correction(shared: FactorisedLinear, rank: int) -> FactorisedLinear | 
             f"quantization_config: a correction of layers of (d_in, d_out) = {sides} must be at most {min(sides)}, got "
             f"{rank}. It does not fit this model."
         )
-    empty = shared.weight.new_empty
-    down, weight = empty(rank, shared.in_features), empty(shared.out_features, rank)
+    like = torch.empty(0, dtype=shared.dtype, device=shared.weight.device)
+    down, weight = like.new_empty(rank, shared.in_features), like.new_empty(shared.out_features, rank)
     return CorrectedLinear(shared, nn.Parameter(down), nn.Parameter(weight))
 
 
@@ -686,6 +960,8 @@ class BasisSharingConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         splits: Sequence[Mapping[str, Any]] = (),
         crc32: Mapping[str, str] | None = None,
+        precision: Mapping[str, Any] | None = None,
+        quantized: Sequence[str] = (),
         **unknown: object,
     ):
         if format_version != FORMAT_VERSION:
@@ -707,6 +983,19 @@ class BasisSharingConfig(QuantizationConfigMixin):
             self.splits = _checked_splits(splits)
         if crc32 is not None:
             self.crc32 = _checked_sums(crc32)
+        if precision is not None:
+            self.precision = checked_precision(precision)
+            self.quantized = _checked_names(quantized)
+        elif quantized:
+            raise ValueError(
+                "quantization_config.quantized names layers, so quantization_config.precision must be set."
+            )
+
+    @property
+    def stored_precision(self) -> Precision | None:
+        """In how many bits the matrices of groups, and of the layers `quantized`, are stored; None: as floats."""
+        found = getattr(self, "precision", None)
+        return None if found is None else Precision(**found)
 
 
 class BasisSharingQuantizer(HfQuantizer):
@@ -743,13 +1032,18 @@ class BasisSharingQuantizer(HfQuantizer):
             (name,) = _local_names(model, {"members": [split["module"]]})
             dense = model.get_submodule(name)
             model.set_submodule(name, SplitLinear.cutting(dense, split["sizes"], split["axis"]))
-        layout = self.quantization_config.layout
+        layout, precision = self.quantization_config.layout, self.quantization_config.stored_precision
         for group in self.quantization_config.groups:
             names = _local_names(model, group)
             dense = [model.get_submodule(n) for n in names]
-            layers = empty_layers(layout, dense, group["members"], group["rank"])
+            layers = empty_layers(layout, dense, group["members"], group["rank"], precision)
             for name, layer in zip(names, layers, strict=True):
                 model.set_submodule(name, _with_correction(layer, group.get("correction", 0)))
+        if precision is not None:
+            for name in self._quantized(model):
+                (linear,), [(d_in, d_out)] = _linear_layers([model.get_submodule(name)], [name])
+                packed = precision.empty(d_out, d_in, like=linear.weight)
+                model.set_submodule(name, QuantizedLinear.replacing(linear, packed, precision))
         self.declare_ties(model)
         self._check_what_is_loaded(model)
 
@@ -816,8 +1110,18 @@ class BasisSharingQuantizer(HfQuantizer):
             yield _local_names(model, group)
         for split in getattr(self.quantization_config, "splits", ()):
             yield _local_names(model, {"members": [split["module"]]})
+        for name in self._quantized(model):
+            yield [name]
+
+    def _quantized(self, model: Any) -> list[str]:
+        """Names of the layers that are no factors, and are stored in few bits."""
+        return _local_names(model, {"members": getattr(self.quantization_config, "quantized", ())})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for layer in model.modules():
+            if isinstance(layer, Quantized):  # Transformers makes every float a Parameter that is trained
+                for parameter in layer.numbers():
+                    parameter.requires_grad_(False)
         for group in self.quantization_config.groups:
             _settle(_factorised(model, _local_names(model, group)), group)
             group.pop(CHECKSUM, None)  # there while saving only: what is trained on may change what is kept
@@ -852,8 +1156,16 @@ class BasisSharingQuantizer(HfQuantizer):
                 f"{name}.shared.basis" if isinstance(model.get_submodule(name), CorrectedLinear) else f"{name}.basis"
                 for name in _local_names(model, group)
             )
-            ties.update(dict.fromkeys(peers, owner))
+            ties.update({f"{peer}{end}": f"{owner}{end}" for peer in peers for end in self._endings})
         return ties
+
+    @property
+    def _endings(self) -> tuple[str, ...]:
+        """What is behind the names of the tensors that a basis consists of."""
+        precision = self.quantization_config.stored_precision
+        if precision is None:
+            return ("",)
+        return ("", "_scale") if precision.symmetric else ("", "_scale", "_zero")
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         # The base class would impose config.dtype, which `model.to(...)` does not keep up to date.
@@ -865,6 +1177,8 @@ class BasisSharingQuantizer(HfQuantizer):
         for group in self.quantization_config.groups:
             for name in _local_names(model, group):
                 model.set_submodule(name, model.get_submodule(name).to_dense())
+        for name in self._quantized(model):
+            model.set_submodule(name, model.get_submodule(name).to_dense())
         for split in getattr(self.quantization_config, "splits", ()):
             (name,) = _local_names(model, {"members": [split["module"]]})
             model.set_submodule(name, model.get_submodule(name).merged())
@@ -892,8 +1206,8 @@ class BasisSharingQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        # The factors are ordinary floating-point parameters: a Trainer may train them without adapters.
-        return True
+        # The factors are ordinary floating-point parameters, unless they are codes: a Trainer may train them.
+        return self.quantization_config.stored_precision is None
 
     @property
     def is_compileable(self) -> bool:
@@ -1455,6 +1769,35 @@ def _checked_sums(sums: Any) -> dict[str, str]:
     if not isinstance(sums, Mapping) or not all(isinstance(text, str) for item in sums.items() for text in item):
         raise ValueError(f"quantization_config.{FILE_CHECKSUMS} must map names of files to texts, got {_shown(sums)}.")
     return dict(sums)
+
+
+BITS = (3, 4, 8)
+
+
+def checked_precision(precision: Any) -> dict[str, Any]:
+    """The entry of a configuration that says in how many bits matrices are stored; ValueError if it is none."""
+    if (
+        not isinstance(precision, Mapping)
+        or precision.keys() != set(Precision._fields)
+        or type(precision["bits"]) is not int
+        or precision["bits"] not in BITS
+        or not (precision["group_size"] is None or _is_count(precision["group_size"]))
+        or type(precision["symmetric"]) is not bool
+    ):
+        raise ValueError(
+            f"quantization_config.precision needs `bits` ({', '.join(map(str, BITS))}), `group_size` (a whole number "
+            f"of at least 1, or null) and `symmetric` (true or false), got {_shown(precision)}."
+        )
+    return dict(precision)
+
+
+def _checked_names(names: Any) -> list[str]:
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"quantization_config.quantized must be a list of module names, got {_shown(names)}.")
+    _check_count("quantized", len(names))
+    if len(set(names)) < len(names):
+        raise ValueError("quantization_config.quantized names a module twice.")
+    return list(names)
 
 
 def _is_count(value: object) -> bool:

@@ -50,6 +50,12 @@ def read_groups(quantization_config: Mapping[str, Any]) -> tuple[StoredGroup, ..
             f"This folder stores {len(splits)} matrices cut into blocks (such as {splits[0]['module']}), which no "
             "server takes. Compress without a view of heads, or serve the dense model: bs_exp.to_dense."
         )
+    if (precision := config.stored_precision) is not None:
+        raise ValueError(
+            f"This folder stores its matrices in {precision.bits} bits (precision=int{precision.bits}), which only "
+            "Transformers loads so far. Serve a folder that was compressed with precision=none, or the dense model: "
+            "bs-exp export FOLDER --to dense."
+        )
     return tuple(
         StoredGroup(
             members=tuple(group["members"]),

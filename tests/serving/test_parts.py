@@ -48,6 +48,12 @@ def test_matrices_cut_into_blocks_are_refused() -> None:
         read_groups(_config(splits=[split]))
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_matrices_in_few_bits_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=rf"precision=int{bits}.*bs-exp export FOLDER --to dense"):
+        read_groups(_config(precision={"bits": bits, "group_size": None, "symmetric": True}))
+
+
 def test_groups_get_the_names_of_the_server() -> None:
     (group,) = renamed([_group("a.q", "gone")], {"a.q": "language.a.q"}.get)
     assert group.members == ("language.a.q", "gone")
