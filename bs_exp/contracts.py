@@ -23,6 +23,7 @@ from bs_exp.protocols import (
     Importance,
     Layout,
     ModelSource,
+    Precision,
     Schedule,
     Selection,
     Sharing,
@@ -54,6 +55,7 @@ _PROTOCOLS: dict[str, type] = {
     "schedule": Schedule,
     "selection": Selection,
     "update": Update,
+    "precision": Precision,
     "analysis": Analysis,
     "evaluator": Evaluator,
     "tracking": Tracker,
@@ -223,6 +225,31 @@ def only_factors_change(compressed: PreTrainedModel, dense: LoadedModel, update:
     if different := sorted(stored.items() ^ _stored(compressed).items()):
         raise _broken(
             update, "update", f"{different[0][0]} has another shape, or is new, or gone; only values may change"
+        )
+
+
+@contextmanager
+def only_groups_change(
+    compressed: PreTrainedModel, dense: LoadedModel, plan: RankPlan, precision: Precision
+) -> Iterator[None]:
+    """ContractError if the dense model changes meanwhile, or a Parameter of the compressed one out of all groups."""
+    positions = dense.architecture.by_position
+    targets = [positions[g.group.matrix, layer].module for g in plan.groups for layer in g.group.layers]
+
+    def others() -> dict[str, tuple[int, int]]:
+        """Identity and version of every Parameter out of the groups, by name."""
+        named = compressed.named_parameters(remove_duplicate=False)
+        outside = ((n, p) for n, p in named if not any(n.startswith(f"{target}.") for target in targets))
+        return {name: (id(parameter), _version(parameter)) for name, parameter in outside}
+
+    versions = {name: _version(parameter) for name, parameter in dense.module.named_parameters()}
+    before = others()
+    yield
+    if changed := [name for name, p in dense.module.named_parameters() if versions.get(name) != _version(p)]:
+        raise _broken(precision, "precision", f"{changed[0]} of the dense model changed")
+    if different := sorted(before.items() ^ others().items()):
+        raise _broken(
+            precision, "precision", f"{different[0][0]} is another Parameter, though it belongs to no group of the plan"
         )
 
 

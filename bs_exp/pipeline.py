@@ -1,9 +1,9 @@
-"""Compression, stage by stage: group, calibrate, decompose, allocate, truncate, replace, update."""
+"""Compression, stage by stage: group, calibrate, decompose, allocate, truncate, replace, update, quantise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from bs_exp.contracts import (
     check_ratio,
     check_windows,
     only_factors_change,
+    only_groups_change,
 )
 from bs_exp.corpora.fitting import fitted, told
 from bs_exp.corpora.windows import check_fits
@@ -30,6 +31,7 @@ from bs_exp.identity import identity
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable
+from bs_exp.precision.none import ModelPrecision
 from bs_exp.progress import Progress
 from bs_exp.protocols import (
     Allocation,
@@ -38,6 +40,7 @@ from bs_exp.protocols import (
     Importance,
     Layout,
     MeasuredAllocation,
+    Precision,
     Schedule,
     Score,
     Sharing,
@@ -65,7 +68,9 @@ from bs_exp.types import (
 from bs_exp.validation import check_retain_ratio
 from bs_exp.workspace import Workspace
 
-STRATEGIES = ("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")
+STRATEGIES = (
+    *("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update", "precision"),
+)
 
 # A metric made of one of them is in nats.
 _OUTPUT_GRAMS = frozenset({Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM})
@@ -84,6 +89,7 @@ class Recipe:
     schedule: Schedule
     update: Update
     retain_ratio: float
+    precision: Precision = field(default_factory=ModelPrecision)
 
     def __post_init__(self) -> None:
         for family in STRATEGIES:
@@ -115,7 +121,7 @@ class Recipe:
     @property
     def reads_windows(self) -> bool:
         """Whether any strategy looks at the calibration windows."""
-        return self.reads_text or self.update.reads_windows
+        return self.reads_text or self.update.reads_windows or self.precision.reads_windows
 
     @property
     def metric_needs(self) -> frozenset[Statistic]:
@@ -184,6 +190,7 @@ def prepare(
             check_measurable(dense, recipe.allocation.measured_by, data.windows)
             recipe.allocation.check_search(_search_identity(dense, recipe, data, kept=1.0))
     recipe.update.check(dense, data)
+    recipe.precision.check(dense, data)
     return Preparation(dense, groups, data)
 
 
@@ -266,6 +273,10 @@ def compress(
         current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
         measures = _measures(dense, current, data, recipe, recipe.round_needs, workspace)
     report = _updated(module, dense, whole, recipe.update, plan, data, workspace)
+    stored: Mapping[str, Any] = {}
+    if not isinstance(recipe.precision, ModelPrecision):
+        with progress.stage(Stage.QUANTISE), only_groups_change(module, dense, plan, recipe.precision):
+            stored = recipe.precision.apply(module, dense, plan, data, workspace)
     return CompressedModel(
         module=module,
         plan=plan,
@@ -273,6 +284,7 @@ def compress(
         rounds=tuple(rounds[1:]),
         update=report,
         spectra=decompositions.spectra,
+        precision=stored,
     )
 
 

@@ -428,6 +428,34 @@ class UpdatesRounds(Update, Protocol):
     def every_round(self) -> bool: ...
 
 
+class Precision(Protocol):
+    """Stores the matrices that were compressed in fewer bits, after all else is done to them.
+
+    `reads_windows` says whether the calibration windows are read; where no strategy does, there are none.
+    """
+
+    @property
+    def reads_windows(self) -> bool: ...
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
+        """ConfigError or ModelError if the settings do not fit the model; called before any work."""
+
+    def apply(
+        self,
+        compressed: PreTrainedModel,
+        dense: LoadedModel,
+        plan: RankPlan,
+        data: CalibrationData,
+        workspace: Workspace,
+    ) -> Mapping[str, Any]:
+        """Stores the matrices of the plan's groups anew, in place, and returns a report as plain data, empty for none.
+
+        Groups that are dense too: without factors, it is the dense model that is stored in fewer bits. The modules of
+        other matrices, embeddings, head and norms keep the Parameters that they have (checked), and who shared a basis
+        shares what it became. The model computes with what is stored: saved and loaded, it gives the same bits.
+        """
+
+
 class Evaluator(Protocol):
     """Measures a model, in the same way for dense and compressed ones."""
 

@@ -600,7 +600,8 @@ class CompressedModel:
     """A compressed model and the plan it follows; untouched parameters are those of the dense model.
 
     `calibration` is the provenance of the windows that were used, empty if the recipe needed none; `rounds` are the
-    shares kept after each round, the last one being the plan's; `update` is the report of the update on its changes.
+    shares kept after each round, the last one being the plan's; `update` is the report of the update on its changes,
+    `precision` that of what stored the matrices in fewer bits, empty for none.
     """
 
     module: PreTrainedModel
@@ -609,3 +610,4 @@ class CompressedModel:
     rounds: tuple[float, ...]
     update: Mapping[str, Any] = field(default_factory=dict)
     spectra: tuple[Spectrum, ...] = ()
+    precision: Mapping[str, Any] = field(default_factory=dict)

@@ -181,6 +181,8 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
     two_sided = "whitening=two_sided"
     assert digest(two_sided) == digest(two_sided, "whitening.curvature=label")
     assert digest(two_sided) != digest(two_sided, "whitening.curvature=top_k")
+    assert digest("precision=none") == plain
+    assert len({plain, digest("precision=int8"), digest("precision=int4")}) == 3
     assert digest("seed=1") != plain
     assert digest("experiment=svd") != plain
 
@@ -197,6 +199,7 @@ def test_hash_of_our_own_options_is_that_of_their_settings_alone(composed: Compo
     }
     del settings["calibration"]["activations"]  # where hidden states wait changes no result
     settings["whitening"].pop("curvature", None)  # label: what was done before there was a choice
+    del settings["precision"]  # none, likewise
     assert config_hash(config) == hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ STRATEGIES = (
     "schedule",
     "selection",
     "update",
+    "precision",
     "tracking",
 )
 # Besides `cli/`.
@@ -31,9 +32,9 @@ FLOORS = (
     {"records", "workspace"},
     {"contracts", "protocols"},
     {"models", "rank_budget", "search", "demo"},
-    {"corpora", "serving", *(set(STRATEGIES) - {"update"})},
+    {"corpora", "serving", *(set(STRATEGIES) - {"update", "precision"})},
     {"calibration", "evaluation", "training"},
-    {"factorization", "update"},
+    {"factorization", "precision", "update"},
     {"plan_score", "reporting"},
     {"analysis", "pipeline"},
     {"estimate"},
@@ -95,10 +96,11 @@ def test_imports_point_down(module: str) -> None:
 @pytest.mark.parametrize("family", STRATEGIES)
 def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
     files = {m for m in MODULES if m.startswith(f"bs_exp.{family}.")}
-    # Mathematics of a family, no strategies.
+    # What a family has in common, no strategies.
     shared = {
         "bs_exp.sharing.layers",
         "bs_exp.importance.weighting",
+        "bs_exp.precision.inputs",
     }
     for module in files:
         assert not (_imports(MODULES[module]) & (files - {module} - shared)), module

@@ -80,6 +80,7 @@ class RootConfig:
     schedule: dict[str, Any] = MISSING
     selection: dict[str, Any] = MISSING
     update: dict[str, Any] = MISSING
+    precision: dict[str, Any] = MISSING
     analysis: dict[str, Any] = MISSING
     evaluation: dict[str, Any] = MISSING
     tracking: dict[str, Any] = MISSING
@@ -150,7 +151,7 @@ def maker(cfg: DictConfig) -> Callable[[str], Any]:
 
 def strategy_keys(cfg: DictConfig) -> list[str]:
     """The keys of all strategies that a run is built from, in the order in which they are built."""
-    recipe = ("sharing", "whitening", "importance", "allocation", "layout", "schedule", "update")
+    recipe = ("sharing", "whitening", "importance", "allocation", "layout", "schedule", "update", "precision")
     evaluators = (f"evaluation.evaluators.{name}" for name in _parts(cfg))
     return ["model", "calibration.set", *recipe, *evaluators, "analysis", "tracking", "selection"]
 
@@ -168,6 +169,7 @@ def build_recipe(cfg: DictConfig, make: Callable[[str], Any]) -> Recipe:
         layout=make("layout"),
         schedule=make("schedule"),
         update=make("update"),
+        precision=make("precision"),
         retain_ratio=cfg.retain_ratio,
     )
 

@@ -45,7 +45,7 @@ COMPRESSION_SECONDS = "cost/compression_s"
 # Rate -> the tokens after which a compression has paid for itself.
 BREAK_EVEN = {PREFILL: "cost/break_even_prefill_tokens", DECODE: "cost/break_even_decode_tokens"}
 # Entries of a record's `size` that describe the compressed model, and so can be objectives: `size/bytes`.
-SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes")
+SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes", "targeted_bytes")
 
 # Settings, counts and speeds, which say nothing of the quality of a model.
 _NO_QUALITY = (ITEMS, TASK_VERSION, LM_EVAL, THROUGHPUT, COST, DRAFT, DRAFT_BOUND)

@@ -95,6 +95,7 @@ class RunRecord:
     plan: Mapping[str, Any] | None = None  # RankPlan.to_dict()
     selection: Mapping[str, Any] = field(default_factory=dict)  # which candidate was chosen, by what, at what cost
     update: Mapping[str, Any] = field(default_factory=dict)  # what the update of the factors did, and its cost
+    precision: Mapping[str, Any] = field(default_factory=dict)  # in how many bits matrices were stored, what it changed
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # dense, compressed
     size: Mapping[str, Any] = field(default_factory=dict)
     objective: float | Mapping[str, float] | None = None  # by metric where several were asked for
@@ -189,6 +190,7 @@ _CHECKS: dict[str, Check] = {
     "plan": or_null(_PLAN),
     "selection": json_object,
     "update": json_object,
+    "precision": json_object,
     "metrics": object_of(object_of(number_or_text, _MOST_NAMES)),
     "size": object_of(number),
     "objective": _objective,

@@ -14,11 +14,14 @@ _OFFLOAD, _ACTIVATIONS = "offload", "activations"
 # The value of a setting that came later, which is what was done before: left out, so that results stay found.
 _AS_BEFORE = {"whitening": {"curvature": "label"}}
 _WINDOWS = "bs_exp.corpora.windows.CalibrationSet"
+# A group that came later, and its option that does nothing: left out too.
+_NOTHING = {"precision": {"_target_": "bs_exp.precision.none.ModelPrecision"}}
 
 
 def result_settings(config: Mapping[Any, Any]) -> dict[Any, Any]:
     """The part of a configuration that can change a result."""
-    settings = {key: _of_results(value, str(key)) for key, value in config.items() if key not in WITHOUT_EFFECT}
+    counted = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT and not (k in _NOTHING and v == _NOTHING[k])}
+    settings = {key: _of_results(value, str(key)) for key, value in counted.items()}
     # Of the cache, only the rounding of what it holds.
     if (dtype := (config.get("cache") or {}).get("dtype", "auto")) != "auto":
         settings["cache"] = {"dtype": dtype}

@@ -23,6 +23,7 @@ class Stage(StrEnum):
     ALLOCATE = "allocate"
     REPLACE = "replace"
     UPDATE = "update"
+    QUANTISE = "quantise"
     SAMPLE = "write samples"
     SAVE = "save"
     ANALYSE = "analyse"
@@ -39,6 +40,7 @@ COMPRESSION = (
     Stage.ALLOCATE,
     Stage.REPLACE,
     Stage.UPDATE,
+    Stage.QUANTISE,
 )
 
 

@@ -196,6 +196,7 @@ class Experiment:
         recorder.update(
             plan={**compressed.plan.to_dict(), "rounds": list(compressed.rounds)},
             update=dict(compressed.update),
+            precision=dict(compressed.precision),
             size=measure_size(selected.preparation.dense, compressed, compressed.plan),
             provenance={**recorder.record.provenance, "calibration": dict(compressed.calibration)},
         )

@@ -12,6 +12,7 @@ from bs_exp import processes
 from bs_exp.errors import BsExpError, CalibrationError
 from bs_exp.pipeline import Preparation, Recipe, compress, prepare
 from bs_exp.plan_score import Comparison, check_measurable
+from bs_exp.precision.none import ModelPrecision
 from bs_exp.progress import Progress
 from bs_exp.protocols import Contest, Selection
 from bs_exp.records.stages import Stage, candidate_stage
@@ -106,8 +107,9 @@ def select(
 
 
 def _candidate(recipe: Recipe, selection: Selection, name: str, contest: Contest) -> Recipe:
-    """The recipe of a candidate in the comparison: without an update, and in one round where the contest says so."""
-    candidate = replace(recipe, **selection.candidates[name], update=NoUpdate())
+    """The recipe of a candidate in the comparison: without an update, in the model's dtype, and in one round where the
+    contest says so."""
+    candidate = replace(recipe, **selection.candidates[name], update=NoUpdate(), precision=ModelPrecision())
     return replace(candidate, schedule=SingleRound()) if contest.single_round else candidate
 
 

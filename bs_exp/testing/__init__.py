@@ -24,13 +24,16 @@ for _needed in ("pytest", "hypothesis"):
 
 import pytest
 
-_SUITES = ("allocation", "importance", "layout", "schedule", "selection", "sharing", "update", "whitening")
+_SUITES = (
+    *("allocation", "importance", "layout", "precision", "schedule", "selection", "sharing", "update", "whitening"),
+)
 # Before they are imported: then a failed assertion shows its values.
 pytest.register_assert_rewrite(*(f"{__name__}.{suite}" for suite in _SUITES))
 
 from bs_exp.testing.allocation import AllocationContract, SpendingContract
 from bs_exp.testing.importance import ImportanceContract
 from bs_exp.testing.layout import LayoutContract
+from bs_exp.testing.precision import PrecisionContract
 from bs_exp.testing.schedule import ScheduleContract
 from bs_exp.testing.selection import SelectionContract
 from bs_exp.testing.sharing import SharingContract
@@ -41,6 +44,7 @@ __all__ = [
     "AllocationContract",
     "ImportanceContract",
     "LayoutContract",
+    "PrecisionContract",
     "ScheduleContract",
     "SelectionContract",
     "SharingContract",

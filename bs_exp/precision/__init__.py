@@ -1,0 +1,1 @@
+"""In how many bits the compressed matrices are stored."""
