@@ -132,8 +132,8 @@ def _plain(layout: str) -> CompressedModel:
     return compress(_dense(), recipe(NoUpdate(), known), Workspace(_statistics(), QUIET))
 
 
-def _compressed(precision: Precision, layout: Layout, **changes: float) -> CompressedModel:
-    asked = replace(recipe(NoUpdate(), layout), precision=precision, **changes)
+def _compressed(precision: Precision, layout: Layout, retain_ratio: float = 0.5) -> CompressedModel:
+    asked = replace(recipe(NoUpdate(), layout), precision=precision, retain_ratio=retain_ratio)
     return compress(_dense(), asked, Workspace(_statistics(), QUIET))
 
 
