@@ -543,6 +543,18 @@ class QuantizedLinear(Quantized):
         """The ordinary layer with what the codes stand for; the bias is the same Parameter."""
         return _dense_layer(self, canonical(self.matrix("weight")), self.bias, requires_grad=True)
 
+    def lora_layer(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `FactorisedLinear.lora_layer`: an adapter beside the codes."""
+        layer: nn.Module = _lora_class()(*args, **kwargs)
+        return layer
+
+    def with_term(self, down: Tensor, up: Tensor) -> CorrectedLinear:
+        """ValueError: codes have no room for a term."""
+        raise ValueError(
+            f"This layer stores its matrix in {self.precision.bits} bits, into which no adapter can be merged. Keep "
+            "the adapter beside the model, or make the model dense first (bs_exp.to_dense)."
+        )
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.precision.bits}"
 

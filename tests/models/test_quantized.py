@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -88,12 +89,18 @@ def test_a_layer_computes_with_what_the_grid_says(
 
 
 def quantized(
-    dense: LoadedModel, layout: Layout, precision: Precision, *, correction: int = 0, factors: bool = True
+    dense: LoadedModel,
+    layout: Layout,
+    precision: Precision,
+    *,
+    correction: int = 0,
+    factors: bool = True,
+    every: bool = False,
 ) -> PreTrainedModel:
-    """The model with random factors, rounded to the nearest; the matrices of one group in three stay dense."""
+    """The model with random factors, rounded to the nearest; the matrices of one group in three stay dense, or none."""
     module = twin(dense.module)
     if factors:
-        chosen = [f for i, f in enumerate(random_factors(dense.architecture, correction)) if i % 3]
+        chosen = [f for i, f in enumerate(random_factors(dense.architecture, correction)) if i % 3 or every]
         replace_matrices(module, dense.architecture, iter(chosen), layout)
     bases: dict[int, Any] = {}
     alive, whole = [], []
@@ -177,6 +184,38 @@ def test_fresh_process_without_bs_exp(dense: Dense, tmp_path: Path) -> None:
     torch.save({name: logits_of(module) for name, module in cases.items()}, tmp_path / "logits.pt")
     found = run_fresh("load_quantized.py", tmp_path, "-I")
     assert found == {"refused": dict.fromkeys(cases, True), "equal": dict.fromkeys(cases, True)}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+@LAYOUTS
+@pytest.mark.parametrize("every", [True, False], ids=["factors", "some dense"])
+def test_adapters_are_trained_beside_codes(dense: Dense, layout: Layout, every: bool, tmp_path: Path) -> None:
+    """By peft's usual names, saved and loaded. Merged, they are terms of factorised layers; others have no room."""
+    module = quantized(dense("llama"), layout, Precision(8, None, True), every=every)
+    save_model(module, dense("llama").tokenizer, tmp_path / "model")
+    ids = torch.arange(24).view(2, 12)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = get_peft_model(model, LoraConfig(target_modules=names, r=2))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.is_floating_point() for p in trained) and len(trained) == 2 * len(dense("llama").architecture.matrices)
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    expected = logits_of(adapted)
+    assert not torch.equal(expected, logits_of(module))
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert torch.equal(logits_of(loaded), expected)
+    if not every:
+        with pytest.raises(ValueError, match=r"stores its matrix in 8 bits.*to_dense"):
+            loaded.merge_and_unload()
+        return
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits_of(merged))
 
 
 @pytest.fixture(scope="module")
