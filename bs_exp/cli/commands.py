@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bs_exp.cli.export_command import FORMS
 from bs_exp.errors import RecordError
 from bs_exp.printable import printable
 
@@ -24,7 +25,7 @@ COMMANDS = {
     "report": Command("FOLDER ...", "one HTML page, CSV, Markdown and figures of finished runs"),
     "figures": Command("FOLDER ...", "every figure anew, as SVG and PNG"),
     "cache": Command("[prune --max-gb N] [FOLDER]", "what the cache holds: kind, model, size, last use; or less of it"),
-    "export": Command("OUT/model --to dense", "a saved compressed model with ordinary nn.Linear layers"),
+    "export": Command("OUT/model --to dense|onnx", "a saved compressed model as ordinary layers, or for onnxruntime"),
     "push": Command("OUT/model ORG/NAME", "a saved compressed model to the hub, with its card and its recipe"),
 }
 # Skipped files beyond these are named on the page alone.
@@ -45,7 +46,10 @@ def run_command(arguments: Sequence[str]) -> None:
     elif options.command == "export":
         from bs_exp.cli.export_command import export
 
-        print(printable(str(export(options.folder, options.to, options.out))))
+        exported = export(options.folder, options.to, options.out)
+        for title, text in exported.facts.items():
+            print(printable(f"{title:<9}{text}"))
+        print(printable(str(exported.folder)))
     elif options.command == "push":
         from bs_exp.cli.push_command import push
 
@@ -111,8 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export = commands["export"]
     export.add_argument("folder", metavar="MODEL", type=Path, help="a saved model, such as RUN_FOLDER/model")
-    export.add_argument("--to", choices=("dense",), required=True, help="dense: the products of the factors")
-    export.add_argument("--out", metavar="OUT", type=Path, help="where to write (default: MODEL-dense)")
+    forms = "; ".join(f"{name}: {told}" for name, told in FORMS.items())
+    export.add_argument("--to", choices=tuple(FORMS), required=True, help=forms)
+    export.add_argument("--out", metavar="OUT", type=Path, help="where to write (default: MODEL-dense, MODEL-onnx)")
     push = commands["push"]
     push.add_argument("folder", metavar="MODEL", type=Path, help="a saved model, such as RUN_FOLDER/model")
     push.add_argument("name", metavar="ORG/NAME", help="its name on the hub; the repository is made if it is not there")

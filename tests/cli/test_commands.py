@@ -100,7 +100,7 @@ def test_the_cache_is_pruned_and_made_again(cli: Cli, tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ("export", "out/model"), ("export", "x", "--to", "onnx"), ("cache", "a", "b"),
+    ("export", "out/model"), ("export", "x", "--to", "gguf"), ("cache", "a", "b"),
     ("cache", "prune"), ("cache", "--max-gb", "1"), ("cache", "prune", "--max-gb", "-1"),
     ("cache", "prune", "--max-gb", "x"),
 ])  # fmt: skip
