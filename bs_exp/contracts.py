@@ -262,7 +262,12 @@ def _stored(module: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def _tensors(statistics: GroupStatistics) -> Iterator[tuple[str, Tensor]]:
     if statistics.gram is not None:
         yield "Gram", statistics.gram
-    for grams in (statistics.output_grams, statistics.sampled_grams, statistics.top_k_grams):
+    for grams in (
+        statistics.output_grams,
+        statistics.sampled_grams,
+        statistics.top_k_grams,
+        statistics.probed_grams,
+    ):
         yield from (("output Gram", gram) for gram in (grams or {}).values())
     if statistics.moments is not None:
         moments = statistics.moments

@@ -34,6 +34,7 @@ from bs_exp.plan_score import Comparison, PlanScore, check_measurable
 from bs_exp.precision.none import ModelPrecision
 from bs_exp.progress import Progress
 from bs_exp.protocols import (
+    AdaptsToModel,
     Allocation,
     AllocationProblem,
     Calibration,
@@ -59,6 +60,7 @@ from bs_exp.types import (
     CompressedModel,
     LayerProfile,
     LoadedModel,
+    Probes,
     RankPlan,
     Spectrum,
     Statistic,
@@ -72,8 +74,15 @@ STRATEGIES = (
     *("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update", "precision"),
 )
 
-# A metric made of one of them is in nats.
-_OUTPUT_GRAMS = frozenset({Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM})
+# A metric made of one of them adds up: it is in nats, or in cosines.
+_OUTPUT_GRAMS = frozenset(
+    {
+        Statistic.OUTPUT_GRAM,
+        Statistic.SAMPLED_OUTPUT_GRAM,
+        Statistic.TOP_K_OUTPUT_GRAM,
+        Statistic.PROBED_OUTPUT_GRAM,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +155,13 @@ class Preparation:
     data: CalibrationData
 
 
+def adapted(recipe: Recipe, dense: LoadedModel) -> Recipe:
+    """The recipe with what it leaves to the model decided. ConfigError if it does not fit the model."""
+    if not isinstance(recipe.whitening, AdaptsToModel):
+        return recipe
+    return replace(recipe, whitening=recipe.whitening.for_model(dense))
+
+
 # Of a recipe that reads no text.
 _NO_CALIBRATION = CalibrationData(TokenWindows(ids=torch.empty(0, 0, dtype=torch.long), provenance={}), batch_size=1)
 
@@ -172,6 +188,7 @@ def prepare(
     longer than the model's context are shortened, which a note says.
     Raises ConfigError, ModelError or DataError.
     """
+    recipe = adapted(recipe, dense)
     with progress.stage(Stage.GROUP):
         dense = seen_by(recipe.sharing, dense)
         recipe.sharing.check(dense.architecture)
@@ -183,7 +200,9 @@ def prepare(
             # Calibrations of others need not say where hidden states wait.
             waiting: Activations = getattr(recipe.calibration, "activations", "auto")
             windows = _windows(dense, recipe.calibration, cut, progress)
-            data = CalibrationData(windows, recipe.calibration.batch_size, waiting)
+            # Whitenings of others need not say what is probed.
+            probes: Probes = getattr(recipe.whitening, "probing", Probes())
+            data = CalibrationData(windows, recipe.calibration.batch_size, waiting, probes)
     if recipe.reads_text:
         check_gatherable(dense, data, _needs_by_strategy(recipe))
         if isinstance(recipe.allocation, MeasuredAllocation):
@@ -226,7 +245,7 @@ def compress(
     Every round of the schedule takes its statistics on the model compressed so far, and factorises the original
     weights.
     """
-    progress = workspace.progress
+    progress, recipe = workspace.progress, adapted(recipe, dense)
     prepared = prepared or prepare(dense, recipe, progress)
     whole, dense, data = dense, prepared.dense, prepared.data
     comparison = _comparison(dense, recipe, data)
@@ -306,6 +325,7 @@ def _updated(
 
 def measured_problem(prepared: Preparation, recipe: Recipe, workspace: Workspace) -> SharingProblem:
     """The problem that a measured sharing strategy is given, for an analysis; statistics come from the cache."""
+    recipe = adapted(recipe, prepared.dense)
     dense, needs = prepared.dense, recipe.round_needs | recipe.sharing.needs
     return _sharing_problem(dense, recipe, _measures(dense, dense, prepared.data, recipe, needs, workspace))
 

@@ -181,6 +181,14 @@ class Whitening(Protocol):
         """
 
 
+@runtime_checkable
+class AdaptsToModel(Whitening, Protocol):
+    """A whitening that leaves something to the model."""
+
+    def for_model(self, dense: LoadedModel) -> Whitening:
+        """The whitening with all of it decided; the same if it is. ConfigError if it does not fit the model."""
+
+
 @dataclass(frozen=True, eq=False)
 class StoredFactors:
     """The factors of a group in the form in which a layout stores them; made by its `arrange`.

@@ -63,6 +63,7 @@ class Statistic(StrEnum):
     OUTPUT_GRAM = "output_gram"  # g^T g with g = dLoss/dy at a matrix's output, one per matrix; costs a backward pass
     SAMPLED_OUTPUT_GRAM = "sampled_output_gram"  # the same with labels that the model draws from its own predictions
     TOP_K_OUTPUT_GRAM = "top_k_output_gram"  # the same with labels drawn among the most probable tokens alone
+    PROBED_OUTPUT_GRAM = "probed_output_gram"  # the same with <output, v> for random v in place of a loss: no logits
     SENSITIVITY = "sensitivity"  # ||dLoss/dW||_F / ||W||_F, summed over each block's matrices; costs a backward pass
     BLOCK_OUTPUTS = "block_outputs"  # singular values of each block's outputs
     WEIGHT_GRADIENT = "weight_gradient"  # E[(dLoss/dW)^2] summed over each row, one per matrix; costs a backward pass
@@ -126,11 +127,28 @@ class Architecture:
         return tuple(sorted((m for m in self.matrices if m.matrix == matrix), key=lambda m: m.layer))
 
 
+# How the hidden states of a text become one vector, in the words of sentence-transformers.
+PoolingMode: TypeAlias = Literal["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """How a model makes a sentence embedding: the vectors of its `modes` side by side, scaled to length 1 if asked.
+
+    `max_length` is the number of tokens after which it cuts a text; None: its context.
+    """
+
+    modes: tuple[PoolingMode, ...]
+    normalize: bool = False
+    max_length: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A model ready to run, its tokenizer, and what is known of its origin (source, revision, dtype, fingerprint).
 
-    `original` is the dense model that a compressed one was made from; None for the dense model itself.
+    `original` is the dense model that a compressed one was made from; None for the dense model itself. `pooling` is
+    that of a sentence-transformers model; None for others.
     """
 
     module: PreTrainedModel
@@ -139,6 +157,7 @@ class LoadedModel:
     provenance: Mapping[str, Any]
     task: Task = Task.CAUSAL_LM
     original: LoadedModel | None = None
+    pooling: Pooling | None = None
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +188,21 @@ class Feeding:
     seed: int = 0
 
 
+Probed: TypeAlias = Literal["hidden", "embedding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """Random directions v for which gradients of `<output, v>` are taken: `count` of them per window, by `seed`.
+
+    `of` says of which output, scaled to length 1: the last hidden states, or the sentence embedding.
+    """
+
+    count: int = 1
+    seed: int = 0
+    of: Probed = "hidden"
+
+
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
     """Token sequences of equal length with the text's provenance; `tail` holds a shorter last window, if kept."""
@@ -183,7 +217,8 @@ class TokenWindows:
 class CalibrationData:
     """The windows on which statistics are gathered, and how many of them the model reads at once.
 
-    `activations` says where hidden states wait between the blocks of a model that is walked through.
+    `activations` says where hidden states wait between the blocks of a model that is walked through; `probes` what is
+    probed where a statistic is made of probes.
 
     Made once, before the first stage. A recipe that reads no text has none.
     """
@@ -191,6 +226,7 @@ class CalibrationData:
     windows: TokenWindows
     batch_size: int
     activations: Activations = "auto"
+    probes: Probes = Probes()
 
     @property
     def batches(self) -> tuple[Int[Tensor, "batch length"], ...]:
@@ -267,8 +303,9 @@ class GroupStatistics:
 
     `tokens` is the number of tokens that one layer of the group read, `predictions` the number of predicted tokens
     whose loss gradients make the output Grams. `loss_gradient` is that of the mean token loss, in nats per predicted
-    token, by the concatenated weights. `sampled_grams` and `top_k_grams` are output Grams of drawn labels. A statistic
-    that no strategy needs is None.
+    token, by the concatenated weights. `sampled_grams` and `top_k_grams` are output Grams of drawn labels,
+    `probed_grams` those of random probes, averaged over the probes and summed over `probed_outputs` outputs. A
+    statistic that no strategy needs is None.
     """
 
     group: WeightGroup
@@ -281,6 +318,8 @@ class GroupStatistics:
     loss_gradient: Float[Tensor, "d_in columns"] | None = None
     sampled_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
     top_k_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    probed_grams: Mapping[int, Float[Tensor, "d_out d_out"]] | None = None
+    probed_outputs: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +343,12 @@ class LossUnit(StrEnum):
     OUTPUT_NORM = "output_norm"  # ||X dW||_F on the calibration inputs
     METRIC_NORM = "metric_norm"  # ||S dW||_F: in the weights, in scaled weights, or on inputs that are re-weighted
     NATS = "nats"  # increase of the mean token loss, to second order
+    COSINE = "cosine"  # 1 - cosine between the outputs of the dense and of the compressed model, to second order
+
+    @property
+    def is_second_order(self) -> bool:
+        """Whether losses are half the square of a norm, and those of different matrices may be added."""
+        return self in (LossUnit.NATS, LossUnit.COSINE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,7 +499,7 @@ class Spectrum:
         if rank is None:
             return 0.0
         tail = float(self.energies[rank:].sum().clamp_min(0.0))
-        return tail if self.unit is LossUnit.NATS else math.sqrt(tail)
+        return tail if self.unit.is_second_order else math.sqrt(tail)
 
 
 @dataclass(frozen=True, eq=False)

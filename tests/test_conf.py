@@ -180,6 +180,7 @@ def test_hash_sees_what_changes_a_result(composed: Compose) -> None:
     assert digest("retain_ratio=0.7") != plain
     two_sided = "whitening=two_sided"
     assert digest(two_sided) == digest(two_sided, "whitening.curvature=label")
+    assert digest(two_sided) != digest(two_sided, "whitening.probes=2")
     assert digest(two_sided) != digest(two_sided, "whitening.curvature=top_k")
     assert digest("precision=none") == plain
     assert len({plain, digest("precision=int8"), digest("precision=int4")}) == 3
@@ -198,7 +199,8 @@ def test_hash_of_our_own_options_is_that_of_their_settings_alone(composed: Compo
         if k not in ("name", "cache", "debug", "force", "sample", "save_model", "tracking")
     }
     del settings["calibration"]["activations"]  # where hidden states wait changes no result
-    settings["whitening"].pop("curvature", None)  # label: what was done before there was a choice
+    for later in ("curvature", "probes", "probe_seed", "probed"):  # what was done before there was a choice
+        settings["whitening"].pop(later, None)
     del settings["precision"]  # none, likewise
     assert config_hash(config) == hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

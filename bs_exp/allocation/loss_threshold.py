@@ -12,7 +12,7 @@ import torch
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.rank_budget import Choices, check_affordable, cost_of, make_plan, parameter_budget, spectrum_choices, spend
-from bs_exp.types import LossUnit, RankPlan, Spectrum, Statistic, WeightGroup
+from bs_exp.types import RankPlan, Spectrum, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class LossThreshold:
     def _choices(self, spectrum: Spectrum, layout: Layout) -> Choices:
         """The group's ranks with their losses in the unit of `max_loss`."""
         choices = spectrum_choices(spectrum, layout)
-        losses = choices.losses if spectrum.unit is LossUnit.NATS else choices.losses.sqrt()
+        losses = choices.losses if spectrum.unit.is_second_order else choices.losses.sqrt()
         whole = spectrum.loss(0) if self.relative else 1.0
         return Choices(choices.ranks, choices.costs, losses / whole if whole else losses)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
 from bs_exp.rank_budget import by_type, check_affordable, largest_rank, make_plan, parameter_budget, share_out
-from bs_exp.types import LossUnit, RankPlan, Spectrum, Statistic, WeightGroup
+from bs_exp.types import RankPlan, Spectrum, Statistic, WeightGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def _log_loss(spectrum: Spectrum, problem: AllocationProblem) -> float:
     group = spectrum.group
     kept = parameter_budget(group.parameters, problem.retain_ratio)
     loss = spectrum.loss(max(1, largest_rank(group, kept, problem.layout)))
-    if spectrum.unit is LossUnit.NATS or loss <= 1.0:
+    if spectrum.unit.is_second_order or loss <= 1.0:
         raise ConfigError(
             f"allocation=svd_llm_v2 weighs matrices by 1/log(loss), so every loss must be a norm above 1; {group.name} "
             f"has {loss:.4g} ({spectrum.unit.value}) at retain_ratio {problem.retain_ratio}. Use whitening=gram with "

@@ -16,6 +16,7 @@ from bs_exp.calibration.activations import BlockOutputSpectrum, GramSum, MomentS
 from bs_exp.calibration.gradients import (
     LossGradient,
     OutputGramSum,
+    ProbedOutputGramSum,
     SampledOutputGramSum,
     Sensitivity,
     SquaredGradientRows,
@@ -38,11 +39,12 @@ ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
     Statistic.OUTPUT_GRAM: OutputGramSum,
     Statistic.SAMPLED_OUTPUT_GRAM: SampledOutputGramSum,
     Statistic.TOP_K_OUTPUT_GRAM: TopKOutputGramSum,
+    Statistic.PROBED_OUTPUT_GRAM: ProbedOutputGramSum,
     Statistic.WEIGHT_GRADIENT: SquaredGradientRows,
     Statistic.LOSS_GRADIENT: LossGradient,
     Statistic.SENSITIVITY: Sensitivity,
 }
-_LOSSES: Sequence[Loss | None] = (None, "sum", "mean", "sampled", "top_k")
+_LOSSES: Sequence[Loss | None] = (None, "sum", "mean", "sampled", "top_k", "probes")
 
 Gathered: TypeAlias = tuple[Statistic, str, dict[str, Tensor]]
 """A statistic, the name of its subject, and the tensors found."""
@@ -61,7 +63,8 @@ def gather(
     """The statistics of all their subjects on the calibration windows, as soon as each has seen all of them.
 
     One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
-    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher) or on drawn ones. `layers` are
+    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher) or on drawn ones, or random sums
+    of outputs. `layers` are
     those whose statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where a walk
     that was interrupted takes them up by their `key`. Tensors are on the CPU. Several processes share out the batches,
     and each yields the statistics of all. Hooks, `requires_grad` flags and gradients are as before afterwards, whatever

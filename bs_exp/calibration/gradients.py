@@ -45,6 +45,12 @@ class TopKOutputGramSum(OutputGramSum):
     loss: ClassVar[Loss | None] = "top_k"
 
 
+class ProbedOutputGramSum(OutputGramSum):
+    """`gram`: `sum_t g_t g_t^T`, of random sums of the model's outputs; averaged over the probes of a window."""
+
+    loss: ClassVar[Loss | None] = "probes"
+
+
 class SquaredGradientRows:
     """`rows`: row sums of `(dLoss/dW)^2`, averaged over sequences; the loss is that of a sequence's tokens, summed.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from bs_exp import processes
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration.gather import ACCUMULATORS, gather
+from bs_exp.calibration.probes import check_probes, outputs_of
 from bs_exp.calibration.statistics import Place, subjects
 from bs_exp.linalg.packing import pack_symmetric, unpack_symmetric
 from bs_exp.models.model_inputs import check_has_logits, feeder
@@ -29,10 +30,17 @@ from bs_exp.types import (
 )
 from bs_exp.workspace import Workspace
 
-WITH_LOSS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
+WITH_GRADIENTS = frozenset(statistic for statistic, kind in ACCUMULATORS.items() if kind.loss is not None)
+PROBED = frozenset(statistic for statistic in WITH_GRADIENTS if ACCUMULATORS[statistic].loss == "probes")
+WITH_LOSS = WITH_GRADIENTS - PROBED
 # Statistics of input sites and of matrices, in contrast to those of whole blocks.
 OF_MATRICES = frozenset(s for s, kind in ACCUMULATORS.items() if kind.place in (Place.INPUT, Place.OUTPUT_GRADIENT))
-_OUTPUT_GRAMS = (Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM)
+_OUTPUT_GRAMS = (
+    Statistic.OUTPUT_GRAM,
+    Statistic.SAMPLED_OUTPUT_GRAM,
+    Statistic.TOP_K_OUTPUT_GRAM,
+    Statistic.PROBED_OUTPUT_GRAM,
+)
 _GRAMS = frozenset({Statistic.GRAM, *_OUTPUT_GRAMS})
 
 
@@ -46,6 +54,7 @@ class CalibrationStats:
     architecture: Architecture
     tokens: int
     predictions: int
+    outputs: int
     entries: Mapping[Statistic, Mapping[str, Entry]]
 
     def of(self, group: WeightGroup, device: torch.device) -> GroupStatistics:
@@ -58,7 +67,7 @@ class CalibrationStats:
             gram = _sum(_gram(found[m.input_site]).to(device) for m in matrices)
             # An encoder and its decoder read different numbers of tokens.
             tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
-        output_grams, sampled, top_k = (self._output_grams(kind, matrices, device) for kind in _OUTPUT_GRAMS)
+        output_grams, sampled, top_k, probed = (self._output_grams(kind, matrices, device) for kind in _OUTPUT_GRAMS)
         if found := self.entries.get(Statistic.INPUT_MOMENTS):
             moments = _moments([found[m.input_site] for m in matrices], device)
         if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
@@ -77,6 +86,8 @@ class CalibrationStats:
             loss_gradient=loss_gradient,
             sampled_grams=sampled,
             top_k_grams=top_k,
+            probed_grams=probed,
+            probed_outputs=self.outputs if probed else None,
         )
 
     def _output_grams(
@@ -87,13 +98,16 @@ class CalibrationStats:
 
 
 def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[str, Set[Statistic]]) -> None:
-    """ConfigError if a strategy (name -> what it needs) asks for loss gradients of a model that has no loss.
+    """ConfigError if a strategy (name -> what it needs) asks for loss gradients of a model that has no loss, or probes
+    a model that gives no hidden states.
 
     ModelError if it has one, but its tokenizer lacks what that takes. Asked before any work.
     """
     if asking := [name for name, statistics in needs.items() if statistics & WITH_LOSS]:
         check_has_logits(model, f"{' and '.join(asking)}, made from gradients of the loss,")
         feeder(model, data.windows.feeding).examples(data.windows.ids[:1])
+    if any(statistics & PROBED for statistics in needs.values()):
+        check_probes(model, data, feeder(model, data.windows.feeding))
 
 
 def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
@@ -137,7 +151,8 @@ def calibrate(
         names = sorted(layers)
         # Rounded Grams are others; what else there is, is not rounded.
         stored = {} if dtype is torch.float64 or statistic not in _GRAMS else {"dtype": str(dtype)}
-        keys[statistic] = {name: content_key(statistics=key, name=name, **stored) for name in names}
+        probes = {"probes": asdict(data.probes)} if statistic in PROBED else {}
+        keys[statistic] = {name: content_key(statistics=key, name=name, **stored, **probes) for name in names}
         found = {name: cache.find(statistic, name_key) for name, name_key in keys[statistic].items()}
         entries[statistic] = {name: entry for name, entry in found.items() if entry is not None}
         if absent := {layers[name] for name in names if name not in entries[statistic]}:
@@ -158,9 +173,13 @@ def calibrate(
         for kind, found_keys in keys.items():
             entries[kind] = {name: cache.look_again(kind, name_key) for name, name_key in found_keys.items()}
     count, length = data.windows.ids.shape
-    predictions = count * feeder(model, data.windows.feeding).predictions(length)
+    feed = feeder(model, data.windows.feeding)
     return CalibrationStats(
-        architecture=model.architecture, tokens=data.windows.ids.numel(), predictions=predictions, entries=entries
+        architecture=model.architecture,
+        tokens=data.windows.ids.numel(),
+        predictions=count * feed.predictions(length),
+        outputs=outputs_of(data, feed),
+        entries=entries,
     )
 
 

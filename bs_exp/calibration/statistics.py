@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bs_exp.types import Architecture, WeightMatrix
 
-Loss: TypeAlias = Literal["sum", "mean", "sampled", "top_k"]
+Loss: TypeAlias = Literal["sum", "mean", "sampled", "top_k", "probes"]
 """The model's own loss on a batch: summed over its predicted tokens, or averaged; or one of drawn labels, summed
-(`drawn_loss`)."""
+(`drawn_loss`); or random sums of outputs, which are no loss but have gradients too (`probe_losses`)."""
 
 
 class Place(StrEnum):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.drawn_labels import MOST_PROBABLE, drawn_loss
+from bs_exp.calibration.probes import probe_losses
 from bs_exp.calibration.statistics import Loss
 from bs_exp.errors import ModelError
 from bs_exp.models.architecture import trunks
@@ -22,7 +23,7 @@ from bs_exp.models.blocks import Blocks
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.kept_states import KeptStates, kept_states
 from bs_exp.models.mapped import release
-from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states
+from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states, unlabelled
 from bs_exp.models.offload import check_whole_backward, is_offloaded
 from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, LoadedModel
@@ -38,13 +39,15 @@ _LABELS: Mapping[Loss | None, str] = {
     "mean": "sensitivity",
     "sampled": "gradients of drawn labels",
     "top_k": "gradients of drawn labels",
+    "probes": "gradients of probes",
 }
 
 
 class Watch(Protocol):
     """What is attached to the model while it runs.
 
-    `loss` is that whose gradients are watched; None runs the model forward alone, without logits. `weights` are the
+    `loss` is that whose gradients are watched; None runs the model forward alone, without logits; "probes" computes no
+    logits either. `weights` are the
     parameters that get gradients, no other does; if there are none, backward runs through activations alone.
     """
 
@@ -201,7 +204,9 @@ class _Run:
             for ids in self._tracked():
                 examples = self._examples(ids)
                 with torch.enable_grad():
-                    self._loss(examples, module(**examples.inputs).logits).backward()
+                    outputs = self._outputs(examples.inputs)
+                    for loss, more in self._losses(examples, outputs):
+                        loss.backward(retain_graph=more)
 
     def forward(self, blocks: Blocks) -> Iterator[int]:
         """All batches through one block after the other; yields the layer when its hooks are gone."""
@@ -285,8 +290,8 @@ class _Run:
         for each, last in zip(examples, states.pop(), strict=True):
             with torch.enable_grad():
                 last = _leaf(last, self._model.device)
-                self._loss(each, blocks.logits(each.inputs, last)).backward()
-            gradients.append(_gradient(last))
+                outputs = blocks.hidden(each.inputs, last) if self._probes else blocks.logits(each.inputs, last)
+                gradients.append([_back(last, *pass_) for pass_ in self._losses(each, outputs)])
         for layer in reversed(range(min(self._layers, default=len(blocks)), len(blocks))):
             with Hooks() as hooks, blocks.resident(layer):
                 if layer in self._layers:
@@ -295,8 +300,11 @@ class _Run:
                     self._watch.next_batch(examples[i].shapes)
                     with torch.enable_grad():
                         before = _leaf(before, self._model.device)
-                        torch.autograd.backward(blocks.run(layer, before), gradients[i])
-                    gradients[i] = _gradient(before)
+                        after, times = blocks.run(layer, before), len(gradients[i])
+                        gradients[i] = [
+                            _back(before, after, number < times, gradient)
+                            for number, gradient in enumerate(gradients[i], start=1)
+                        ]
             if layer in self._layers:
                 yield layer
 
@@ -312,24 +320,46 @@ class _Run:
         return (self._reader.inputs(ids.to(self._model.device)) for ids in batches)
 
     def _examples(self, ids: Tensor) -> Examples:
-        examples = self._reader.examples(ids.to(self._model.device))
+        ids = ids.to(self._model.device)
+        examples = unlabelled(self._reader, ids) if self._probes else self._reader.examples(ids)
         self._watch.next_batch(examples.shapes)
         return examples
 
-    def _loss(self, examples: Examples, logits: Tensor) -> Tensor:
-        assert self._watch.loss is not None
-        if self._watch.loss in ("sampled", "top_k"):
-            return drawn_loss(examples, logits, among=MOST_PROBABLE if self._watch.loss == "top_k" else None)
-        return examples.loss(logits, reduction=self._watch.loss)
+    @property
+    def _probes(self) -> bool:
+        """Whether last hidden states are probed; else there is a loss of logits."""
+        return self._watch.loss == "probes"
+
+    def _outputs(self, inputs: Inputs) -> Tensor:
+        module = self._model.module
+        return hidden_states(module, inputs) if self._probes else module(**inputs).logits
+
+    def _losses(self, examples: Examples, outputs: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """What goes backward, and whether the same graph is gone through again after it."""
+        loss = self._watch.loss
+        assert loss is not None
+        match loss:
+            case "probes":
+                probes = self._data.probes
+                for number, each in enumerate(probe_losses(examples, outputs, self._model, probes), start=1):
+                    yield each, number < probes.count
+            case "sampled" | "top_k":
+                yield drawn_loss(examples, outputs, among=MOST_PROBABLE if loss == "top_k" else None), False
+            case _:
+                yield examples.loss(outputs, reduction=loss), False
 
 
 def _leaf(states: Tensor, device: torch.device) -> Tensor:
     return states.detach().to(device).requires_grad_()
 
 
-def _gradient(states: Tensor) -> Tensor:
-    assert states.grad is not None
-    return states.grad
+def _back(states: Tensor, output: Tensor, again: bool, gradient: Tensor | None = None) -> Tensor:
+    """The gradient of the states through a graph, which is kept if it is gone through `again`."""
+    torch.autograd.backward(output, gradient, retain_graph=again)
+    found = states.grad
+    assert found is not None
+    states.grad = None
+    return found
 
 
 def _embeddings(part: nn.Module) -> list[nn.Module]:

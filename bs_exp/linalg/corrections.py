@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.linalg.scaling import balanced, by_layer, unscale
-from bs_exp.types import Corrections, LossUnit, Metric, WeightGroup
+from bs_exp.types import Corrections, Metric, WeightGroup
 
 # Ranks at which losses after corrections are computed: each costs one eigenvalue problem per layer.
 _CORRECTION_POINTS = 65
@@ -64,7 +64,7 @@ def corrected_energies(
     spread = np.unique(np.rint((full - 1) * (1.0 - np.cos(angles)) / 2.0).astype(int)).tolist()
     points = list(range(full)) if full <= _CORRECTION_POINTS else spread
     overlap = None
-    if metric.mean_ridge and metric.unit is not LossUnit.NATS:
+    if metric.mean_ridge and not metric.unit.is_second_order:
         overlap = (metric.ridge * units_t) @ units_t.mT
     left = []
     for rank in points:
@@ -74,7 +74,7 @@ def corrected_energies(
             total += float(lost.square().sum())
             if overlap is not None:  # the ridge's share is no error on any input
                 total -= float((lost * (overlap[rank:, rank:] @ lost)).sum())
-        left.append(max(total, 0.0) * (0.5 if metric.unit is LossUnit.NATS else 1.0))
+        left.append(max(total, 0.0) * (0.5 if metric.unit.is_second_order else 1.0))
     shares = torch.tensor(left, dtype=tails.dtype) / tails[points].cpu().clamp_min(torch.finfo(tails.dtype).tiny)
     between = torch.from_numpy(np.interp(range(full), points, shares.clamp(0.0, 1.0).numpy())).to(tails)
     losses = torch.cat([(tails * between).cummin(0).values, tails.new_zeros(1)])

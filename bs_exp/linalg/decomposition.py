@@ -15,7 +15,7 @@ from torch import Tensor
 from bs_exp.errors import DecompositionError
 from bs_exp.linalg.corrections import corrected_energies
 from bs_exp.linalg.scaling import balanced, by_layer, unscale
-from bs_exp.types import Decomposition, LossUnit, Metric, SharedFactors, Spectrum, WeightGroup
+from bs_exp.types import Decomposition, Metric, SharedFactors, Spectrum, WeightGroup
 
 
 def needs_left_root(group: WeightGroup) -> bool:
@@ -81,7 +81,7 @@ def spectrum_of(group: WeightGroup, weight: Float[Tensor, "d_in columns"], metri
     return Spectrum(
         group=group,
         singular_values=squares.sqrt(),
-        energies=squares / 2.0 if metric.unit is LossUnit.NATS else squares,
+        energies=squares / 2.0 if metric.unit.is_second_order else squares,
         ridge=metric.mean_ridge,
         unit=metric.unit,
         damping=metric.damping,
@@ -140,7 +140,7 @@ def _products(group: WeightGroup, weight: Tensor, metric: Metric) -> _Products:
     if not bool(weight.isfinite().all()):
         raise DecompositionError("the weight holds NaN or infinite entries.")
     # In other units the ridge's share, and corrections, take coefficients that are scaled by R.
-    if _is_wide(group) and metric.right_grams and metric.unit is LossUnit.NATS and not group.correction:
+    if _is_wide(group) and metric.right_grams and metric.unit.is_second_order and not group.correction:
         rows = weight if metric.whitener is None else metric.whitener @ weight
         return _Products(rows, rows, _times_right_gram(group, rows, metric), coefficients_are_scaled=False)
     scaled = by_layer(group, weight, metric, lambda block, right: block @ right)
@@ -165,7 +165,7 @@ def _times_right_gram(group: WeightGroup, rows: Tensor, metric: Metric) -> Tenso
 
 def _energies(squares: Tensor, basis_t: Tensor, coefficients: Tensor, metric: Metric) -> Tensor:
     """The loss of dropping each component, in the unit of `Spectrum.energies`."""
-    if metric.unit is LossUnit.NATS:
+    if metric.unit.is_second_order:
         half: Tensor = squares / 2.0
         return half
     # One side of every component is orthogonal to that of the others, so errors add up over components, with or without

@@ -67,6 +67,9 @@ class Feeder(Protocol):
     def examples(self, ids: Int[Tensor, "windows length"]) -> Examples:
         """Inputs and labels of the model's own training loss. ConfigError if it has none."""
 
+    def outputs(self, length: int) -> int:
+        """Last hidden states per window: those of the decoder, if there is one."""
+
     def predictions(self, length: int) -> int:
         """Predicted tokens per window."""
 
@@ -78,6 +81,13 @@ def feeder(model: LoadedModel, feeding: Feeding = Feeding()) -> Feeder:  # noqa:
     """The feeder of a model. ConfigError or ModelError if the model or its tokenizer lacks what the settings need."""
     check_feeding(feeding)
     return _FEEDERS[model.task](model, feeding)
+
+
+def unlabelled(feed: Feeder, ids: Int[Tensor, "windows length"]) -> Examples:
+    """The inputs of the model when activations are gathered, with labels that name nothing to predict."""
+    inputs = feed.inputs(ids)
+    written: Tensor = inputs.get("decoder_input_ids", inputs["input_ids"])
+    return Examples(inputs, torch.full_like(written, IGNORED))
 
 
 def hidden_states(module: PreTrainedModel, inputs: Inputs) -> Float[Tensor, "windows positions channels"]:
@@ -126,9 +136,9 @@ def check_has_logits(model: LoadedModel, what: str) -> None:
 def _no_logits(model: LoadedModel, what: str) -> ConfigError:
     return ConfigError(
         f"{what} needs logits, but this {type(model.module).__name__} is {_KINDS[model.task]}. Use strategies that "
-        "need activations alone (whitening=gram, diagonal, block_diagonal or identity; allocation=uniform or "
-        "effective_rank; update=none or refit; evaluation=similarity), or load a checkpoint with its head, such as "
-        "BertForMaskedLM."
+        "need outputs or activations alone (whitening=two_sided with whitening.curvature=probes, gram, diagonal, "
+        "block_diagonal or identity; allocation=water_filling, uniform or effective_rank; evaluation=embeddings or "
+        "similarity), or load a checkpoint with its head, such as BertForMaskedLM."
     )
 
 
@@ -144,6 +154,9 @@ class CausalFeeder:
     def examples(self, ids: Tensor) -> Examples:
         _require_two_tokens(ids)
         return Examples(self.inputs(ids), functional.pad(ids[:, 1:], (0, 1), value=IGNORED))
+
+    def outputs(self, length: int) -> int:
+        return length
 
     def predictions(self, length: int) -> int:
         return length - 1
@@ -163,6 +176,9 @@ class EncoderFeeder:
 
     def examples(self, ids: Tensor) -> Examples:
         raise _no_logits(self._model, "A loss")
+
+    def outputs(self, length: int) -> int:
+        return length
 
     def predictions(self, length: int) -> int:
         return 0
@@ -199,6 +215,9 @@ class MaskedFeeder:
         hidden = hidden.to(ids.device)
         return Examples({"input_ids": ids.masked_fill(hidden, mask)}, ids.masked_fill(~hidden, IGNORED))
 
+    def outputs(self, length: int) -> int:
+        return length
+
     def predictions(self, length: int) -> int:
         return max(1, round(self._feeding.mask_share * length))
 
@@ -224,6 +243,9 @@ class ContinuationFeeder:
         _require_two_tokens(ids)
         cut = self._cut(ids.shape[1])
         return _source_and_target(ids[:, :cut], ids[:, cut:], self._start)
+
+    def outputs(self, length: int) -> int:
+        return self.predictions(length)
 
     def predictions(self, length: int) -> int:
         return length - self._cut(length)
@@ -263,6 +285,9 @@ class SpansFeeder:
         pairs = [self._split(window) for window in ids.cpu()]
         source, target = (torch.stack(part).to(ids.device) for part in zip(*pairs, strict=True))
         return _source_and_target(source, target, self._start)
+
+    def outputs(self, length: int) -> int:
+        return self.predictions(length)
 
     def predictions(self, length: int) -> int:
         noise, spans = self._counts(length)

@@ -16,7 +16,7 @@ from datasets.utils import logging as datasets_logging
 
 from bs_exp import processes
 from bs_exp.cache import Cache
-from bs_exp.calibration.group_statistics import WITH_LOSS
+from bs_exp.calibration.group_statistics import WITH_GRADIENTS
 from bs_exp.calibration.walk import check_room
 from bs_exp.contracts import check_members
 from bs_exp.errors import BsExpError, ConfigError, EstimateError
@@ -151,7 +151,7 @@ class Experiment:
         cut = partial(self.dense.windows, cache=self.cache)
         prepared = prepare(dense, self.recipe, recorder.progress, cut=cut, reads_windows=compares)
         _check_shares(prepared.data)
-        check_room(dense, prepared.data, self.cache.folder, backward=bool(self.recipe.needs & WITH_LOSS))
+        check_room(dense, prepared.data, self.cache.folder, backward=bool(self.recipe.needs & WITH_GRADIENTS))
         check_candidates(dense, self.recipe, self.selection, prepared, recorder.progress)
         self.analysis.check(prepared.dense.architecture)
         return judge, dense, prepared

@@ -10,7 +10,7 @@ from bs_exp.linalg.decomposition import decompose, spectrum_of, truncate
 from bs_exp.protocols import Measures, SharingProblem
 from bs_exp.rank_budget import rank_at
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
-from bs_exp.types import Architecture, LossUnit, Metric, Statistic, WeightGroup
+from bs_exp.types import Architecture, Metric, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_choice, check_names
 
 NORMS = ("frobenius", "whitened", "output")
@@ -89,7 +89,7 @@ class CriterionSharing:
         else:
             found, sums = measures.spectrum(group), _sums(group, measures)
         loss = found.loss(rank)
-        return loss**2 / sums if self.squared and found.unit is not LossUnit.NATS else loss
+        return loss**2 / sums if self.squared and not found.unit.is_second_order else loss
 
 
 def _sums(group: WeightGroup, measures: Measures) -> int:

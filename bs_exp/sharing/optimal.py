@@ -11,7 +11,7 @@ from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
 from bs_exp.rank_budget import Choices, at_price, cost_of, lowest_price, parameter_budget, spectrum_choices, spend
 from bs_exp.sharing.layers import check_matrices, check_named, part, runs
-from bs_exp.types import Architecture, LossUnit, Statistic, WeightGroup
+from bs_exp.types import Architecture, Statistic, WeightGroup
 from bs_exp.validation import check_at_least, check_names
 
 
@@ -72,7 +72,7 @@ class OptimalSharing:
         found = {}
         for group in problem.measures.track(possible, "comparing groups"):
             spectrum = problem.measures.spectrum(group)
-            if spectrum.unit is not LossUnit.NATS:
+            if not spectrum.unit.is_second_order:
                 raise ConfigError(
                     f"sharing=optimal adds up losses of all matrix types, which must be in nats, got {spectrum.unit}. "
                     "Use whitening=two_sided, or sharing=criterion, which compares within a type."

@@ -44,7 +44,7 @@ class GivenMeasures:
     def metric(self, group: WeightGroup) -> Metric:
         gram = self.statistics(group).gram
         assert gram is not None
-        if self.unit is LossUnit.NATS:  # of a token of one layer, as in the two-sided metric
+        if self.unit.is_second_order:  # of a token of one layer, as in the two-sided metric
             gram = gram / group.size
         return Metric(whitener=cholesky_whitener(gram)[0], unit=self.unit)
 

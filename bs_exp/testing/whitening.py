@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bs_exp.linalg.decomposition import decompose, truncate
 from bs_exp.protocols import Whitening
-from bs_exp.types import GroupStatistics, InputMoments, LossUnit, Metric, Statistic, WeightGradient, WeightGroup
+from bs_exp.types import GroupStatistics, InputMoments, Metric, Statistic, WeightGradient, WeightGroup
 
 TOKENS = 300
 GROUPS = [WeightGroup("q", (0,), 20, 12), WeightGroup("q", (0, 1), 20, 16), WeightGroup("down", (3,), 12, 30)]
@@ -74,6 +74,7 @@ class WhiteningContract:
             Statistic.OUTPUT_GRAM: {"output_grams": None},
             Statistic.SAMPLED_OUTPUT_GRAM: {"sampled_grams": None},
             Statistic.TOP_K_OUTPUT_GRAM: {"top_k_grams": None},
+            Statistic.PROBED_OUTPUT_GRAM: {"probed_grams": None},
             Statistic.INPUT_MOMENTS: {"moments": None},
             Statistic.WEIGHT_GRADIENT: {"weight_gradient": None},
             Statistic.LOSS_GRADIENT: {"loss_gradient": None},
@@ -111,6 +112,8 @@ def statistics(group: WeightGroup) -> GroupStatistics:
         loss_gradient=normal(group.d_in, group.columns, seed=4),
         sampled_grams={layer: 2.0 * g.T @ g for layer, g in gradients.items()},
         top_k_grams={layer: 3.0 * g.T @ g for layer, g in gradients.items()},
+        probed_grams={layer: 4.0 * g.T @ g for layer, g in gradients.items()},
+        probed_outputs=TOKENS // 2,
     )
 
 
@@ -127,7 +130,7 @@ def error(metric: Metric, group: WeightGroup, difference: Tensor) -> float:
     if metric.right is not None:
         blocks = {layer: block @ metric.right[layer] for layer, block in blocks.items()}
     total = sum(float(block.square().sum()) for block in blocks.values())
-    if metric.unit is LossUnit.NATS:
+    if metric.unit.is_second_order:
         return total / 2
     ridge = torch.as_tensor(metric.ridge, dtype=torch.float64).expand(group.d_in)
     return total - float((ridge[:, None] * difference.square()).sum())  # the ridge is no error

@@ -33,6 +33,7 @@ STRATEGIES: list[Whitening] = [
     TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0),
     TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="sampled"),
     TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="top_k"),
+    TwoSidedWhitening(ridge=1e-6, damping=1e-4, temper=1.0, curvature="probes", probes=3),
 ]
 
 
@@ -132,7 +133,10 @@ def test_on_uncorrelated_channels_blocks_change_nothing() -> None:
         (BlockDiagonalWhitening, {"blocks": 0}, r"^blocks must be a whole number of at least 1, got 0"),
         (BlockDiagonalWhitening, {"blocks": 2.5}, r"^blocks must be a whole number"),
         (BlockDiagonalWhitening, {"ridge": -1.0}, r"^ridge must be at least 0"),
-        (TwoSidedWhitening, {"curvature": "kl"}, r"^curvature must be one of label, sampled, top_k, got 'kl'"),
+        (TwoSidedWhitening, {"curvature": "kl"}, r"^curvature must be one of auto, label, .*, got 'kl'"),
+        (TwoSidedWhitening, {"probes": 0}, r"^probes must be a whole number of at least 1, got 0"),
+        (TwoSidedWhitening, {"probe_seed": -1}, r"^probe_seed|^seed"),
+        (TwoSidedWhitening, {"probed": "logits"}, r"^probed must be one of hidden, embedding, got 'logits'"),
     ],
 )
 def test_settings_that_make_no_sense(strategy: type, settings: dict[str, Any], message: str) -> None:

@@ -1,0 +1,26 @@
+"""Encoders without a head, in memory."""
+
+from __future__ import annotations
+
+import torch
+from transformers import BertConfig, BertModel
+
+from bs_exp.models.loading import assemble
+from bs_exp.models.tiny import byte_tokenizer
+from bs_exp.types import LoadedModel, Task
+
+
+def headless(layers: int = 2, seed: int = 0) -> LoadedModel:
+    """A tiny random BertModel, whose outputs are hidden states: 32 channels, byte tokens."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=48, vocab_size=259
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = BertModel(config)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                noise = torch.randn(parameter.shape)
+                parameter.copy_(0.2 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+    tokenizer = byte_tokenizer(Task.MASKED_LM)
+    return assemble(module, tokenizer, None, source="memory", name=f"bert-{layers}-{seed}", task=Task.ENCODER)
