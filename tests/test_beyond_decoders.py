@@ -16,6 +16,7 @@ from bs_exp.records.record import read_record
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.study import arrange
 from bs_exp.types import Task
+from tests.support.encoders import headless
 
 Cli = Callable[..., Any]
 
@@ -82,6 +83,25 @@ def test_an_encoder_without_a_head(cli: Cli, settings: tuple[str, ...], tmp_path
     assert refused.status == 1
     assert "FisherRowsWhitening, made from gradients of the loss, needs logits" in refused.err
     assert "similarity (dense)" not in refused.err
+
+
+@pytest.mark.parametrize("kind", ["headless", "bert", "t5"])
+def test_best_recovered_serves_every_task(cli: Cli, settings: tuple[str, ...], tmp_path: Path, kind: str) -> None:
+    """Nothing is set for them but the evaluation; steps are fewer, to be quick."""
+    dense, evaluation = ("model=tiny_random", f"model.family={kind}"), {"bert": "encoder", "t5": "seq2seq"}.get(kind)
+    if kind == "headless":
+        headless().module.save_pretrained(tmp_path / "dense")
+        byte_tokenizer(Task.MASKED_LM).save_pretrained(tmp_path / "dense")
+        dense, evaluation = ("model=local", f"model.path={tmp_path}/dense"), "similarity"
+    quick = ("retain_ratio=0.9", "update.updates.recover.steps=4", "update.updates.recover.evaluate_every=2")
+    done = cli(*dense, *settings, f"evaluation={evaluation}", "experiment=best_recovered", *quick)
+    assert done.status == 0, done.err
+    record = read_record(tmp_path / "out")
+    assert record.plan is not None
+    assert {group["loss_unit"] for group in record.plan["groups"]} == {"cosine" if kind == "headless" else "nats"}
+    recovery = record.update["updates"][1] if "updates" in record.update else record.update["recover"]
+    assert recovery["generated_windows"] == 0
+    assert f"held_out_{'cosine' if kind == 'headless' else 'kl'}_after" in recovery
 
 
 @pytest.mark.parametrize(

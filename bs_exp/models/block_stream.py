@@ -120,6 +120,11 @@ class BlockStream:
         except OSError as error:
             raise _unwritable(self._kept.folder, error) from error
 
+    def pass_on(self, layer: int) -> None:
+        """Puts all batches in front of the next block, as this one, which may have changed, carries them there."""
+        for batch in range(len(self)):
+            self.advance(batch, self.run(layer, batch))
+
     def next_layer(self) -> None:
         """Told when all batches are in front of the next block."""
         self.layer += 1

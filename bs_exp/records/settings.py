@@ -11,9 +11,16 @@ WITHOUT_EFFECT = frozenset(
 )
 # Of groups: where weights, and the hidden states of windows, wait while they are not used.
 _OFFLOAD, _ACTIVATIONS = "offload", "activations"
-# Values of settings that came later with which the same is done as before: left out, so that results stay found.
+# Of a class, values of settings that came later with which the same is done as before: left out, so that results stay
+# found.
 _AS_BEFORE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "whitening": {"curvature": ("auto", "label"), "probes": (1,), "probe_seed": (0,), "probed": ("hidden",)}
+    "bs_exp.whitening.two_sided.TwoSidedWhitening": {
+        "curvature": ("auto", "label"),
+        "probes": (1,),
+        "probe_seed": (0,),
+        "probed": ("hidden",),
+    },
+    "bs_exp.update.recover.Recovery": {"objective": ("auto",)},
 }
 _WINDOWS = "bs_exp.corpora.windows.CalibrationSet"
 # A group that came later, and its option that does nothing: left out too.
@@ -36,5 +43,7 @@ def _of_results(value: Any, path: str) -> Any:
     ignored = {_OFFLOAD} if path == "model" else set()
     if path == "calibration" or value.get("_target_") == _WINDOWS:
         ignored.add(_ACTIVATIONS)
-    ignored |= {key for key, before in _AS_BEFORE.get(path, {}).items() if value.get(key) in before}
+    ignored |= {
+        key for key, before in _AS_BEFORE.get(str(value.get("_target_")), {}).items() if value.get(key) in before
+    }
     return {key: _of_results(inner, f"{path}.{key}") for key, inner in value.items() if key not in ignored}

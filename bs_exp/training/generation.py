@@ -21,7 +21,10 @@ KIND = "generated"
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How many windows the dense model generates (0: none), from prompts of how many tokens, how many at once."""
+    """How many windows the dense model generates (0: none), from prompts of how many tokens, how many at once.
+
+    A model that does not continue text (an encoder, an encoder-decoder) generates none.
+    """
 
     generated_windows: int
     prompt_length: int
@@ -34,15 +37,15 @@ class GenerationSettings:
         check_at_least(1, prompt_length=self.prompt_length, generation_batch=self.generation_batch)
 
 
+def generates(settings: GenerationSettings, dense: LoadedModel) -> bool:
+    """Whether windows are asked for, of a model that continues text."""
+    return bool(settings.generated_windows) and dense.task is Task.CAUSAL_LM
+
+
 def check_generation(settings: GenerationSettings, dense: LoadedModel, text: Int[Tensor, "windows length"]) -> None:
-    """Raises ConfigError if windows are asked of a model that does not continue text, or if prompts fill a window."""
-    if not settings.generated_windows:
+    """Raises ConfigError if prompts fill a window."""
+    if not generates(settings, dense):
         return
-    if dense.task is not Task.CAUSAL_LM:
-        raise ConfigError(
-            f"generated_windows must be 0 for a {type(dense.module).__name__}, which does not continue text, got "
-            f"{settings.generated_windows}."
-        )
     if settings.prompt_length >= text.shape[1]:
         raise ConfigError(
             f"prompt_length must be below the {text.shape[1]} tokens of a calibration window, got "
@@ -59,7 +62,7 @@ def generate_windows(
     the dense model samples is the KL divergence between the two models' distributions of whole texts. Data-free
     distillation of LLM-QAT (Liu et al., 2305.17888, section 2.1), here with prompts.
     """
-    if not settings.generated_windows:
+    if not generates(settings, dense):
         return text[:0]
     length, end = text.shape[1], cast("Any", dense.module.generation_config).eos_token_id
     batches = _prompts(settings, text).split(settings.generation_batch)

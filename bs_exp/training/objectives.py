@@ -1,4 +1,4 @@
-"""What a compressed model is trained on: the dense model's predictions, outputs of its blocks, or the text itself."""
+"""What a compressed model is trained on: the dense model's predictions or outputs, or the text itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bs_exp.models.blocks import recorded
-from bs_exp.models.model_inputs import Feeder, hidden_states
+from bs_exp.models.model_inputs import Feeder, Inputs, hidden_states
+from bs_exp.models.pooling import pooled
+from bs_exp.types import Pooling
 
 # Numbers per piece of a comparison: its fp32 intermediates take a few hundred MB, whatever the vocabulary.
 LOGITS_AT_ONCE = 1 << 24
@@ -84,6 +86,43 @@ class LogitDivergence:
             logits = self.compressed(**inputs).logits
         divergence = kl_divergence(logits, target, self.temperature if training else 1.0)
         return divergence / int(logits.shape[1])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OutputDistance:
+    """Distance of a model's outputs from the dense model's, which needs no logits.
+
+    `measure`: `cosine` is 1 - cosine of the last hidden states, averaged over the positions; `mse` their squared error,
+    in units of the squared norm of the dense ones; `embedding` 1 - cosine of the sentence embeddings, by `pooling`.
+    """
+
+    compressed: PreTrainedModel
+    dense: PreTrainedModel
+    feeder: Feeder
+    measure: str
+    pooling: Pooling | None
+    autocast: bool
+
+    def __call__(self, ids: Int[Tensor, "windows length"], *, training: bool) -> Tensor:
+        inputs = self.feeder.inputs(ids)
+        with torch.no_grad():
+            target = self._outputs(self.dense, inputs)
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.autocast and training):
+            found = self._outputs(self.compressed, inputs)
+        dtype = precise(found.dtype)
+        found, target = found.to(dtype), target.to(dtype)
+        if self.measure == "mse":
+            error = (found - target).square().flatten(1).sum(1)
+            size = target.square().flatten(1).sum(1)
+            return (error / size.clamp_min(torch.finfo(dtype).tiny)).sum()
+        return (1.0 - functional.cosine_similarity(found, target, dim=-1)).mean(1).sum()
+
+    def _outputs(self, module: PreTrainedModel, inputs: Inputs) -> Float[Tensor, "windows outputs d"]:
+        hidden = hidden_states(module, inputs)
+        if self.measure != "embedding":
+            return hidden
+        assert self.pooling is not None
+        return pooled(hidden, inputs.get("attention_mask"), self.pooling).unsqueeze(1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

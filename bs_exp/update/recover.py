@@ -1,4 +1,4 @@
-"""The factors are trained to give the dense model's predictions on the calibration windows, and on its own text."""
+"""The factors are trained to give the dense model's predictions or outputs on the calibration windows and its text."""
 
 from __future__ import annotations
 
@@ -17,29 +17,43 @@ from bs_exp.cache import content_key
 from bs_exp.errors import ConfigError
 from bs_exp.identity import own_code
 from bs_exp.models.fingerprint import fingerprint
-from bs_exp.models.model_inputs import feeder
+from bs_exp.models.model_inputs import Feeder, feeder
 from bs_exp.models.offload import check_whole_backward
 from bs_exp.models.surgery import find_factors
-from bs_exp.training.generation import GenerationSettings, check_generation, generate_windows
-from bs_exp.training.objectives import BlockOutputs, LogitDivergence, Objective
+from bs_exp.training.generation import GenerationSettings, check_generation, generate_windows, generates
+from bs_exp.training.objectives import BlockOutputs, LogitDivergence, Objective, OutputDistance
 from bs_exp.training.optimizers import OptimizerSettings
 from bs_exp.training.resampling import MAX_PIECE_LENGTH, resample
 from bs_exp.training.settings import TrainerSettings, split_windows
 from bs_exp.training.trainer import Trainer, trainable
-from bs_exp.types import CalibrationData, LoadedModel, RankPlan, TokenWindows
-from bs_exp.validation import check_at_least, check_positive
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Task, TokenWindows
+from bs_exp.validation import check_at_least, check_choice, check_positive
 from bs_exp.workspace import Workspace
 
 KIND = "recovery"
+# Tokens per piece of a resampled window, where a model cannot generate the windows that are asked of it.
+_PIECE = 64
+# What is measured on held-out windows: its name and its unit.
+_UNITS = {
+    "kl": ("KL", " nats per token"),
+    "cosine": ("1 - cosine", " per position"),
+    "mse": ("relative squared error", ""),
+    "embedding": ("1 - cosine", " per sentence embedding"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
-    """Trains bases and coefficients, and nothing else, on the KL divergence from the dense model's logits.
+    """Trains bases and coefficients, and nothing else, towards the dense model.
+
+    `objective`: `kl` is the KL divergence from the dense model's logits; `cosine`, `mse` and `embedding` compare its
+    outputs (`OutputDistance`). `auto`: `kl`, and `cosine` for a model without logits.
 
     A part of the calibration windows is held out. Trained on the others, on `generated_windows` that the dense model
     samples, and, where the steps see more windows than these, on windows resampled from pieces of them (`piece_length`
-    tokens; None repeats the same windows). The factors with the lowest held-out KL are kept, which may be those from
+    tokens; None repeats the same windows). A model that does not continue text samples none: where windows are asked
+    of it, more are resampled, in pieces of 64 tokens if `piece_length` is None. The factors with the lowest held-out
+    loss are kept, which may be those from
     before training. A factor's step size is `learning_rate` times its root mean square at the start. Half-precision
     factors are trained in fp32 copies. `blockwise_steps` come first: each block learns to give the dense block's
     outputs. Distillation: Hinton et al. (1503.02531), section 2.
@@ -48,6 +62,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
     blockwise_steps: int
     piece_length: int | None
     temperature: float
+    objective: str = "auto"
 
     def __post_init__(self) -> None:
         TrainerSettings.__post_init__(self)
@@ -56,6 +71,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
         check_at_least(0, blockwise_steps=self.blockwise_steps)
         check_at_least(1, piece_length=self.piece_length)
         check_positive(temperature=self.temperature)
+        check_choice("objective", self.objective, ("auto", *_UNITS))
         if self.piece_length is not None and self.piece_length > MAX_PIECE_LENGTH:
             raise ConfigError(
                 f"piece_length must be at most {MAX_PIECE_LENGTH} tokens, got {self.piece_length}; null resamples "
@@ -75,7 +91,14 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             check_whole_backward(dense.module, dense.device, "update=recover")
             windows = data.windows
             training, _ = split_windows(windows.ids, self)
-            feeder(dense, windows.feeding).examples(windows.ids[:1])
+            feed, objective = feeder(dense, windows.feeding), self._chosen(dense)
+            if objective == "kl":
+                feed.examples(windows.ids[:1])
+            if objective == "embedding" and dense.pooling is None:
+                raise ConfigError(
+                    "objective=embedding needs a sentence-transformers model, whose modules.json says how it pools; "
+                    f"this {type(dense.module).__name__} was loaded without one. Use objective=cosine."
+                )
             check_generation(self, dense, training)
 
     def apply(
@@ -86,7 +109,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
         data: CalibrationData,
         workspace: Workspace,
     ) -> Mapping[str, Any]:
-        """Trains in place; reports the cost, and the held-out KL in nats per token at temperature 1.
+        """Trains in place; reports the cost, and the held-out loss: of `kl` in nats per token, at temperature 1.
 
         With a cache folder, an interrupted training continues from its last checkpoint, to the same bits, and a
         finished one is not repeated.
@@ -103,12 +126,12 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
         whole = torch.cat([text, generate_windows(self, dense, text, workspace)])
         generation_seconds = time.perf_counter() - start
         feed, autocast = feeder(dense, windows.feeding), self.autocast == "bfloat16"
-        predictions = LogitDivergence(
-            compressed=compressed, dense=dense.module, feeder=feed, temperature=self.temperature, autocast=autocast
-        )
+        measured = self._chosen(dense)
+        predictions = self._objective(compressed, dense, feed)
 
         def trained(objective: Objective, steps: int, label: str) -> tuple[Trainer, dict[str, Any]]:
-            trainer = self._trainer(dense, factors, objective, self._with_resampled(whole, steps), held_out, steps)
+            more = self._with_resampled(whole, steps, dense)
+            trainer = self._trainer(dense, factors, objective, more, held_out, steps)
             key = None if workspace.cache.folder is None else self._key(compressed, dense, windows, label)
             trainer.train(workspace, label=label, kind=KIND, key=key)
             return trainer, trainer.report() | {"resampled_windows": int((trainer.seen >= len(whole)).sum())}
@@ -140,19 +163,43 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             "tokens": (trainer.done + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * whole.shape[1],
             "generated_windows": len(whole) - len(text),
             "generation_seconds": round(generation_seconds, 3),
-            "held_out_kl_before": before,
-            "held_out_kl_after": min(trainer.best_loss, before),
-            "held_out_kl": [[step, value] for step, value in trainer.history],
+            f"held_out_{measured}_before": before,
+            f"held_out_{measured}_after": min(trainer.best_loss, before),
+            f"held_out_{measured}": [[step, value] for step, value in trainer.history],
         }
-        workspace.progress.note(_summary(report))
+        workspace.progress.note(_summary(report, measured))
         return report
 
-    def _with_resampled(self, whole: Int[Tensor, "windows length"], steps: int) -> Int[Tensor, "all_windows length"]:
+    def _chosen(self, dense: LoadedModel) -> str:
+        if self.objective != "auto":
+            return self.objective
+        return "cosine" if dense.task is Task.ENCODER else "kl"
+
+    def _objective(self, compressed: PreTrainedModel, dense: LoadedModel, feed: Feeder) -> Objective:
+        measure, autocast = self._chosen(dense), self.autocast == "bfloat16"
+        if measure == "kl":
+            return LogitDivergence(
+                compressed=compressed, dense=dense.module, feeder=feed, temperature=self.temperature, autocast=autocast
+            )
+        return OutputDistance(
+            compressed=compressed,
+            dense=dense.module,
+            feeder=feed,
+            measure=measure,
+            pooling=dense.pooling,
+            autocast=autocast,
+        )
+
+    def _with_resampled(
+        self, whole: Int[Tensor, "windows length"], steps: int, dense: LoadedModel
+    ) -> Int[Tensor, "all_windows length"]:
         """The windows, and behind them as many resampled ones as the steps see beyond one epoch."""
-        more = steps * self.batch_size - len(whole)
-        if self.piece_length is None or more <= 0:
+        more, piece = steps * self.batch_size - len(whole), self.piece_length
+        if piece is None and self.generated_windows and not generates(self, dense):
+            piece = _PIECE
+        if piece is None or more <= 0:
             return whole
-        return torch.cat([whole, resample(whole, more, piece_length=self.piece_length, seed=self.seed)])
+        return torch.cat([whole, resample(whole, more, piece_length=piece, seed=self.seed)])
 
     def _key(self, compressed: PreTrainedModel, dense: LoadedModel, windows: TokenWindows, stage: str) -> str:
         settings = {name: value for name, value in asdict(self).items() if name != "checkpoint_minutes"}
@@ -196,14 +243,14 @@ def _restore(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) 
         factors[name].copy_(value)
 
 
-def _summary(report: Mapping[str, Any]) -> str:
-    steps, before, after = report["steps"], report["held_out_kl_before"], report["held_out_kl_after"]
+def _summary(report: Mapping[str, Any], measured: str) -> str:
+    (name, unit), steps = _UNITS[measured], report["steps"]
+    before, after = report[f"held_out_{measured}_before"], report[f"held_out_{measured}_after"]
     if after >= before:
         return (
-            f"recovery: {steps} steps did not lower the held-out KL of {before:.4g} nats per token, so the factors "
+            f"recovery: {steps} steps did not lower the held-out {name} of {before:.4g}{unit}, so the factors "
             "stay as they were (try a lower update.learning_rate)"
         )
     return (
-        f"recovery: held-out KL {before:.4g} -> {after:.4g} nats per token, factors of step {report['best_step']} of "
-        f"{steps}"
+        f"recovery: held-out {name} {before:.4g} -> {after:.4g}{unit}, factors of step {report['best_step']} of {steps}"
     )

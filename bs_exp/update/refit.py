@@ -14,20 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.group_statistics import calibrate
-from bs_exp.calibration.site_inputs import inputs_of
-from bs_exp.calibration.walk import check_block_walk
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
-from bs_exp.models.block_stream import BlockStream, Waiting
-from bs_exp.models.blocks import Blocks
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.offload import is_offloaded
-from bs_exp.models.surgery import exchange_factors, factors_of
+from bs_exp.models.surgery import exchange_factors, factors_of, twin
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
+from bs_exp.update.block_inputs import gather_pairs, streams_of
 from bs_exp.validation import check_choice, check_number, check_unit, is_number, shown
 from bs_exp.workspace import Workspace
 
@@ -99,14 +96,8 @@ class Refit:
         return self.streams
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
-        """Windows that fit, and blocks that can be run one at a time where that is needed."""
-        if self.streams:
-            check_block_walk(
-                dense,
-                data,
-                "For the refit use update.mode=one_shot with update.target=compressed_inputs, which runs the model as "
-                "a whole; update=none leaves it out.",
-            )
+        """An error if windows cannot be fed to the model."""
+        feeder(dense, data.windows.feeding).inputs(data.windows.ids[:1])
 
     def apply(
         self,
@@ -163,20 +154,27 @@ class Refit:
                 work.refit(group, (layer,), InputPairs(gram))
 
     def _stream(self, work: _Work, groups: Sequence[WeightGroup], data: CalibrationData, workspace: Workspace) -> None:
-        """Block by block: gathers one block's moments, refits, and carries the windows on."""
-        feed = feeder(work.dense, data.windows.feeding)
-        waiting = Waiting(data.activations, workspace.cache.folder)
+        """Block by block: gathers one block's moments, refits, and carries the windows on.
 
-        def stream(model: LoadedModel) -> BlockStream:
-            return BlockStream(Blocks(model), (feed.inputs(ids.to(model.device)) for ids in data.batches), waiting)
-
-        current = stream(replace(work.dense, module=work.compressed))
+        A model whose blocks cannot be run one at a time runs from its beginning for each of them, which a note says.
+        """
+        stream = streams_of(work.dense, data, workspace)
+        # In one shot every layer reads what truncation left, so refitted factors go into another copy of the structure.
+        module = twin(work.compressed) if self.mode == "one_shot" else work.compressed
+        current = stream(replace(work.dense, module=module))
         original = None if self.target == "compressed_inputs" else stream(work.dense)
         layers = range(len(work.dense.architecture.blocks))
         pending: dict[WeightGroup, InputPairs] = {}
         for layer in workspace.progress.track(layers, label="refitting", total=len(layers)):
             here = [group for group in groups if layer in group.layers]
-            found = _gather(work, here, layer, current, original, advance=self.mode == "one_shot")
+            modules = {(m := work.matrix(group, layer)).input_site: m.module for group in here}
+            found = gather_pairs(
+                (module, current),
+                None if original is None else (work.dense.module, original),
+                modules,
+                layer,
+                advance=self.mode == "one_shot",
+            )
             for group in here:
                 pairs = found[work.matrix(group, layer).input_site]
                 if self.gram == "layer":
@@ -186,8 +184,7 @@ class Refit:
                 if layer == max(group.layers):
                     work.refit(group, group.layers, pending.pop(group))
             if self.mode == "sequential":
-                for batch in range(len(current)):
-                    current.advance(batch, current.run(layer, batch))
+                current.pass_on(layer)
 
 
 @dataclass(eq=False)
@@ -284,38 +281,6 @@ class _Work:
                 return self.settings.beta
             case _:
                 return closed_form_beta(basis, weight, inputs, ridge=self.settings.ridge, fixed=fixed)
-
-
-def _gather(
-    work: _Work,
-    groups: Sequence[WeightGroup],
-    layer: int,
-    current: BlockStream,
-    original: BlockStream | None,
-    *,
-    advance: bool,
-) -> dict[str, InputPairs]:
-    """Moments of a block's inputs by site; carries the dense stream on, and the compressed one if asked to."""
-    sites = {(m := work.matrix(group, layer)).input_site: m.module for group in groups}
-    found: dict[str, InputPairs] = {}
-    for batch in range(len(current)):
-        wanted: dict[str, Tensor] = {}
-        if original is not None:
-            with inputs_of(work.dense.module, sites) as wanted:
-                original.advance(batch, original.run(layer, batch))
-        with inputs_of(work.compressed, sites) as seen:
-            states = current.run(layer, batch)
-        if advance:
-            current.advance(batch, states)
-        for site, name in sites.items():
-            if site not in seen or (wanted and wanted[site].shape != seen[site].shape):
-                raise CalibrationError(
-                    f"Refit: {name} does not read the same tokens in the dense and in the compressed model. Use "
-                    "update.target=compressed_inputs update.mode=one_shot."
-                )
-            pairs = InputPairs.of(seen[site], wanted.get(site))
-            found[site] = found[site] + pairs if site in found else pairs
-    return found
 
 
 def _summary(report: Mapping[str, Any]) -> str:

@@ -17,13 +17,13 @@ from bs_exp.models.blocks import Blocks, recorded
 from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, tiny_random
 from bs_exp.progress import Progress
-from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
+from bs_exp.types import CalibrationData, LoadedModel, Probes, Statistic, TokenWindows
 from tests.support.gathered import gathered
 
 WINDOWS = TokenWindows(
     ids=torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(0)), provenance={"sha256": "x"}
 )
-DATA = CalibrationData(WINDOWS, 2)  # the last batch is smaller
+DATA = CalibrationData(WINDOWS, 2, probes=Probes(count=2))  # the last batch is smaller
 ALL = tuple(ACCUMULATORS)
 
 

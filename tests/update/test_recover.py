@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,10 +23,11 @@ from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
 from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 from bs_exp.training.settings import split_windows
-from bs_exp.types import CompressedModel, LoadedModel
+from bs_exp.types import CompressedModel, LoadedModel, Pooling
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.recover import KIND
 from bs_exp.workspace import Workspace
+from tests.support.encoders import headless
 from tests.support.updates import RECOVERY, Interrupting
 
 
@@ -288,3 +290,34 @@ def test_a_run_records_what_recovery_did(cli: Callable[..., Any], tiny: tuple[st
     assert record.update["steps"] == 6
     assert record.update["held_out_kl_after"] < record.update["held_out_kl_before"]
     assert "recovery: held-out KL" in done.err and record.timings["update"] > 0
+
+
+@pytest.mark.parametrize("objective", ["auto", "mse", "embedding"])
+def test_a_model_without_logits_is_trained_on_its_outputs(objective: str) -> None:
+    """Oracle: the held-out distance of the result, window by window in numpy."""
+    dense = replace(headless(3), pooling=Pooling(modes=("mean",)))
+    settings = replace(RECOVERY, objective=objective, generated_windows=4)
+    made = recovered(dense, settings)
+    name = "cosine" if objective == "auto" else objective
+    after = made.update[f"held_out_{name}_after"]
+    assert after < 0.95 * made.update[f"held_out_{name}_before"]
+    assert made.update["generated_windows"] == 0 < made.update["resampled_windows"]
+    _, held_out = split_windows(Tokens().windows(None).ids, settings)
+    with torch.no_grad():
+        old, new = (m(input_ids=held_out).last_hidden_state.double().numpy() for m in (dense.module, made.module))
+    if name == "mse":
+        wanted = np.mean([np.square(x - y).sum() / np.square(x).sum() for x, y in zip(old, new, strict=True)])
+    else:
+        old, new = (x.mean(1) if name == "embedding" else x for x in (old, new))
+        norms = np.linalg.norm(old, axis=-1) * np.linalg.norm(new, axis=-1)
+        wanted = np.mean(1.0 - (old * new).sum(-1) / norms)
+    assert after == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_objectives_that_a_model_does_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs logits"):
+        replace(RECOVERY, objective="kl").check(headless(), Tokens().data())
+    with pytest.raises(ConfigError, match="objective=embedding needs a sentence-transformers model"):
+        replace(RECOVERY, objective="embedding").check(headless(), Tokens().data())
+    with pytest.raises(ConfigError, match=r"^objective must be one of auto, kl, cosine, mse, embedding, got 'l2'"):
+        replace(RECOVERY, objective="l2")

@@ -17,10 +17,11 @@ from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.blocks import Blocks
 from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import exchange_factors, factors_of, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import TinyRandom, tiny_random
-from bs_exp.pipeline import compress, prepare
+from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.records.record import read_record
@@ -401,18 +402,29 @@ def test_a_dense_model_has_nothing_to_refit() -> None:
     assert not made.update["applied"] and "refit: there are no factors to refit" in progress.notes
 
 
-@pytest.mark.parametrize("family", ["bert", "t5"])
-def test_other_tasks(family: str) -> None:
-    """One Gram at a time serves every model; block by block, an encoder-decoder is refused before any work."""
-    dense = tiny_random(family)
-    made = updated(dense, OFFICIAL)
+@pytest.mark.parametrize("update", [OFFICIAL, KINDS["sequential, outputs"], KINDS["one_shot, mixed"]], ids=repr)
+@pytest.mark.parametrize("family", ["bert", "t5", "bart"])
+def test_other_tasks(family: str, update: Refit) -> None:
+    """An encoder-decoder, whose blocks are no chain, runs from its beginning for every block, and a note says so."""
+    progress = Progress(quiet=True)
+    made = compress(tiny_random(family), recipe(update), Workspace(Cache(None), progress))
     assert made.update["loss_after"] < made.update["loss_before"]
-    sequential = recipe(KINDS["sequential"])
-    if family == "bert":
-        assert compress(dense, sequential, Workspace(Cache(None), QUIET)).update["applied"]
-    else:
-        with pytest.raises(ModelError, match=r"cannot be run one at a time: .*update\.mode=one_shot"):
-            prepare(dense, sequential, QUIET)
+    told = any("The refit runs the model from its beginning for each block." in note for note in progress.notes)
+    assert told == (family != "bert" and update.streams)
+
+
+@pytest.mark.parametrize("update", [KINDS["sequential, outputs"], KINDS["one_shot, mixed"]], ids=repr)
+def test_both_ways_to_reach_a_block_give_the_same(update: Refit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run one at a time, and a model run from its beginning up to each block."""
+    dense = tiny_random()
+    by_blocks = values(updated(dense, update).module)
+    monkeypatch.setattr(Blocks, "check", refuse)
+    as_a_whole = values(updated(dense, update).module)
+    assert same(by_blocks, as_a_whole)
+
+
+def refuse(*arguments: object) -> None:
+    raise ModelError("The blocks cannot be run one at a time.")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Inputs of one block's matrices, in the compressed model and in the dense one, while windows pass through both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bs_exp.calibration.site_inputs import inputs_of
+from bs_exp.errors import CalibrationError, ModelError
+from bs_exp.linalg.least_squares import InputPairs
+from bs_exp.models.block_stream import BlockStream, Waiting
+from bs_exp.models.blocks import Blocks
+from bs_exp.models.model_inputs import feeder
+from bs_exp.models.whole_stream import WholeStream
+from bs_exp.types import CalibrationData, LoadedModel
+from bs_exp.workspace import Workspace
+
+Stream: TypeAlias = BlockStream | WholeStream
+
+
+def streams_of(
+    dense: LoadedModel, data: CalibrationData, workspace: Workspace
+) -> Callable[[LoadedModel], BlockStream] | Callable[[LoadedModel], WholeStream]:
+    """What makes a stream of the dense model, or of a model made from it, over all windows.
+
+    Block by block where the blocks can be run one at a time; else from the model's beginning, which a note says.
+    """
+    feed = feeder(dense, data.windows.feeding)
+    waiting = Waiting(data.activations, workspace.cache.folder)
+
+    def inputs(model: LoadedModel) -> Iterator[Mapping[str, object]]:
+        return (feed.inputs(ids.to(model.device)) for ids in data.batches)
+
+    first, *second = (feed.inputs(ids.to(dense.device)) for ids in data.windows.ids.split(1)[:2])
+    try:
+        Blocks(dense).check(first, second[0] if second else first)
+    except ModelError as error:
+        workspace.progress.note(f"{error} The refit runs the model from its beginning for each block.")
+        return lambda model: WholeStream(model, inputs(model))
+    return lambda model: BlockStream(Blocks(model), inputs(model), waiting)
+
+
+def gather_pairs(
+    compressed: tuple[PreTrainedModel, Stream],
+    dense: tuple[PreTrainedModel, Stream] | None,
+    modules: Mapping[str, str],
+    layer: int,
+    *,
+    advance: bool,
+) -> dict[str, InputPairs]:
+    """Moments of a block's inputs by site; `modules` are the paths of one matrix per site.
+
+    Carries the dense stream on, and the compressed one if asked to. CalibrationError if a matrix does not read the same
+    tokens in both.
+    """
+    module, current = compressed
+    found: dict[str, InputPairs] = {}
+    for batch in range(len(current)):
+        wanted: dict[str, Tensor] = {}
+        if dense is not None:
+            with inputs_of(dense[0], modules) as wanted:
+                dense[1].advance(batch, dense[1].run(layer, batch))
+        with inputs_of(module, modules) as seen:
+            states = current.run(layer, batch)
+        if advance:
+            current.advance(batch, states)
+        for site, name in modules.items():
+            if site not in seen or (wanted and wanted[site].shape != seen[site].shape):
+                raise CalibrationError(
+                    f"Refit: {name} does not read the same tokens in the dense and in the compressed model. Use "
+                    "update.target=compressed_inputs update.mode=one_shot."
+                )
+            pairs = InputPairs.of(seen[site], wanted.get(site))
+            found[site] = found[site] + pairs if site in found else pairs
+    return found
