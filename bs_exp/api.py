@@ -34,6 +34,7 @@ from bs_exp.evaluation.size import measure_size
 from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
 from bs_exp.models.checkpoint import reading
 from bs_exp.models.loading import assemble
+from bs_exp.models.processor_files import processor_files
 from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import is_factorised, twin
 from bs_exp.models.upload import upload
@@ -89,14 +90,16 @@ class Compression:
     notes: tuple[str, ...] = ()
     record: RunRecord | None = None
     recipe: RunRecipe | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def save(self, folder: str | Path, *, metrics: Metrics | None = None) -> Path:
         """The folder, which plain `from_pretrained` loads (`bs_exp.save_model`), with README.md and recipe.yaml.
 
         `metrics`, such as `{"dense": bs_exp.evaluate(..), "compressed": bs_exp.evaluate(..)}`, go into the table of
-        README.md, where both models stand beside each other.
+        README.md, where both models stand beside each other. `files` of the checkpoint that was compressed (of
+        processors, and sentence-transformers' modules) are copied there.
         """
-        written = save_model(self.model, self.tokenizer, folder)
+        written = save_model(self.model, self.tokenizer, folder, files=self.files)
         if self.record is not None and self.recipe is not None:
             write_card(replace(self.record, metrics=dict(metrics or {})), self.recipe, written)
         return written
@@ -230,6 +233,7 @@ def compress(
         calibration=made.calibration,
         seconds=dict(progress.timings),
         notes=tuple(progress.notes),
+        files=processor_files(dense.provenance),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from bs_exp.models.architecture import Roles, find_architecture, read_roles
 from bs_exp.models.checkpoint import Checkpoint, require_checkpoint
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.offload import check_offload, place
+from bs_exp.models.processor_files import file_finder
+from bs_exp.models.sentence_transformers import read_sentence_model
 from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_choice, shown
 
@@ -230,6 +232,16 @@ def _load(
     loaded = assemble(
         found.module, found.tokenizer, roles, source=source, name=name, task=found.task, revision=revision
     )
-    if not found.unused:
-        return loaded
-    return replace(loaded, provenance={**loaded.provenance, "unused_weights": list(found.unused)})
+    provenance = dict(loaded.provenance)
+    if found.unused:
+        provenance["unused_weights"] = list(found.unused)
+    sentence = read_sentence_model(file_finder(source, checkpoint.place, revision), name)
+    if sentence is None:
+        return replace(loaded, provenance=provenance)
+    provenance["sentence_transformers"] = {
+        "pooling": None
+        if sentence.pooling is None
+        else asdict(sentence.pooling) | {"modes": list(sentence.pooling.modes)},
+        "other_modules": list(sentence.others),
+    }
+    return replace(loaded, provenance=provenance, pooling=sentence.pooling)

@@ -38,6 +38,6 @@ def _vector(hidden: Tensor, mask: Tensor, mode: PoolingMode) -> Tensor:
             return (hidden * shares).sum(1) / shares.sum(1).clamp_min(1e-9)
         case "mean_sqrt_len_tokens":
             return (hidden * shares).sum(1) / shares.sum(1).clamp_min(1e-9).sqrt()
-        case "weightedmean":  # SGPT: later tokens, which have read more, weigh more
-            weights = shares * torch.arange(1, hidden.shape[1] + 1, device=hidden.device).unsqueeze(-1)
+        case "weightedmean":  # SGPT: later tokens, which have read more, weigh more; counted behind padding on the left
+            weights = shares * mask.cumsum(1).unsqueeze(-1)
             return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1e-9)

@@ -1,4 +1,4 @@
-"""Files of a checkpoint beside weights and configuration: what its tokenizer and its processors are read from."""
+"""Files of a checkpoint beside weights and configuration: those of its tokenizer, its processors, and its modules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from transformers.utils.hub import (
     cached_file,
 )
 
+from bs_exp.models.sentence_transformers import ReadFile, read_sentence_model
+
 # What a processor is read from on the hub, where a listing would need the network.
 _HUB_NAMES = (
     *(PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME),
@@ -30,7 +32,8 @@ _SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken",
 
 
 def processor_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
-    """Files of the tokenizer and the processors of a loaded model's checkpoint, by their names inside it.
+    """Files of the tokenizer and the processors of a loaded model's checkpoint, by their names inside it; with them
+    those by which it is a sentence-transformers model.
 
     `provenance` is that of a `LoadedModel`. Empty for a model of no checkpoint. Of a hub checkpoint the usual files of
     processors, as far as they can be had; that none can be had is no error.
@@ -40,8 +43,21 @@ def processor_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
         return copied_files(Path(place))
     if source != "hub":
         return {}
-    found = {name: _from_hub(place, name, provenance.get("revision")) for name in _HUB_NAMES}
-    return {name: path for name, path in found.items() if path is not None}
+    find = file_finder("hub", place, provenance.get("revision"))
+    found = {name: find(name) for name in _HUB_NAMES}
+    return {name: path for name, path in found.items() if path is not None} | _of_modules(find, place)
+
+
+def file_finder(source: str, place: str, revision: str | None) -> ReadFile:
+    """What gives the local path of a checkpoint's file by its name there, None where there is none."""
+
+    def find(name: str) -> Path | None:
+        if source == "hub":
+            return _from_hub(place, name, revision)
+        path = Path(place, name)
+        return path if source == "local" and path.is_file() else None
+
+    return find
 
 
 def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
@@ -54,13 +70,19 @@ def copy_missing(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def copied_files(folder: Path) -> dict[str, Path]:
-    """Files of the tokenizer and the processors in a folder, by their names inside it."""
+    """Files of the tokenizer, the processors and sentence-transformers' modules in a folder, by their names there."""
     names = {
         str(path.relative_to(folder)): path
         for pattern in ("*", f"{CHAT_TEMPLATE_DIR}/*")
         for path in folder.glob(pattern)
     }
-    return {name: path for name, path in sorted(names.items()) if _is_wanted(name) and path.is_file()}
+    found = {name: path for name, path in sorted(names.items()) if _is_wanted(name) and path.is_file()}
+    return found | _of_modules(file_finder("local", str(folder), None), str(folder))
+
+
+def _of_modules(find: ReadFile, place: str) -> dict[str, Path]:
+    sentence = read_sentence_model(find, place)
+    return {} if sentence is None else dict(sentence.files)
 
 
 def _is_wanted(name: str) -> bool:

@@ -25,6 +25,7 @@ _MODEL = (
     *(f"{REMOTE_MODULE}.py", _CARD, "recipe.yaml", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
 )
+_PICKLED = ".bin"  # older modules of sentence-transformers
 _SECRET = re.compile(r"token(?!iz)|secret|password|credential|\.env", re.IGNORECASE)
 
 
@@ -51,7 +52,7 @@ def files_to_upload(folder: Path) -> tuple[list[str], list[str]]:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
     wanted = {name for name in names if any(_fits(name, pattern) for pattern in _MODEL)}
     wanted |= {f"{entry.partition('.')[0]}.py" for entry in data.get("auto_map", {}).values() if isinstance(entry, str)}
-    wanted |= {name for name in copied_files(folder) if not _SECRET.search(name)}
+    wanted |= {name for name in copied_files(folder) if not _SECRET.search(name) and not name.endswith(_PICKLED)}
     up = [name for name in names if name in wanted and not _is_outside(folder / name, folder)]
     if not any(name.endswith(".safetensors") for name in up):
         raise ModelError(f"{folder} holds no weights (model*.safetensors). Save the model again.")
