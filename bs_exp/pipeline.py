@@ -155,6 +155,12 @@ class Preparation:
     data: CalibrationData
 
 
+def probes_of(recipe: Recipe) -> Probes:
+    """What the recipe probes; whitenings of others need not say it."""
+    found: Probes = getattr(recipe.whitening, "probing", Probes())
+    return found
+
+
 def adapted(recipe: Recipe, dense: LoadedModel) -> Recipe:
     """The recipe with what it leaves to the model decided. ConfigError if it does not fit the model."""
     if not isinstance(recipe.whitening, AdaptsToModel):
@@ -200,9 +206,7 @@ def prepare(
             # Calibrations of others need not say where hidden states wait.
             waiting: Activations = getattr(recipe.calibration, "activations", "auto")
             windows = _windows(dense, recipe.calibration, cut, progress)
-            # Whitenings of others need not say what is probed.
-            probes: Probes = getattr(recipe.whitening, "probing", Probes())
-            data = CalibrationData(windows, recipe.calibration.batch_size, waiting, probes)
+            data = CalibrationData(windows, recipe.calibration.batch_size, waiting, probes_of(recipe))
     if recipe.reads_text:
         check_gatherable(dense, data, _needs_by_strategy(recipe))
         if isinstance(recipe.allocation, MeasuredAllocation):

@@ -17,6 +17,7 @@ _ON_TEXTS: Mapping[str, tuple[str, ...]] = {
     "MaskedPerplexity": (names.MASKED_PPL,),
     "Seq2SeqPerplexity": (names.SEQ2SEQ_PPL,),
     "Similarity": (names.COSINE, names.RELATIVE_ERROR),
+    "Embeddings": (names.EMBEDDING_COSINE, names.EMBEDDING_SPEARMAN, names.EMBEDDING_OVERLAP),
     "Draft": (names.DRAFT_ACCEPTANCE, names.DRAFT_PER_PASS, names.DRAFT_SAME_TEXT, names.DRAFT_BOUND),
 }
 _OWN_TASK = "docs_cloze"

@@ -23,7 +23,7 @@ from bs_exp.factorization.factors import KIND as FACTORS
 from bs_exp.models.block_stream import Waiting
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.outputs import logits_of
-from bs_exp.pipeline import Recipe, seen_by
+from bs_exp.pipeline import Recipe, adapted, probes_of, seen_by
 from bs_exp.protocols import MeasuredAllocation, SharingProblem
 from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
@@ -143,7 +143,9 @@ def estimate(
     their length; `held` are bytes of this process that the run will not need. Raises what strategies raise for settings
     that do not fit the model.
     """
-    return _Estimator(model, recipe, windows, cache, place, save_model, evaluation_tokens, held).estimate()
+    return _Estimator(
+        model, adapted(recipe, model), windows, cache, place, save_model, evaluation_tokens, held
+    ).estimate()
 
 
 def seconds_of(found: Estimate, machine: Machine) -> dict[str, float]:
@@ -190,7 +192,7 @@ class _Estimator:
             dense=dense,
             recipe=recipe,
             groups=groups,
-            data=one_batch(windows.count, windows.length, windows.batch_size),
+            data=replace(one_batch(windows.count, windows.length, windows.batch_size), probes=probes_of(recipe)),
             cache=self.cache,
             unknown=unknown,
         )

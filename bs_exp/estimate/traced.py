@@ -47,7 +47,13 @@ from bs_exp.types import (
 from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace
 
-_GRAMS = (Statistic.GRAM, Statistic.OUTPUT_GRAM, Statistic.SAMPLED_OUTPUT_GRAM, Statistic.TOP_K_OUTPUT_GRAM)
+_GRAMS = (
+    Statistic.GRAM,
+    Statistic.OUTPUT_GRAM,
+    Statistic.SAMPLED_OUTPUT_GRAM,
+    Statistic.TOP_K_OUTPUT_GRAM,
+    Statistic.PROBED_OUTPUT_GRAM,
+)
 _F64 = torch.float64
 
 # Tensors of a decomposition in the cache.
@@ -100,7 +106,8 @@ class Tracer:
             work = work.without(checked)
         # Backward, blocks are computed again from their inputs, one by one or all in one pass.
         forward = 1 if loss is None else 1 + is_large(model)
-        return Pass(work, forward, 0 if loss is None else 1, stored)
+        backward = 0 if loss is None else self.data.probes.count if loss == "probes" else 1
+        return Pass(work, forward, backward, stored)
 
     def _in_depth(self, found: Callable[[LoadedModel, Sequence[WeightGroup]], Pass]) -> Pass:
         """What a pass through the whole model takes; where its blocks repeat, from that through the first of them."""
@@ -208,6 +215,8 @@ class Tracer:
             output_grams=outputs(Statistic.OUTPUT_GRAM),
             sampled_grams=outputs(Statistic.SAMPLED_OUTPUT_GRAM),
             top_k_grams=outputs(Statistic.TOP_K_OUTPUT_GRAM),
+            probed_grams=outputs(Statistic.PROBED_OUTPUT_GRAM),
+            probed_outputs=self.data.windows.ids.numel(),
             moments=InputMoments(*(rows(group.d_in) for _ in range(3))) if Statistic.INPUT_MOMENTS in needs else None,
             weight_gradient=WeightGradient(rows(group.d_in), 1.0) if Statistic.WEIGHT_GRADIENT in needs else None,
             loss_gradient=rows(group.d_in, group.columns) if Statistic.LOSS_GRADIENT in needs else None,
@@ -302,7 +311,9 @@ _QUIET = Progress(quiet=True)
 
 
 def _plain(statistic: Statistic) -> Statistic:
-    """The statistic of the text's own labels that takes as much as one of drawn labels."""
+    """The statistic of the text's own labels that takes as much as one of drawn labels; probes need no labels."""
+    if ACCUMULATORS[statistic].loss == "probes":
+        return statistic
     kinds: Mapping[type[Accumulator], Statistic] = {kind: found for found, kind in ACCUMULATORS.items()}
     return next(kinds[kind] for kind in reversed(ACCUMULATORS[statistic].__mro__) if kind in kinds)
 

@@ -34,7 +34,7 @@ _EVALUATIONS = {
     Task.CAUSAL_LM: "evaluation=full",
     Task.MASKED_LM: "evaluation=encoder",
     Task.SEQ2SEQ_LM: "evaluation=seq2seq",
-    Task.ENCODER: "evaluation=similarity",
+    Task.ENCODER: "evaluation=embeddings or similarity",
 }
 _MEAN_SPAN = 3.0
 _SENTINEL = "<extra_id_{}>"
@@ -379,6 +379,8 @@ def _partition(total: int, parts: int, generator: torch.Generator) -> list[int]:
 
 def window_generator(window: Int[Tensor, " length"], seed: int) -> torch.Generator:
     """A generator seeded by the window's ids and `seed`: its numbers depend on no batch, order or model."""
+    if type(window) is not Tensor:  # an estimate's, which holds no ids: any numbers will do
+        return torch.Generator().manual_seed(seed)
     content = window.contiguous().numpy().astype("<i8").tobytes()
     digest = hashlib.sha256(f"{seed}:".encode() + content).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

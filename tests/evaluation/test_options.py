@@ -19,6 +19,7 @@ from bs_exp.corpora.text_files import TextFiles
 from bs_exp.corpora.windows import CalibrationSet
 from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.draft import Draft
+from bs_exp.evaluation.embeddings import Embeddings
 from bs_exp.evaluation.masked_perplexity import MaskedPerplexity
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.evaluation.seq2seq_perplexity import Seq2SeqPerplexity
@@ -143,6 +144,7 @@ def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
         "throughput": Throughput,
         "draft": Draft,
         "similarity": Similarity,
+        "embeddings": Embeddings,
         "masked_perplexity": MaskedPerplexity,
         "seq2seq_perplexity": Seq2SeqPerplexity,
     }
@@ -152,6 +154,7 @@ def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
         **dict.fromkeys(("full", "smoke", "papers"), everything),
         "similarity": {"similarity"},
         "draft": {"draft"},
+        "embeddings": {"similarity", "embeddings"},
         "encoder": {"similarity", "masked_perplexity"},
         "seq2seq": {"similarity", "seq2seq_perplexity"},
     }
