@@ -496,6 +496,27 @@ class ReadsContent(Protocol):
         """
 
 
+class WindowSource(Protocol):
+    """A text and how it is cut. As with other strategies, all that windows depend on is in its fields."""
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase) -> TokenWindows:
+        """Windows of equal length, the same for the same settings and text; DataError if the text cannot be read."""
+
+
+@runtime_checkable
+class ReadsWindows(Evaluator, Protocol):
+    """An evaluator that judges by tokenised windows, which may have been cut before, by another process too.
+
+    `evaluate` cuts them itself.
+    """
+
+    def texts(self) -> Mapping[str, WindowSource]:
+        """What to cut, under the names that `content` (`ReadsContent`) has for the same texts."""
+
+    def evaluate_windows(self, model: LoadedModel, windows: Mapping[str, TokenWindows]) -> Mapping[str, float | str]:
+        """What `evaluate` finds, on windows that were cut with the model's tokenizer, by the names of `texts`."""
+
+
 @runtime_checkable
 class PairedEvaluator(Evaluator, Protocol):
     """An evaluator that measures the dense and the compressed model of a run together, since only so can they be

@@ -10,7 +10,7 @@ from bs_exp.protocols import Corpus
 
 @runtime_checkable
 class Stamped(Protocol):
-    """A corpus whose text is made from files with much work, and is the same as long as these are."""
+    """A corpus whose text is made from files, and is the same as long as these are."""
 
     def stamp(self) -> str:
         """A hash of the content of all that the text is made from, quicker to find than the text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import zlib
@@ -50,6 +51,17 @@ class TextFiles:
         """The text of all files in order, and its provenance; DataError if one is missing, empty or unreadable."""
         text = self.joiner.join(self.documents())
         return text, describe("text", text, files=list(self.files))
+
+    def stamp(self) -> str:
+        """SHA-256 of the names and the bytes of the files, in order; DataError if one cannot be read.
+
+        Nothing is unpacked or parsed.
+        """
+        digest = hashlib.sha256()
+        for path in (Path(name).expanduser() for name in self.files):
+            # The suffix says how a file is read.
+            digest.update(f"{path.name}\0".encode() + hashlib.sha256(_content(path)).digest())
+        return digest.hexdigest()
 
     def documents(self) -> list[str]:
         """The text of each plain file and of each row of the others, in order; DataError as for `read`."""
@@ -134,17 +146,22 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place}: JSON nested too deeply to be a document.") from error
 
 
-def _read_bytes(path: Path) -> bytes:
-    """The file's content, unpacked by its suffix; DataError if it cannot be read or unpacked."""
+def _content(path: Path) -> bytes:
+    """The file's bytes; DataError if it cannot be read."""
     try:
         if path.exists() and not path.is_file():
             what = "a folder" if path.is_dir() else "no regular file"
             raise DataError(f"{path} cannot be read ({what}); files must name text files.")
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist (looked in {Path.cwd()}); files must name text files.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); files must name text files.") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The file's content, unpacked by its suffix; DataError if it cannot be read or unpacked."""
+    content = _content(path)
     suffix = path.suffix.lower()
     decompress = _DECOMPRESS.get(suffix)
     if decompress is None:

@@ -52,8 +52,7 @@ class TextPart:
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
         """The part, and its provenance; DataError if a file cannot be read, or there is too little text for two."""
-        files = [str(file) for name in self.files for file in _files(Path(name).expanduser())]
-        documents = TextFiles(files=files, field=self.field, joiner=self.joiner).documents()
+        documents = self._texts().documents()
         where = ", ".join(self.files)
         split = split_blocks(documents, self.joiner, where)
         blocks = getattr(split, self.part)
@@ -72,6 +71,14 @@ class TextPart:
             blocks=len(blocks),
             available=found,
         )
+
+    def stamp(self) -> str:
+        """SHA-256 of the names and the bytes of all files that are read; DataError if one cannot be read."""
+        return self._texts().stamp()
+
+    def _texts(self) -> TextFiles:
+        files = [str(file) for name in self.files for file in _files(Path(name).expanduser())]
+        return TextFiles(files=files, field=self.field, joiner=self.joiner)
 
 
 @dataclass(frozen=True)

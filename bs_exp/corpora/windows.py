@@ -146,7 +146,8 @@ def _positions(available: int, wanted: int | None, order: Order, seed: int) -> I
 def part_of(windows: TokenWindows, chosen: Int[Tensor, " part"], *, name: str) -> TokenWindows:
     """The windows at these positions, without a tail; `name` becomes the `part` in their provenance."""
     ids = windows.ids[chosen]
-    provenance = {**windows.provenance, "part": name, "windows": len(ids), "sha256": _fingerprint(ids, None)}
+    provenance = {**windows.provenance, "part": name, "windows": len(ids), "tail": 0}
+    provenance["sha256"] = _fingerprint(ids, None)
     return replace(windows, ids=ids, tail=None, provenance=provenance)
 
 

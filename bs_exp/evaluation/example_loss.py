@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from bs_exp.corpora.evaluated import text_hash
+from bs_exp.corpora.windows import check_fits
 from bs_exp.evaluation.perplexity import perplexity_of
-from bs_exp.evaluation.texts import TextSettings, read_windows, tracked
+from bs_exp.evaluation.texts import TextSettings, tracked
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.outputs import logits_of
 from bs_exp.records.metrics import NONFINITE, TEXT_SHA256, TOKENS, metric
-from bs_exp.types import LoadedModel
+from bs_exp.types import LoadedModel, TokenWindows
 
 
-def example_perplexity(model: LoadedModel, settings: TextSettings, kind: str) -> dict[str, float | str]:
+def example_perplexity(
+    model: LoadedModel, settings: TextSettings, windows: Mapping[str, TokenWindows], kind: str
+) -> dict[str, float | str]:
     """`KIND/NAME`: exp of the mean loss over all predicted tokens of a corpus, every token weighing the same.
 
     Also `KIND_tokens/NAME`, the number of these tokens, and `KIND_text_sha256/NAME`. Losses that are not finite
@@ -21,10 +28,10 @@ def example_perplexity(model: LoadedModel, settings: TextSettings, kind: str) ->
     """
     metrics: dict[str, float | str] = {}
     reader = feeder(model, settings.feeding)
-    for name, corpus in settings.corpora.items():
-        windows, text_hash = read_windows(settings, corpus, model)
+    for name, cut in windows.items():
+        check_fits(replace(cut, feeding=settings.feeding), model)
         losses: list[Tensor] = []
-        batches = [reader.examples(ids.to(model.device)) for ids in windows.ids.split(settings.batch_size)]
+        batches = [reader.examples(ids.to(model.device)) for ids in cut.ids.split(settings.batch_size)]
         outputs = logits_of(model, [examples.inputs for examples in batches])
         for examples, logits in tracked(zip(batches, outputs, strict=True), f"{kind} on {name}", total=len(batches)):
             with torch.inference_mode():
@@ -32,7 +39,7 @@ def example_perplexity(model: LoadedModel, settings: TextSettings, kind: str) ->
         found = torch.cat(losses)
         metrics[metric(kind, name)] = perplexity_of(float(found.mean()))
         metrics[metric(kind, name, TOKENS)] = len(found)
-        metrics[metric(kind, name, TEXT_SHA256)] = text_hash
+        metrics[metric(kind, name, TEXT_SHA256)] = text_hash(cut)
         if nonfinite := int((~found.isfinite()).sum()):
             metrics[metric(kind, name, NONFINITE)] = nonfinite
     return metrics

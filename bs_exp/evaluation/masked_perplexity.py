@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bs_exp.corpora.content import content_of
+from bs_exp.corpora.evaluated import EvaluatedWindows
 from bs_exp.evaluation.example_loss import example_perplexity
-from bs_exp.evaluation.texts import check_text_settings, check_windows_fit
+from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, cut_now, texts_of
 from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
 from bs_exp.records.metrics import MASKED_PPL
-from bs_exp.types import Feeding, LoadedModel, Task
+from bs_exp.types import Feeding, LoadedModel, Task, TokenWindows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class MaskedPerplexity:
     def content(self) -> Mapping[str, str]:
         return content_of(self.corpora)
 
+    def texts(self) -> Mapping[str, EvaluatedWindows]:
+        return texts_of(self)
+
     def check(self, model: LoadedModel) -> None:
         """ConfigError for a model of another task, or with too few positions."""
         check_task(model, "Perplexity of masked tokens", Task.MASKED_LM)
@@ -49,4 +53,7 @@ class MaskedPerplexity:
 
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`masked_ppl/NAME`, and with it the number of tokens and the text's hash: see `example_perplexity`."""
-        return example_perplexity(model, self, MASKED_PPL)
+        return self.evaluate_windows(model, cut_now(self.texts(), model))
+
+    def evaluate_windows(self, model: LoadedModel, windows: Mapping[str, TokenWindows]) -> Mapping[str, float | str]:
+        return example_perplexity(model, self, windows, MASKED_PPL)

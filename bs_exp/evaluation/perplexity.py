@@ -14,19 +14,10 @@ from torch.nn import functional
 
 from bs_exp import processes
 from bs_exp.corpora.content import content_of
-from bs_exp.corpora.sampling import evenly_spaced
-from bs_exp.corpora.windows import (
-    PER_WINDOW,
-    SpecialTokens,
-    Tail,
-    check_fits,
-    check_length,
-    check_special_tokens,
-    cut_windows,
-    special_tokens_around,
-)
+from bs_exp.corpora.evaluated import EvaluatedWindows, text_hash
+from bs_exp.corpora.windows import SpecialTokens, Tail, check_fits, check_length, check_special_tokens
 from bs_exp.errors import ConfigError
-from bs_exp.evaluation.texts import tracked
+from bs_exp.evaluation.texts import cut_now, tracked
 from bs_exp.models.model_inputs import check_task
 from bs_exp.models.outputs import logits_of
 from bs_exp.protocols import Corpus
@@ -79,6 +70,19 @@ class Perplexity:
     def content(self) -> Mapping[str, str]:
         return content_of(self.corpora)
 
+    def texts(self) -> Mapping[str, EvaluatedWindows]:
+        return {
+            name: EvaluatedWindows(
+                corpus=corpus,
+                sequence_length=self.sequence_length,
+                max_windows=self.max_windows,
+                special_tokens=self.special_tokens,
+                stride=self.stride,
+                tail=self.tail,
+            )
+            for name, corpus in self.corpora.items()
+        }
+
     def check(self, model: LoadedModel) -> None:
         """ConfigError for a model that does not predict the next token, or a window longer than its context."""
         check_task(model, "Perplexity of the next token", Task.CAUSAL_LM)
@@ -89,50 +93,34 @@ class Perplexity:
 
         Losses that are not finite make the perplexity `inf`; `ppl_nonfinite/NAME` then counts them.
         """
+        return self.evaluate_windows(model, cut_now(self.texts(), model))
+
+    def evaluate_windows(self, model: LoadedModel, windows: Mapping[str, TokenWindows]) -> Mapping[str, float | str]:
         metrics: dict[str, float | str] = {}
-        for name, corpus in self.corpora.items():
-            text, origin = corpus.read()
-            windows = self._windows(text, model)
-            around = special_tokens_around(model.tokenizer) if self.special_tokens == PER_WINDOW else ([], [])
-            before, after = map(len, around)
-            label = f"perplexity on {name}"
-            losses = list(self._window_losses(windows, model, before=before, after=after, label=label))
+        for name, cut in windows.items():
+            check_fits(cut, model)
+            losses = list(self._window_losses(cut, model, label=f"perplexity on {name}"))
             metrics[metric(PPL, name)] = perplexity_of(_mean(losses, self.average))
             metrics[metric(PPL, name, TOKENS)] = sum(len(window) for window in losses)
-            metrics[metric(PPL, name, TEXT_SHA256)] = str(origin["fingerprint"])
+            metrics[metric(PPL, name, TEXT_SHA256)] = text_hash(cut)
             if nonfinite := int((~torch.cat(losses).isfinite()).sum()):
                 metrics[metric(PPL, name, NONFINITE)] = nonfinite
         return metrics
 
-    def _windows(self, text: str, model: LoadedModel) -> TokenWindows:
-        windows = cut_windows(
-            text,
-            model.tokenizer,
-            sequence_length=self.sequence_length,
-            num_sequences=None,
-            special_tokens=self.special_tokens,
-            tail=self.tail,
-            stride=self.stride,
-        )
-        check_fits(windows, model)
-        return windows
-
     def _window_losses(
-        self, windows: TokenWindows, model: LoadedModel, *, before: int, after: int, label: str
+        self, windows: TokenWindows, model: LoadedModel, *, label: str
     ) -> Iterator[Float[Tensor, " new"]]:
         """Losses (nats, fp64) of the tokens that are new in each window, the tail last.
 
-        The first `before` and the last `after` tokens of every window are special ones and do not count.
+        Special tokens that were put around every window do not count.
         """
+        before, after = map(len, windows.provenance.get("special_ids", ([], [])))
         length = self.sequence_length - before - after
         # The very first token of a window is not predicted.
         start, known = max(1, before), max(1, before + length - (self.stride or length))
-        ids, tail = windows.ids, windows.tail
-        if self.max_windows is not None and self.max_windows < len(ids):
-            ids, tail = ids[evenly_spaced(len(ids), self.max_windows)], None
-        batches = list(torch.split(ids, self.batch_size))
-        if tail is not None:
-            batches.append(tail[None])
+        batches = list(torch.split(windows.ids, self.batch_size))
+        if windows.tail is not None:
+            batches.append(windows.tail[None])
         first = True
         own = processes.mine(batches)
         found = tracked(token_losses(model, own), label, total=len(own)) if own else ()

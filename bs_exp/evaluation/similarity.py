@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from bs_exp.corpora.content import content_of
-from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, read_windows, tracked
+from bs_exp.corpora.evaluated import EvaluatedWindows, text_hash
+from bs_exp.corpora.windows import check_fits
+from bs_exp.evaluation.texts import check_text_settings, check_windows_fit, cut_now, texts_of, tracked
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.outputs import hidden_states_of
 from bs_exp.protocols import Corpus
@@ -47,6 +49,9 @@ class Similarity:
     def content(self) -> Mapping[str, str]:
         return content_of(self.corpora)
 
+    def texts(self) -> Mapping[str, EvaluatedWindows]:
+        return texts_of(self)
+
     def check(self, model: LoadedModel) -> None:
         """ConfigError if the model has too few positions, or its tokenizer cannot mark spans."""
         check_windows_fit(self, model)
@@ -57,14 +62,18 @@ class Similarity:
         Also `similarity_tokens/NAME`, the number of positions, and `similarity_text_sha256/NAME`. The dense model is
         compared with itself, which gives 1 and 0.
         """
+        return self.evaluate_windows(model, cut_now(self.texts(), model))
+
+    def evaluate_windows(self, model: LoadedModel, windows: Mapping[str, TokenWindows]) -> Mapping[str, float | str]:
         metrics: dict[str, float | str] = {}
-        for name, corpus in self.corpora.items():
-            windows, text_hash = read_windows(self, corpus, model)
-            cosine, error, tokens = self._compare(model, windows, f"similarity on {name}")
+        for name, cut in windows.items():
+            fed = replace(cut, feeding=self.feeding)
+            check_fits(fed, model)
+            cosine, error, tokens = self._compare(model, fed, f"similarity on {name}")
             metrics[metric(COSINE, name)] = cosine
             metrics[metric(RELATIVE_ERROR, name)] = error
             metrics[metric(SIMILARITY, name, TOKENS)] = tokens
-            metrics[metric(SIMILARITY, name, TEXT_SHA256)] = text_hash
+            metrics[metric(SIMILARITY, name, TEXT_SHA256)] = text_hash(cut)
         return metrics
 
     def _compare(self, model: LoadedModel, windows: TokenWindows, label: str) -> tuple[float, float, int]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
-from bs_exp.corpora.sampling import evenly_spaced
-from bs_exp.corpora.windows import check_fits, check_length, cut_windows
+from bs_exp.corpora.evaluated import EvaluatedWindows
+from bs_exp.corpora.windows import check_length
 from bs_exp.errors import ConfigError
 from bs_exp.models.model_inputs import check_feeding
-from bs_exp.protocols import Corpus
+from bs_exp.protocols import Corpus, WindowSource
 from bs_exp.types import Feeding, LoadedModel, TokenWindows
 from bs_exp.validation import check_at_least
 
@@ -58,19 +57,22 @@ def check_windows_fit(settings: TextSettings, model: LoadedModel) -> None:
     check_length(settings.sequence_length, model, settings.feeding)
 
 
-def read_windows(settings: TextSettings, corpus: Corpus, model: LoadedModel) -> tuple[TokenWindows, str]:
-    """The windows of a corpus that are evaluated, without a tail, and the SHA-256 of its whole text.
+def texts_of(settings: TextSettings) -> dict[str, EvaluatedWindows]:
+    """What is cut for an evaluator of these settings: adjacent windows without a tail, by the name of the corpus."""
+    return {
+        name: EvaluatedWindows(
+            corpus=corpus,
+            sequence_length=settings.sequence_length,
+            max_windows=settings.max_windows,
+            special_tokens=settings.special_tokens,
+        )
+        for name, corpus in settings.corpora.items()
+    }
 
-    Raises DataError if the text cannot be read or is too short for one window.
-    """
-    text, origin = corpus.read()
-    windows = cut_windows(
-        text, model.tokenizer, sequence_length=settings.sequence_length, special_tokens=settings.special_tokens
-    )
-    windows = replace(windows, feeding=settings.feeding)
-    check_fits(windows, model)
-    windows = replace(windows, ids=windows.ids[evenly_spaced(len(windows.ids), settings.max_windows)])
-    return windows, str(origin["fingerprint"])
+
+def cut_now(texts: Mapping[str, WindowSource], model: LoadedModel) -> dict[str, TokenWindows]:
+    """The windows of all texts for a model's tokenizer; DataError if a text cannot be read or is too short for one."""
+    return {name: text.windows(model.tokenizer) for name, text in texts.items()}
 
 
 def tracked(batches: Iterable[Item], label: str, *, total: int) -> Iterator[Item]:

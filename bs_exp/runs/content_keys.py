@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from bs_exp.cache import content_key
 from bs_exp.errors import BsExpError
 from bs_exp.identity import class_name, code_of, identity
-from bs_exp.protocols import Calibration, Evaluator, ReadsContent
+from bs_exp.protocols import Calibration, Evaluator, ReadsContent, WindowSource
 from bs_exp.source_code import is_foreign
 from bs_exp.types import LoadedModel
 
@@ -30,13 +31,19 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "lm-eval", "num
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def evaluation_key(evaluator: Evaluator, model: LoadedModel) -> str | None:
-    """Under which the metrics of a model are kept; None if something that they depend on cannot be known."""
-    if not isinstance(evaluator, ReadsContent) or _is_hooked(model.module):
+def content_read(reader: object) -> Mapping[str, str] | None:
+    """By name the hashes of what an evaluator or a calibration reads; None if that cannot be known."""
+    if not isinstance(reader, ReadsContent):
         return None
     try:
-        content = evaluator.content()
-    except BsExpError:  # evaluating raises it too, where it is expected
+        return dict(reader.content())
+    except BsExpError:  # reading it raises it too, where it is expected
+        return None
+
+
+def evaluation_key(evaluator: Evaluator, content: Mapping[str, str] | None, model: LoadedModel) -> str | None:
+    """Under which the metrics of a model are kept; None if something that they depend on cannot be known."""
+    if content is None or _is_hooked(model.module):
         return None
     return content_key(
         evaluator=identity(evaluator),
@@ -56,15 +63,17 @@ def evaluation_key(evaluator: Evaluator, model: LoadedModel) -> str | None:
 
 def windows_key(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Under which the windows of a calibration are kept; None if something that they depend on cannot be known."""
-    if not isinstance(calibration, ReadsContent):
-        return None
-    try:
-        content = calibration.content()
-    except BsExpError:
+    content = content_read(calibration)
+    if content is None:
         return None
     return content_key(
         calibration=identity(calibration), content=dict(content), tokenizer=tokenizer_hash(tokenizer), **_code()
     )
+
+
+def evaluated_windows_key(text: WindowSource, content: str, tokenizer: str) -> str:
+    """Under which the windows of an evaluated text are kept, from the hashes of the text and of the tokenizer."""
+    return content_key(evaluated=identity(text), content=content, tokenizer=tokenizer, **_code())
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

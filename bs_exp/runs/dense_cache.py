@@ -18,7 +18,7 @@ from bs_exp.cache import Cache
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import Calibration, Evaluator, ModelSource
 from bs_exp.runs.content_keys import windows_key
-from bs_exp.runs.stored_values import find_windows, store_windows
+from bs_exp.runs.stored_values import EVALUATED, TOKENISATION, find_windows, store_windows
 from bs_exp.types import LoadedModel, TokenWindows
 
 
@@ -49,6 +49,7 @@ class DenseStore:
     _kept: _Kept | None = None
     _measured: list[tuple[Evaluator, Measurement]] = field(default_factory=list)
     _windows: list[tuple[Calibration, TokenWindows]] = field(default_factory=list)
+    _evaluated: dict[str, TokenWindows] = field(default_factory=dict)
 
     @property
     def held_bytes(self) -> int:
@@ -94,11 +95,24 @@ class DenseStore:
         self._windows.append((calibration, windows))
         return windows
 
+    def evaluated_windows(self, key: str, cache: Cache) -> TokenWindows | None:
+        """The evaluated windows under a key (`evaluated_windows_key`), kept here or in the cache; None if nowhere."""
+        windows = self._evaluated.get(key) or find_windows(cache, EVALUATED, key)
+        if windows is not None:
+            self._evaluated[key] = windows
+        return windows
+
+    def keep_evaluated_windows(self, key: str, windows: TokenWindows, cache: Cache) -> None:
+        """Keeps evaluated windows under their key, for other processes too."""
+        self._evaluated[key] = windows
+        store_windows(cache, EVALUATED, key, windows)
+
     def forget(self) -> None:
         """Releases the model, its metrics and its windows."""
         self._kept = None
         self._measured.clear()
         self._windows.clear()
+        self._evaluated.clear()
         # Modules hold reference cycles: without a collection, the next model would load beside this one.
         gc.collect()
         if torch.cuda.is_available():
@@ -113,11 +127,11 @@ def _kept_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, 
     key = windows_key(calibration, tokenizer)
     if key is None:
         return calibration.windows(tokenizer)
-    windows = find_windows(cache, key)
+    windows = find_windows(cache, TOKENISATION, key)
     if windows is None:
         windows = calibration.windows(tokenizer)
         if windows_key(calibration, tokenizer) == key:  # the text did not change while it was read
-            store_windows(cache, key, windows)
+            store_windows(cache, TOKENISATION, key, windows)
     return windows
 
 

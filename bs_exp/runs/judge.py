@@ -12,12 +12,13 @@ from bs_exp import processes
 from bs_exp.cache import Cache
 from bs_exp.corpora.fitting import fitted, told
 from bs_exp.errors import BsExpError, ConfigError
-from bs_exp.protocols import Evaluator, PairedEvaluator
+from bs_exp.protocols import Evaluator, PairedEvaluator, ReadsWindows
 from bs_exp.records.stages import BOTH, Stage, evaluation_stage
-from bs_exp.runs.content_keys import evaluation_key
+from bs_exp.runs.content_keys import content_read, evaluation_key
 from bs_exp.runs.dense_cache import DenseStore, Measurement
 from bs_exp.runs.recorder import Recorder
 from bs_exp.runs.stored_values import EVALUATION, find_data, store_data
+from bs_exp.runs.windows_at_hand import windows_at_hand
 from bs_exp.types import LoadedModel
 
 
@@ -64,12 +65,13 @@ class Judge:
         for name, evaluator in self.evaluators.items():
             if name in self._paired:
                 continue
-            found, key = self.store.measurement(evaluator), None
+            found, content = self.store.measurement(evaluator), None
             if found is None:
-                key = self._key(name, evaluator, model)
+                content = self._content(name, evaluator)
+                key = evaluation_key(evaluator, content, model)
                 found = processes.from_first(partial(self._find_dense, key, evaluator))
             if found is None:
-                self._measure_dense(metrics, name, evaluator, model, key)
+                self._measure_dense(metrics, name, evaluator, model, content)
             else:
                 origins[name] = found.run_id
                 self.add(metrics, found.metrics, name, "dense")
@@ -97,7 +99,7 @@ class Judge:
                     paired[name], found = processes.from_first(partial(evaluator.compare, model.original, model))
                 self.add(dict(self.recorder.record.metrics.get("dense", {})), paired[name], name, "dense")
             else:
-                found = self._measure(name, evaluator, model, "compressed")
+                found = self._measure(name, evaluator, model, "compressed", self._content(name, evaluator))
                 alone |= found
             self.add(metrics, found, name, "compressed")
         self._measure_again_if_changed(model.original, alone, paired)
@@ -129,24 +131,25 @@ class Judge:
             if name in paired:
                 self.add(metrics, paired[name], name, "dense")
             else:
-                self._measure_dense(metrics, name, evaluator, dense, self._key(name, evaluator, dense))
+                self._measure_dense(metrics, name, evaluator, dense, self._content(name, evaluator))
         provenance = {key: value for key, value in record.provenance.items() if key != "dense_metrics"}
         self.recorder.update(provenance=provenance)
 
     def _measure_dense(
-        self, metrics: dict[str, Any], name: str, evaluator: Evaluator, model: LoadedModel, key: str | None
+        self,
+        metrics: dict[str, Any],
+        name: str,
+        evaluator: Evaluator,
+        model: LoadedModel,
+        content: Mapping[str, str] | None,
     ) -> None:
-        fresh = self._measure(name, evaluator, model, "dense")
-        run_id = self.recorder.record.run_id
-        self.store.measured(evaluator, fresh, run_id)
-        # Unless something changed while it was read.
-        if processes.is_first() and key is not None and self._key(name, evaluator, model) == key:
-            store_data(self.cache, EVALUATION, key, {"metrics": fresh, "run_id": run_id})
+        fresh = self._measure(name, evaluator, model, "dense", content)
+        self.store.measured(evaluator, fresh, self.recorder.record.run_id)
         self.add(metrics, fresh, name, "dense")
 
-    def _key(self, name: str, evaluator: Evaluator, model: LoadedModel) -> str | None:
+    def _content(self, name: str, evaluator: Evaluator) -> Mapping[str, str] | None:
         with self.recorder.progress.stage(Stage.CHECK_EVALUATION), _about(name):
-            return evaluation_key(evaluator, model)
+            return content_read(evaluator)
 
     def _find_dense(self, key: str | None, evaluator: Evaluator) -> Measurement | None:
         """What another process measured on the same model, text and machine, by the same code."""
@@ -156,9 +159,26 @@ class Judge:
         self.store.measured(evaluator, data["metrics"], data["run_id"])
         return Measurement(data["metrics"], data["run_id"])
 
-    def _measure(self, name: str, evaluator: Evaluator, model: LoadedModel, label: str) -> dict[str, Any]:
+    def _measure(
+        self, name: str, evaluator: Evaluator, model: LoadedModel, label: str, content: Mapping[str, str] | None
+    ) -> dict[str, Any]:
+        """What an evaluator finds; dense metrics and windows are kept for others if `content` still holds."""
+        key = evaluation_key(evaluator, content, model) if model.original is None else None
+        at_hand = None
         with self.recorder.progress.stage(evaluation_stage(name, label)), _about(name):
-            return dict(evaluator.evaluate(model))
+            if isinstance(evaluator, ReadsWindows):
+                at_hand = windows_at_hand(evaluator, content, model.tokenizer, self.store, self.cache)
+                found = dict(evaluator.evaluate_windows(model, at_hand.windows))
+            else:
+                found = dict(evaluator.evaluate(model))
+        cut = at_hand is not None and bool(at_hand.cut)
+        keeps = processes.is_first() and (cut or key is not None)
+        if keeps and self._content(name, evaluator) == content:  # nothing changed while it was read
+            if at_hand is not None:
+                at_hand.keep(self.store, self.cache)
+            if key is not None:
+                store_data(self.cache, EVALUATION, key, {"metrics": found, "run_id": self.recorder.record.run_id})
+        return found
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 from bs_exp.cache import Cache, Entry
 from bs_exp.types import Feeding, TokenWindows
 
-# Kinds of entries. Neither makes a compression cheaper.
-EVALUATION, TOKENISATION = "dense_evaluation", "tokenisation"
-NOT_OF_COMPRESSION = frozenset({EVALUATION, TOKENISATION})
+# Kinds of entries: dense metrics, windows of calibrations and of evaluations. None makes a compression cheaper.
+EVALUATION, TOKENISATION, EVALUATED = "dense_evaluation", "tokenisation", "evaluated_windows"
+NOT_OF_COMPRESSION = frozenset({EVALUATION, TOKENISATION, EVALUATED})
 _DATA, _IDS, _TAIL = "data", "ids", "tail"
 
 
@@ -28,9 +28,9 @@ def store_data(cache: Cache, kind: str, key: str, data: Any) -> None:
     cache.store(kind, key, {_DATA: _bytes(data)})
 
 
-def find_windows(cache: Cache, key: str) -> TokenWindows | None:
+def find_windows(cache: Cache, kind: str, key: str) -> TokenWindows | None:
     """The windows under a key, or None."""
-    entry = cache.find(TOKENISATION, key)
+    entry = cache.find(kind, key)
     if entry is None:
         return None
     data = _data(entry)
@@ -40,11 +40,11 @@ def find_windows(cache: Cache, key: str) -> TokenWindows | None:
     )
 
 
-def store_windows(cache: Cache, key: str, windows: TokenWindows) -> None:
+def store_windows(cache: Cache, kind: str, key: str, windows: TokenWindows) -> None:
     """Stores windows with their provenance."""
     tail = {} if windows.tail is None else {_TAIL: windows.tail}
     data = {"provenance": dict(windows.provenance), "feeding": asdict(windows.feeding), "has_tail": bool(tail)}
-    cache.store(TOKENISATION, key, {_IDS: windows.ids, **tail, _DATA: _bytes(data)})
+    cache.store(kind, key, {_IDS: windows.ids, **tail, _DATA: _bytes(data)})
 
 
 def _bytes(data: Any) -> torch.Tensor:

@@ -17,9 +17,10 @@ from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.tiny import tiny_random
+from bs_exp.protocols import Evaluator
 from bs_exp.runs import content_keys
-from bs_exp.runs.content_keys import evaluation_key, tokenizer_hash, windows_key
-from bs_exp.runs.stored_values import find_data, find_windows, store_data, store_windows
+from bs_exp.runs.content_keys import content_read, evaluated_windows_key, tokenizer_hash, windows_key
+from bs_exp.runs.stored_values import EVALUATED, TOKENISATION, find_data, find_windows, store_data, store_windows
 from bs_exp.types import LoadedModel
 
 
@@ -44,6 +45,10 @@ def _calibration(text: Path, **settings: Any) -> CalibrationSet:
         "special_tokens": False,
     }  # fmt: skip
     return CalibrationSet(corpus=TextFiles(files=[str(text)]), **(given | settings))
+
+
+def evaluation_key(evaluator: Evaluator, model: LoadedModel) -> str | None:
+    return content_keys.evaluation_key(evaluator, content_read(evaluator), model)
 
 
 def _refreshed(model: LoadedModel) -> LoadedModel:
@@ -201,8 +206,28 @@ def test_data_and_windows_come_back_as_they_were(stored: bool, tmp_path: Path, t
     assert find_data(cache, "dense_evaluation", "k") is None
     store_data(cache, "dense_evaluation", "k", data)
     assert find_data(cache, "dense_evaluation", "k") == data
-    windows = _calibration(text).windows(tiny_random("llama").tokenizer)
-    store_windows(cache, "k", windows)
-    found = find_windows(cache, "k")
-    assert found is not None and torch.equal(found.ids, windows.ids) and found.tail is None
-    assert (found.provenance["sha256"], found.feeding) == (windows.provenance["sha256"], windows.feeding)
+    tokenizer = tiny_random("llama").tokenizer
+    evaluated = _perplexity(text, tail="keep", special_tokens="per_window").texts()["text"].windows(tokenizer)
+    assert evaluated.tail is not None
+    for kind, windows in ((TOKENISATION, _calibration(text).windows(tokenizer)), (EVALUATED, evaluated)):
+        store_windows(cache, kind, "k", windows)
+        found = find_windows(cache, kind, "k")
+        assert found is not None and torch.equal(found.ids, windows.ids) and found.feeding == windows.feeding
+        assert (found.tail is None) == (windows.tail is None)
+        assert found.tail is None or torch.equal(found.tail, windows.tail)  # type: ignore[arg-type]
+        assert dict(found.provenance) == dict(windows.provenance)
+
+
+def test_evaluated_windows_are_known_by_what_they_are_cut_by(text: Path) -> None:
+    """How many are read at once, and how losses are averaged, makes no other windows."""
+
+    def key(**settings: Any) -> str:
+        evaluator = _perplexity(text, **settings)
+        return evaluated_windows_key(evaluator.texts()["text"], evaluator.content()["text"], "tokenizer")
+
+    before = key()
+    assert key(batch_size=1, average="windows") == before
+    changes = ({"sequence_length": 8}, {"stride": 4}, {"max_windows": 2}, {"tail": "keep"}, {"special_tokens": True})
+    assert len({before, *(key(**change) for change in changes)}) == 6
+    text.write_text(text.read_text() + "x")
+    assert key() != before

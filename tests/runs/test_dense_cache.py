@@ -17,8 +17,9 @@ from bs_exp.records.record import RunRecord, read_record
 from bs_exp.reporting.collect import collect
 from bs_exp.reporting.cost import cost_tables, shared_costs
 from bs_exp.reporting.study import arrange
+from bs_exp.runs import experiment
 from bs_exp.runs.dense_cache import OF_SWEEP, DenseStore
-from bs_exp.types import LoadedModel, TokenWindows
+from bs_exp.types import CompressedModel, LoadedModel, TokenWindows
 
 Cli = Callable[..., Any]
 Tiny = tuple[str, ...]
@@ -106,25 +107,23 @@ def test_points_of_two_models_load_each_once(cli: Cli, tiny: Tiny, tmp_path: Pat
 def test_text_that_changes_during_a_sweep_is_measured_again(
     cli: Cli, tiny: Tiny, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bs_exp.evaluation.perplexity import Perplexity
-
     held_out = tmp_path / "held_out.txt"
     held_out.write_text((texts / "B.txt").read_text())
-    evaluate, calls = Perplexity.evaluate, 0
+    compress, calls = experiment.compress, 0
 
-    def write_then_evaluate(self: Perplexity, model: LoadedModel) -> Mapping[str, float | str]:
+    def write_and_compress(*arguments: Any) -> CompressedModel:
         nonlocal calls
         calls += 1
-        if calls == 3:  # the second point's compressed model
+        if calls == 2:  # before the second point's model is judged
             held_out.write_text((texts / "A.txt").read_text())
-        return evaluate(self, model)
+        return compress(*arguments)
 
-    monkeypatch.setattr(Perplexity, "evaluate", write_then_evaluate)
+    monkeypatch.setattr(experiment, "compress", write_and_compress)
     settings = [s for s in tiny if not s.startswith("evaluation.files")]
     done = cli(*settings, f"evaluation.files=[{held_out}]", "retain_ratio=0.9,0.8", "hydra.sweep.dir=sweep", "-m")
     assert done.status == 0, done.err
     first, second = _records(tmp_path / "sweep")
-    assert calls == 4
+    assert calls == 2
     digest = "ppl_text_sha256/text"
     assert first.metrics["dense"][digest] == first.metrics["compressed"][digest]
     assert second.metrics["dense"][digest] == second.metrics["compressed"][digest] != first.metrics["dense"][digest]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from bs_exp.corpora import evaluated, windows
+from bs_exp.corpora.text_files import TextFiles
 from bs_exp.records.record import RunRecord, read_record
 from bs_exp.runs import content_keys
 
@@ -38,9 +40,17 @@ def _measured(record: RunRecord) -> tuple[bool, bool]:
 
 
 def test_a_second_ratio_takes_dense_metrics_and_windows_of_the_first(
-    run: Callable[..., RunRecord], tmp_path: Path, texts: Path
+    run: Callable[..., RunRecord], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = run("first", "retain_ratio=0.8"), run("second", "retain_ratio=0.6")
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a text was read or tokenised")
+
+    first = run("first", "retain_ratio=0.8")
+    with monkeypatch.context() as patched:
+        patched.setattr(TextFiles, "documents", refuse)
+        patched.setattr(windows, "tokenize", refuse)
+        second = run("second", "retain_ratio=0.6")
+    assert (first.cache["misses"]["evaluated_windows"], second.cache["hits"]["evaluated_windows"]) == (1, 1)
     assert (_measured(first), _measured(second)) == ((True, True), (False, False))
     assert second.provenance["dense_metrics"] == {"perplexity": first.run_id}
     assert second.metrics["dense"] == first.metrics["dense"]
@@ -54,6 +64,27 @@ def test_a_second_ratio_takes_dense_metrics_and_windows_of_the_first(
     other_text = run("text")
     assert _measured(other_text) == (True, False)
     assert other_text.metrics["dense"] != first.metrics["dense"]
+
+
+def test_text_that_changes_while_it_is_evaluated_is_kept_for_nobody(
+    run: Callable[..., RunRecord], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = evaluated.cut_windows
+
+    def cut_and_change(*arguments: Any, **settings: Any) -> Any:
+        (tmp_path / "B.txt").write_text((texts / "A.txt").read_text())
+        return cut(*arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluated, "cut_windows", cut_and_change)
+        changed = run("changed")
+    assert changed.metrics["dense"]["ppl_text_sha256/text"] != changed.metrics["compressed"]["ppl_text_sha256/text"]
+    # Those of the second text, which were cut for the compressed model.
+    assert len(list((tmp_path / "cache" / "evaluated_windows").iterdir())) == 1
+    (tmp_path / "B.txt").write_text((texts / "B.txt").read_text())
+    again = run("again")
+    digest = "ppl_text_sha256/text"
+    assert again.metrics["dense"][digest] == again.metrics["compressed"][digest] == changed.metrics["dense"][digest]
 
 
 @pytest.mark.slow
