@@ -279,29 +279,45 @@ def _speed(
 ) -> Drawn:
     figure = drawing.canvas(height=4.2)
     names = ((metrics.PREFILL, "prefill"), (metrics.DECODE, "decoding"))
-    words = []
+    words: list[str] = []
+    hovers: list[Hover] = []
     for i, (name, title) in enumerate(names):
         axes = figure.add_axes((0.125, 0.58 - 0.43 * i, 0.845, 0.36))
         axes.set_ylabel(f"{title} (dense = 1)")
         axes.axhline(1, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
         axes.invert_xaxis()
         for series, look in styles.items():
-            mine = [
-                (100 * (point.ratio or 0), point.compressed[name + metrics.SPEEDUP])
+            points = [
+                point
                 for other, point in measured
                 if other is series and _positive(point.compressed.get(name + metrics.SPEEDUP))
             ]
+            mine = [(100 * (point.ratio or 0), point.compressed[name + metrics.SPEEDUP]) for point in points]
             if mine:
                 axes.plot(*zip(*mine, strict=True), **look.line())
                 words.append(f"{series.label} {title} {min(y for _, y in mine):.2f} to {max(y for _, y in mine):.2f}")
+                told = (_speed_words(series, point, name, title) for point in points)
+                hovers += [Hover(axes, x, y, text) for (x, y), text in zip(mine, told, strict=True)]
         if i == 0:
             axes.tick_params(labelbottom=False)
     axes.set_xlabel("parameters kept (%)")
     drawing.legend_below(figure, axes)
     alt = f"Line charts: throughput relative to the dense model by share kept. {'; '.join(words[:8])}."
-    return drawing.render(
-        figure, key, "Throughput against the dense model", f"Above 1 is faster. {setting.label}.", alt
-    )
+    title, caption = "Throughput against the dense model", f"Above 1 is faster. {setting.label}."
+    return drawing.render(figure, key, title, caption, alt, hovers=hovers)
+
+
+def _speed_words(series: Series, point: ReportedRun, name: str, title: str) -> str:
+    """What a point says: method, ratio, rate, and the ratio of speeds with its 95 % interval."""
+    found = point.compressed
+    low, high = found.get(name + metrics.SPEEDUP_LOW), found.get(name + metrics.SPEEDUP_HIGH)
+    words = f"{formats.short(series.label, _LONGEST_LABEL)} at {ratio_title(point.removed or 0)}: {title} "
+    words += f"{found[name + metrics.SPEEDUP]:.3f} times the dense speed"
+    if _positive(low) and _positive(high):
+        words += f" ({low:.3f} to {high:.3f})"
+    if metrics.measured_speedup(found, name) is None:
+        words += f", {metrics.NO_DIFFERENCE}"
+    return words + (f", {formats.number(found[name])} tokens/s" if formats.is_number(found.get(name)) else "")
 
 
 def _positive(value: Any) -> bool:

@@ -152,6 +152,8 @@ def test_points_of_figures_say_what_they_are(page: Page) -> None:
     assert len([1 for tag, attributes in page.tags if tag == "circle" and attributes.get("class") == "hit"]) > 20
     words = " ".join("".join(page.words).split())
     assert re.search(r"svd at 90 % \(\u221210 %\): [\d.]+, \+[\d.]+ % against dense, 90.00 % kept", words)
+    speed = r"decoding [\d.]+ times the dense speed \([\d.]+ to [\d.]+\), .*?[\d.,]+ tokens/s"
+    assert re.search(rf"svd at 90 % \(\u221210 %\): {speed}", words)
 
 
 def test_what_records_say_is_never_markup(tmp_path: Path) -> None:
