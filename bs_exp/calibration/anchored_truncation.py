@@ -62,18 +62,19 @@ def _pairs(
 ) -> InputPairs:
     """Moments of a site's inputs in the compressed model and of their drift; products in fp64 on a CPU."""
     found: InputPairs | None = None
-    for batch in range(len(current)):
-        with inputs_of(dense.module, {site: name}) as wanted:
-            original.run(layer, batch)
-        with inputs_of(compressed, {site: name}) as seen:
-            current.run(layer, batch)
-        if site not in seen or site not in wanted or seen[site].shape != wanted[site].shape:
-            raise CalibrationError(
-                f"{name} does not read the same tokens in the dense and in the compressed model, so it cannot be "
-                "truncated towards the dense outputs. Use update.start=present."
-            )
-        pairs = InputPairs.of(_exact(seen[site]), _exact(wanted[site]))
-        found = pairs if found is None else found + pairs
+    with current.resident(layer), original.resident(layer):
+        for batch in range(len(current)):
+            with inputs_of(dense.module, {site: name}) as wanted:
+                original.run(layer, batch)
+            with inputs_of(compressed, {site: name}) as seen:
+                current.run(layer, batch)
+            if site not in seen or site not in wanted or seen[site].shape != wanted[site].shape:
+                raise CalibrationError(
+                    f"{name} does not read the same tokens in the dense and in the compressed model, so it cannot be "
+                    "truncated towards the dense outputs. Use update.start=present."
+                )
+            pairs = InputPairs.of(_exact(seen[site]), _exact(wanted[site]))
+            found = pairs if found is None else found + pairs
     assert found is not None
     return found
 
@@ -92,8 +93,8 @@ def _truncate(
     folder: Path | None,
 ) -> tuple[float, float]:
     """Exchanges the factors of one matrix; the squared losses before and after."""
-    weight = weight_of(dense.module, dense.architecture.by_position[group.matrix, layer]).double()
-    stored = factors_of(compressed, dense.architecture, group).on(weight.device)
+    weight = weight_of(dense.module, dense.architecture.by_position[group.matrix, layer]).to(dense.device).double()
+    stored = factors_of(compressed, dense.architecture, group).on(dense.device)
     layout = stored.layout
     present = layout.restore(stored)
     own = present.corrections.get(layer)

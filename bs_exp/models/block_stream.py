@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,10 @@ class BlockStream:
     def __len__(self) -> int:
         """Number of batches."""
         return len(self._states)
+
+    def resident(self, layer: int) -> AbstractContextManager[None]:
+        """The weights of a block are on the model's device meanwhile."""
+        return self._blocks.resident(layer)
 
     def run(self, layer: int, batch: int) -> Tensor:
         """What a block makes of the states of a batch in front of it, on the model's device."""

@@ -158,8 +158,9 @@ class _Work:
         return found
 
     def _fold(self, group: WeightGroup, layer: int, fitted: InputPairs, held_out: InputPairs) -> None:
-        weight = weight_of(self.dense.module, self.dense.architecture.by_position[group.matrix, layer]).double()
-        stored = factors_of(self.compressed, self.dense.architecture, group).on(weight.device)
+        matrix, device = self.dense.architecture.by_position[group.matrix, layer], self.dense.device
+        weight = weight_of(self.dense.module, matrix).to(device).double()
+        stored = factors_of(self.compressed, self.dense.architecture, group).on(device)
         present = stored.layout.restore(stored)
         basis, coefficients = present.basis, present.coefficients[layer]
         own = present.corrections.get(layer)

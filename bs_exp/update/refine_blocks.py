@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -169,14 +168,13 @@ class _Refinement:
         ids, settings = self.data.windows.ids, self.settings
         feed = feeder(self.dense, self.data.windows.feeding)
         self._blocks = Blocks(replace(self.dense, module=self.compressed))
-        self._dense_blocks = Blocks(self.dense)
         waiting = Waiting(self.data.activations, self.workspace.cache.folder)
 
         def batches() -> Any:
             return (feed.inputs(part.to(self.dense.device)) for part in self.data.batches)
 
         self._current = BlockStream(self._blocks, batches(), waiting)
-        self._target = BlockStream(self._dense_blocks, batches(), waiting)
+        self._target = BlockStream(Blocks(self.dense), batches(), waiting)
         # The trainer draws positions of windows; the objective looks their states up.
         self._training, self._held_out = torch.arange(len(ids))[:, None], torch.zeros(0, 1, dtype=torch.long)
         if settings.steps:
@@ -191,19 +189,16 @@ class _Refinement:
         entry: dict[str, Any] = {"layer": layer}
         if settings.start == "anchored":
             here = [group for group in self.groups if layer in group.layers]
-            with self._blocks.resident(layer), self._dense_blocks.resident(layer):
-                entry |= truncate_anchored(
-                    self.compressed, self.dense, layer, here, self._current, self._target, settings.ridge, folder
-                )
+            entry |= truncate_anchored(
+                self.compressed, self.dense, layer, here, self._current, self._target, settings.ridge, folder
+            )
         added = self._advance_target(layer)
-        with ExitStack() as stack:
+        if settings.steps and self._whole:
+            own_parameters(self.compressed, self.dense.module, path, folder)
+        with self._current.resident(layer):
             if settings.steps:
-                copies = own_parameters(self.compressed, self.dense.module, path, folder) if self._whole else []
-                stack.enter_context(self._blocks.resident(layer))
-                entry |= self._train(layer, path, added / len(self.data.windows.ids), copies)
+                entry |= self._train(layer, path, added / len(self.data.windows.ids))
                 keep_changes(self.compressed.get_submodule(path))
-            else:
-                stack.enter_context(self._blocks.resident(layer))
             for batch in range(len(self._current)):
                 self._current.advance(batch, self._current.run(layer, batch))
         self._entries.append(entry)
@@ -238,14 +233,14 @@ class _Refinement:
     def _advance_target(self, layer: int) -> float:
         """Takes the dense model's states behind its block; the squared norm of what that adds, over all windows."""
         added = 0.0
-        with self._dense_blocks.resident(layer):
+        with self._target.resident(layer):
             for batch in range(len(self._target)):
                 before, behind = self._target.states(batch), self._target.run(layer, batch)
                 added += float((behind.double() - before.to(behind.device).double()).square().sum())
                 self._target.advance(batch, behind)
         return added
 
-    def _train(self, layer: int, path: str, unit: float, copies: Sequence[nn.Parameter]) -> dict[str, Any]:
+    def _train(self, layer: int, path: str, unit: float) -> dict[str, Any]:
         """Trains the block; the steps, and the held-out errors if windows are held out."""
         settings = self.settings
         parameters = block_parameters(self.compressed, path)
