@@ -197,6 +197,7 @@ def test_hash_of_our_own_options_is_that_of_their_settings_alone(composed: Compo
         k: v
         for k, v in config.items()
         if k not in ("name", "cache", "debug", "force", "sample", "save_model", "tracking")
+        and k not in ("dry_run", "ignore_estimate")
     }
     del settings["calibration"]["activations"]  # where hidden states wait changes no result
     for later in ("curvature", "probes", "probe_seed", "probed"):  # what was done before there was a choice

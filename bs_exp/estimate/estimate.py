@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from bs_exp.errors import BsExpError
 from bs_exp.estimate.ledger import Decomposition, Ledger, Work
 from bs_exp.estimate.machine import Machine
 from bs_exp.estimate.rounds import Rounds, rounds_of
-from bs_exp.estimate.shapes import nbytes, without_values
+from bs_exp.estimate.shapes import first_blocks, nbytes, repeated, without_values
 from bs_exp.estimate.traced import Pass, Tracer, file_bytes, one_batch
 from bs_exp.factorization.factors import KIND as FACTORS
 from bs_exp.models.block_stream import Waiting
@@ -219,6 +220,7 @@ class _Estimator:
         """Python and its libraries as they are now, and what these take when they are first used."""
         return max(int(psutil.Process().memory_info().rss) - self.held, 0) + _LIBRARIES
 
+    @cached_property
     def _weights(self) -> tuple[int, int]:
         """Bytes of the dense model's weights on the host and on the device."""
         module, blocks = self.model.module, self.model.architecture.blocks
@@ -241,7 +243,7 @@ class _Estimator:
 
     def _stage(self, name: str, work: Work, *, factors: int = 0, host: int = 0) -> None:
         """Notes the work of a stage beside the weights, bytes of factors, and further bytes on the host."""
-        host_weights, device_weights = self._weights()
+        host_weights, device_weights = self._weights
         on_cpu, in_files = self.place.device.type == "cpu", self.place.offload == "disk"
         held = 0 if in_files else factors
         found = replace(
@@ -373,11 +375,13 @@ class _Estimator:
         if self.evaluation_tokens is None or dense.task is not Task.CAUSAL_LM:
             return
         count, length = self.evaluation_tokens
+        # Without gradients, more blocks take no more memory.
+        few = first_blocks(dense, 2 * step) if (step := repeated(dense, self.tracer.groups)) else dense
         with self.tracer.ledger.counting() as work:
             ids = torch.zeros(count, length, dtype=torch.long)
-            reader = feeder(dense)
+            reader = feeder(few)
             try:
-                for logits in logits_of(dense, [reader.inputs(ids.to(dense.device))]):
+                for logits in logits_of(few, [reader.inputs(ids.to(few.device))]):
                     _ = logits[:1].float()
                     del logits
             except BsExpError:

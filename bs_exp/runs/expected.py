@@ -24,6 +24,12 @@ class HasShapes(Protocol):
         """The model on the meta device."""
 
 
+def is_known_early(source: ModelSource, recipe: Recipe) -> bool:
+    """Whether an estimate can be made before the model is loaded: by its shapes, and the number of windows."""
+    counted = isinstance(getattr(recipe.calibration, "num_sequences", None), int)
+    return isinstance(source, HasShapes) and (counted or not recipe.reads_windows)
+
+
 def shapes_of(source: ModelSource) -> LoadedModel:
     """The model of a source on the meta device. ConfigError for a source that does not know its shapes."""
     if not isinstance(source, HasShapes):

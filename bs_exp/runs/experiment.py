@@ -38,7 +38,7 @@ from bs_exp.records.stages import Stage
 from bs_exp.runs import environment
 from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.runs.dense_cache import DenseStore
-from bs_exp.runs.expected import HasShapes, expected, measured_cost, place_of, shapes_of
+from bs_exp.runs.expected import expected, is_known_early, measured_cost, place_of, shapes_of
 from bs_exp.runs.judge import Judge
 from bs_exp.runs.model_card import RunRecipe, write_card
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -137,7 +137,7 @@ class Experiment:
             recorder.update(provenance={**recorder.record.provenance, "processes": processes.count()})
         for warning in data_warnings(self.model, self.recipe, self.evaluators):
             recorder.progress.warn(warning)
-        known = isinstance(self.model, HasShapes)
+        known = is_known_early(self.model, self.recipe)
         if known:
             self._expect(None, recorder)
         dense = self._load(recorder)
