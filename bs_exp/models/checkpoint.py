@@ -34,7 +34,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from bs_exp.errors import ModelError
 from bs_exp.models.architecture import Roles
 from bs_exp.models.auto_classes import AutoClass, find_auto_class
-from bs_exp.models.in_place import read_in_place
+from bs_exp.models.in_place import check_shards, read_in_place
 from bs_exp.models.mapped import read_header
 from bs_exp.models.shapes import known_config, on_meta
 from bs_exp.types import LoadedModel, Task
@@ -45,12 +45,14 @@ _ATTENTION = re.compile(r"attn_implementation|attention implementation|flash.?at
 
 
 class ReadCheckpoint(NamedTuple):
-    """What a checkpoint holds; `unused` names the weights that the model has no place for."""
+    """What a checkpoint holds; `unused` names the weights that the model has no place for, `odd` says what is wrong
+    about its files and does no harm."""
 
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
     unused: tuple[str, ...]
+    odd: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,11 @@ class Checkpoint:
         self._require_dense(config)
         auto = self._find_auto_class(config)
         tokenizer = self._read_tokenizer()
+        with self._reading("weights"):
+            local = not self.in_place and Path(self.place).is_dir()
+            odd = check_shards(Path(self.place), self.hint) if local else None
         module, unused = self._read_model(config, auto)
-        return ReadCheckpoint(module, tokenizer, auto.task, unused)
+        return ReadCheckpoint(module, tokenizer, auto.task, unused, odd)
 
     def shapes(self, roles: Roles | None) -> LoadedModel:
         """The model on the meta device, from its configuration: no weight is read, and none needs to be there.
@@ -242,6 +247,8 @@ def reading(what: str, place: str, remedy: Callable[[Exception], str]) -> Iterat
     """
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         message = f"Cannot read the {what} of {place}: {type(error).__name__}: {error}\n{remedy(error)}"
         raise ModelError(message) from error

@@ -71,29 +71,59 @@ def _stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
             "model.offload=disk uses in place. Load it once with Transformers and save it anew (save_pretrained), or "
             "set model.offload=none."
         )
-    index = json.loads(index_file.read_text(encoding="utf-8"))
-    weight_map: dict[str, str] = index["weight_map"]
-    files = _shards(checkpoint, sorted(set(weight_map.values())))
+    names = sorted(set(_weight_map(index_file).values()))
+    stored, wrong_size = _read_index(index_file, _shards(checkpoint, names), checkpoint.hint)
+    if wrong_size is not None:
+        raise ModelError(
+            f"The index of {checkpoint.place} does not fit its shards: {wrong_size} Files were exchanged or cut: get "
+            "the checkpoint again; if it is right, correct that number."
+        )
+    return stored
+
+
+def check_shards(folder: Path, hint: str) -> str | None:
+    """What is odd about the sizes that the index of a folder declares; None if nothing is, or it has no index.
+
+    ModelError if a shard is missing, or lacks a weight that it should hold: before any weight is read.
+    """
+    index_file = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index_file.is_file():
+        return None
+    names = sorted(set(_weight_map(index_file).values()))
+    return _read_index(index_file, _in_folder(folder, names, hint), hint, more=True)[1]
+
+
+def _read_index(
+    index_file: Path, files: Mapping[str, Path], hint: str, *, more: bool = False
+) -> tuple[dict[str, StoredTensor], str | None]:
+    """The tensors of all shards by name, and what is wrong about the size that the index declares, if anything is.
+
+    ModelError for a shard that lacks a weight, and, unless there may be `more`, for one that is not in the index.
+    """
+    weight_map = _weight_map(index_file)
     stored: dict[str, StoredTensor] = {}
     for name, file in files.items():
         header = read_header(file)
         declared = {tensor for tensor, shard in weight_map.items() if shard == name}
-        if wrong := sorted(declared ^ header.keys()):
+        if wrong := sorted(declared - header.keys() if more else declared ^ header.keys()):
             where = "lacks it" if wrong[0] in declared else "holds it"
             raise ModelError(
-                f"The index of {checkpoint.place} does not fit its shards: {len(wrong)} weights, such as {wrong[0]}, "
-                f"are not where {index_file.name} says; {name} {where}. {checkpoint.hint}"
+                f"The index of {index_file.parent} does not fit its shards: {len(wrong)} weights, such as {wrong[0]}, "
+                f"are not where {index_file.name} says; {name} {where}. {hint}"
             )
         stored |= header
     found = sum(tensor.nbytes for tensor in stored.values())
-    declared_size = (index.get("metadata") or {}).get("total_size")
-    if declared_size is not None and declared_size != found:
-        raise ModelError(
-            f"The index of {checkpoint.place} does not fit its shards: {index_file.name} says that they hold "
-            f"{declared_size:,} bytes (metadata.total_size), they hold {found:,}. Files were exchanged or cut: get the "
-            "checkpoint again; if it is right, correct that number."
-        )
-    return stored
+    declared_size = (json.loads(index_file.read_text(encoding="utf-8")).get("metadata") or {}).get("total_size")
+    if declared_size is None or declared_size == found:
+        return stored, None
+    return stored, (
+        f"{index_file.name} says that they hold {declared_size:,} bytes (metadata.total_size), they hold {found:,}."
+    )
+
+
+def _weight_map(index_file: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    return found
 
 
 def _found(checkpoint: Checkpoint, name: str) -> Path | None:
@@ -105,16 +135,19 @@ def _found(checkpoint: Checkpoint, name: str) -> Path | None:
 
 def _shards(checkpoint: Checkpoint, names: list[str]) -> dict[str, Path]:
     if Path(checkpoint.place).is_dir():
-        files = {name: Path(checkpoint.place, name) for name in names}
-        if absent := [name for name, file in files.items() if not file.is_file()]:
-            raise ModelError(
-                f"{checkpoint.place} lacks {len(absent)} of {len(names)} shards that its index names: "
-                f"{', '.join(absent[:5])}. {checkpoint.hint}"
-            )
-        return files
+        return _in_folder(Path(checkpoint.place), names, checkpoint.hint)
     found = cached_files(checkpoint.place, names, revision=checkpoint.revision)
     assert found is not None  # what is missing raises
     return {Path(file).name: Path(file) for file in found}
+
+
+def _in_folder(folder: Path, names: list[str], hint: str) -> dict[str, Path]:
+    files = {name: Path(folder, name) for name in names}
+    if absent := [name for name, file in files.items() if not file.is_file()]:
+        raise ModelError(
+            f"{folder} lacks {len(absent)} of {len(names)} shards that its index names: {', '.join(absent[:5])}. {hint}"
+        )
+    return files
 
 
 def _require_dtype(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor], config: PreTrainedConfig) -> None:

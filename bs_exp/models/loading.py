@@ -233,8 +233,8 @@ def _load(
         found.module, found.tokenizer, roles, source=source, name=name, task=found.task, revision=revision
     )
     provenance = dict(loaded.provenance)
-    if found.unused:
-        provenance["unused_weights"] = list(found.unused)
+    told = {"unused_weights": list(found.unused) or None, "odd_files": found.odd}
+    provenance |= {name: value for name, value in told.items() if value}
     sentence = read_sentence_model(file_finder(source, checkpoint.place, revision), name)
     if sentence is None:
         return replace(loaded, provenance=provenance)

@@ -239,6 +239,8 @@ class Experiment:
         if unused := dense.provenance.get("unused_weights"):
             shown = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
+        if odd := dense.provenance.get("odd_files"):
+            recorder.progress.warn(f"the shards of the checkpoint: {odd} They are used as they are.")
         return dense
 
     def _objectives(self, metrics: Mapping[str, Any], promised: Sequence[str]) -> tuple[str, ...]:

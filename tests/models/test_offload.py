@@ -17,6 +17,7 @@ from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.evaluation.throughput import Throughput
 from bs_exp.models import mapped
+from bs_exp.models.checkpoint import Checkpoint
 from bs_exp.models.loading import HubModel, LocalModel
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.offload import check_offload, is_offloaded, lies_in_files, place, resident
@@ -261,6 +262,26 @@ def test_damaged_checkpoints(damage: Callable[[Path], None], message: str, tmp_p
     damage(saved(tmp_path))
     with pytest.raises(ModelError, match=message):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lose_a_shard, lose_a_weight, cut_a_shard])
+def test_damaged_shards_are_found_before_any_weight_is_read(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without offloading, too: Transformers is not reached."""
+    damage(saved(tmp_path))
+    if damage is lose_a_weight:  # but the index still names it
+        edit_index(lambda index: index["weight_map"].update({"model.norm.weight": "model-00002-of-00007.safetensors"}))(
+            tmp_path
+        )
+    monkeypatch.setattr(Checkpoint, "_read_model", None)
+    with pytest.raises(ModelError, match=r"lacks 1 of|does not fit its shards|SafetensorError"):
+        loaded(tmp_path, "none")
+
+
+def test_a_wrong_total_in_the_index_does_no_harm_in_memory(tmp_path: Path) -> None:
+    edit_index(lambda index: index["metadata"].update(total_size=1))(saved(tmp_path))
+    assert "says that they hold 1 bytes" in str(loaded(tmp_path, "none").provenance["odd_files"])
 
 
 def test_what_cannot_be_used_in_place(tmp_path: Path) -> None:
