@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.contracts import check_members
 from bs_exp.errors import ConfigError
-from bs_exp.protocols import Update
+from bs_exp.protocols import Update, UpdatesRounds
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan
 from bs_exp.validation import is_plain, shown
 from bs_exp.workspace import Workspace
@@ -28,6 +28,11 @@ class UpdateChain:
             if is_plain(update):
                 raise ConfigError(f"updates.{name} must be an update with its _target_, or null, got {shown(update)}.")
             check_members("update", update)
+            if isinstance(update, UpdatesRounds) and update.every_round:
+                raise ConfigError(
+                    f"updates.{name}.every_round must be false: a chain is applied once, after the last round. Use the "
+                    "update on its own, or without every_round."
+                )
         if not self.updates:
             raise ConfigError("updates is empty: name some, or use update=none.")
 

@@ -20,6 +20,7 @@ from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.none import NoSharing
 from bs_exp.testing.models import QUIET, Tokens, recipe, same, updated, values
 from bs_exp.types import Metric, Task, WeightGroup
+from bs_exp.update.chain import UpdateChain
 from bs_exp.update.gradient_correction import GradientCorrection
 from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace
@@ -99,5 +100,7 @@ def test_what_cannot_work_is_said_before_any_work() -> None:
         CORRECTION.check(replace(tiny_random("bert"), task=Task.ENCODER), data)
     with pytest.raises(DataError, match=r"at least 2 calibration windows.*update.holdout=0"):
         CORRECTION.check(tiny_random(), replace(data, windows=replace(data.windows, ids=IDS[:1])))
+    with pytest.raises(ConfigError, match=r"updates.it.every_round must be false"):
+        UpdateChain(updates={"it": replace(CORRECTION, every_round=True)})
     with pytest.raises(ConfigError, match="corrections must be"):
         replace(CORRECTION, corrections=0)
