@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -27,14 +28,14 @@ from bs_exp.models.auto_classes import find_auto_class
 from bs_exp.types import Task
 
 FILE = "model.onnx"
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
 _INPUTS = ("input_ids", "attention_mask")
 # A file of protobuf ends at 2 GiB: weights of more than this lie in a second one (`model.onnx.data`).
 _MOST_INSIDE = 3 * 2**29
 # Batch and tokens on which the file is compared with the model, other sizes than those that it was traced with.
 _TRACED, _COMPARED = (2, 11), ((1, 7), (3, 16))
 # Largest difference of outputs that may come from rounding, over the largest output.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2}
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,25 @@ def _trace(model: PreTrainedModel, output: str, path: Path) -> None:
             "Use --to dense, and the tool of your choice from there."
         ) from error
     assert program is not None
-    _forget_source(program.model)
+    _tidy(program.model)
     weights = sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     program.save(path, external_data=weights > _MOST_INSIDE)
 
 
-def _forget_source(graph: Any) -> None:
-    """Takes out the lines and paths of this machine's source code, which the exporter keeps with every node."""
-    for node in graph.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    graph.graph.metadata_props.clear()
+def _tidy(graph: Any) -> None:
+    """Stores equal tensors once, and takes out lines and paths of this machine's source code.
+
+    The exporter turns a basis round for every layer that reads it, and puts its own origin beside every node.
+    """
+    import onnx_ir
+    from onnx_ir.passes import common
+
+    for value in graph.graph.initializers.values():  # the pass below reads arrays in their own order alone
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = onnx_ir.tensor(np.ascontiguousarray(array), name=value.name)
+    common.DeduplicateHashedInitializersPass()(graph)
+    common.ClearMetadataAndDocStringPass()(graph)
 
 
 def _given(model: PreTrainedModel, batch: int, sequence: int) -> dict[str, Tensor]:
@@ -212,6 +220,7 @@ def _write_around(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     for name in ("quantization_config", "auto_map"):
         if hasattr(config, name):
             delattr(config, name)
+    config.dtype = model.dtype
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
