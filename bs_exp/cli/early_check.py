@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -147,34 +148,61 @@ def check_early(cfg: DictConfig) -> None:
 
     Settings of the root have been checked.
     """
-    from bs_exp.cli.config import maker, strategy_keys
-    from bs_exp.cli.dials import with_dials
+    with early_checks() as check:
+        check(cfg)
 
-    plain = OmegaConf.to_container(cfg, resolve=False)
+
+@contextmanager
+def early_checks() -> Iterator[Callable[[DictConfig], None]]:
+    """`check_early` for many configurations, such as the points of a sweep; settings in common are looked at once."""
     with _twins() as twins:
+        yield _EarlyChecks(twins).check
+
+
+@dataclass(frozen=True)
+class _EarlyChecks:
+    """Looks at every strategy of a configuration; `found` remembers what was said of a key's settings."""
+
+    twins: _Twins
+    found: dict[tuple[str, str], ConfigError | None] = field(default_factory=dict)
+
+    def check(self, cfg: DictConfig) -> None:
+        from bs_exp.cli.config import maker, strategy_keys
+        from bs_exp.cli.dials import with_dials
+
         renamed: set[str] = set()
-        own = OmegaConf.create(_renamed(plain, renamed))
+        own = OmegaConf.create(_renamed(OmegaConf.to_container(cfg, resolve=False), renamed))
         assert isinstance(own, DictConfig)
-        filled = with_dials(own)
-        unknown: set[str] = set()
-        for target in sorted(renamed):
-            try:
-                known = twins.find(target.rpartition(".")[0]) is not twins.absent
-            except ImportError:
-                known = False
-            if not known:
-                unknown.add(target.replace(_PACKAGE, _TWIN, 1))
-        twins.loading = False
-        make = maker(own)
+        self.twins.loading = True
+        unknown = {target.replace(_PACKAGE, _TWIN, 1) for target in sorted(renamed) if not self._is_known(target)}
+        filled = with_dials(own)  # asks the classes, which are loaded now, what they take
+        self.twins.loading = False
+        make: Callable[[str], Any] | None = None
         for key in strategy_keys(own):
             node = OmegaConf.select(filled, key)
             if not (targets := set(_targets(node))) or any(t in unknown or not _is_twin(t) for t in targets):
                 continue
-            try:
-                make(key)
-            except (BsExpError, InstantiationException, OmegaConfBaseException, _NeededError) as error:
-                if isinstance(error, BsExpError) and not _needed_a_library(error):
-                    raise ConfigError(str(error).replace(f"{_TWIN}.", f"{_PACKAGE}.")) from None
+            same = (key, repr(OmegaConf.to_container(node, resolve=True)))
+            if same not in self.found:
+                make = make or maker(own)
+                self.found[same] = _refusal(make, key)
+            if (refused := self.found[same]) is not None:
+                raise refused
+
+    def _is_known(self, target: str) -> bool:
+        try:
+            return self.twins.find(target.rpartition(".")[0]) is not self.twins.absent
+        except ImportError:
+            return False
+
+
+def _refusal(make: Callable[[str], Any], key: str) -> ConfigError | None:
+    try:
+        make(key)
+    except (BsExpError, InstantiationException, OmegaConfBaseException, _NeededError) as error:
+        if isinstance(error, BsExpError) and not _needed_a_library(error):
+            return ConfigError(str(error).replace(f"{_TWIN}.", f"{_PACKAGE}."))
+    return None
 
 
 def _renamed(node: Any, found: set[str]) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -19,12 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import check_objectives, check_root
 from bs_exp.cli.early_check import check_early
-from bs_exp.cli.points import is_kept, point_name
+from bs_exp.cli.grid import grid, refuse
+from bs_exp.cli.points import is_kept
 from bs_exp.errors import ConfigError
 from bs_exp.files import read_text
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
-from bs_exp.records.sweep import PointOutcome, SweepPlan, SweepPoint, shown_settings, survey
+from bs_exp.records.sweep import PointOutcome, SweepPlan, survey
 from bs_exp.runs.comparison import print_comparison
 from bs_exp.runs.sweep_table import print_sweep
 
@@ -80,24 +80,22 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Fixes the sweep's folder for all jobs, and announces its points.
 
-        Ends a sweep that has no points, or none that could be run, and one whose folder holds links.
+        Ends a sweep that has no points, or one with a setting that is refused, and one whose folder holds links.
         """
         _fix_folder(config)
         _note_common_settings(config)
         folder = Path(config.hydra.sweep.dir)
         try:
             _refuse_links(folder, points=True)
-            jobs = _grid(config)
+            jobs = None if config.hydra.sweeper._target_ != _GRID_SWEEPER else grid(config, _settings(config))
             if jobs is not None and not jobs:
                 empty = ", ".join(str(o) for o in config.hydra.overrides.task if "(" in str(o)) or "its settings"
                 raise ConfigError(
                     f"the sweep has no points: {empty} gives no value. range(FROM,TO,STEP) ends before TO; name "
                     "values, as in retain_ratio=0.8,0.5."
                 )
-            refused = [job.refused for job in jobs or () if job.refused is not None]
-            if jobs and len(refused) == len(jobs):
-                raise refused[0]
-        except (ConfigError, OmegaConfBaseException) as error:
+            refuse(jobs or [])
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
             # As in on_run_start: an Exception would become a warning.
             raise SystemExit(1) from error
         points = None if jobs is None else tuple(job.point for job in jobs)
@@ -107,7 +105,10 @@ class SweepCallback(Callback):
         _current.compare, _current.closing = self.compare, self.closing
         if jobs is not None:
             old = {state.point.folder for state in survey(folder, plan) if state.outcome is PointOutcome.KEPT}
-            kept = sum(job.point.folder in old and is_kept(job.cfg, folder / job.point.folder) for job in jobs)
+            kept = sum(
+                job.cfg is not None and job.point.folder in old and is_kept(job.cfg, folder / job.point.folder)
+                for job in jobs
+            )
             again = f", {kept} of them finished before" if kept else ""
             print(printable(f"sweep {folder.name}: {len(jobs)} points in {folder}{again}"), file=sys.stderr)
 
@@ -197,38 +198,3 @@ def _link(folder: Path, *, inside: bool) -> Path | None:
         return folder
     written = [path for pattern in _WRITTEN for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
     return next((path for path in written if path.is_symlink()), None)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A point of a grid with its configuration, and the error of a setting of the root that forbids it."""
-
-    point: SweepPoint
-    cfg: DictConfig
-    refused: ConfigError | OmegaConfBaseException | None
-
-
-def _grid(config: DictConfig) -> list[_Job] | None:
-    """The points of a grid, each once; None for a sweeper that chooses its points, or settings that do not compose."""
-    if config.hydra.sweeper._target_ != _GRID_SWEEPER:
-        return None
-    loader = GlobalHydra.instance().config_loader()
-    jobs: dict[str, _Job] = {}
-    try:
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides(_settings(config))
-        for batch in BasicSweeper.split_arguments(overrides, None):
-            for job in batch:
-                cfg = loader.load_sweep_config(config, job)
-                folder = point_name(cfg)
-                jobs.setdefault(folder, _Job(SweepPoint(folder, shown_settings(job)), cfg, _refused(cfg)))
-    except (HydraException, OmegaConfBaseException, ConfigError):
-        return None  # the sweeper meets the same error next, and ends with it
-    return list(jobs.values())
-
-
-def _refused(cfg: DictConfig) -> ConfigError | OmegaConfBaseException | None:
-    try:
-        check_root(cfg)
-    except (ConfigError, OmegaConfBaseException) as error:
-        return error
-    return None

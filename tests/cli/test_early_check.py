@@ -12,9 +12,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from bs_exp.cli import early_check
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import RootConfig, check_objectives, maker, strategy_keys
-from bs_exp.cli.early_check import check_early
+from bs_exp.cli.early_check import check_early, early_checks
 from bs_exp.cli.explain import explain
 from bs_exp.errors import BsExpError, ConfigError
 
@@ -91,6 +92,28 @@ def test_the_same_words_as_the_run(composed: Compose, settings: str) -> None:
     assert not [name for name in sys.modules if name.startswith("bs_exp_unloaded")]
 
 
+def test_points_of_a_sweep_are_looked_at_once_for_what_they_have_in_common(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    refusal = early_check._refusal
+
+    def counted(make: Callable[[str], object], key: str) -> ConfigError | None:
+        looked.append(key)
+        return refusal(make, key)
+
+    monkeypatch.setattr(early_check, "_refusal", counted)
+    with early_checks() as check:
+        check(composed("retain_ratio=0.8"))
+        once = len(looked)
+        check(composed("retain_ratio=0.6"))
+        assert len(looked) == once > 5
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"^sharing\.group_size must be"):
+                check(composed("retain_ratio=0.6", "sharing.group_size=0"))
+        assert looked[once:] == ["sharing"]
+
+
 @pytest.mark.parametrize("settings", LEFT)
 def test_what_is_right_or_needs_a_library_is_left_to_the_run(composed: Compose, settings: str) -> None:
     check_early(composed(*settings.split()))
@@ -138,19 +161,41 @@ def test_objectives_are_names_that_evaluators_report(composed: Compose, settings
         check_objectives(cfg)
 
 
-@pytest.mark.parametrize(
-    "slip", ["retain_ratio=1.5", "calibration.batch_size=0", "model.dtype=float99", "objective=a/b"]
-)
-def test_a_slip_is_answered_without_torch_and_leaves_no_folder(tmp_path: Path, slip: str) -> None:
+# A slip, what else is set, what is said of it, and of which points (of a sweep: all, if nothing is said).
+SLIPS = [
+    ("retain_ratio=1.5", "", "retain_ratio must be ", ""),
+    ("model.dtype=float99", "", "model.dtype must be ", ""),
+    ("objective=a/b", "", "objective must be ", ""),
+    (
+        "retain_ratio=1.5,0.8",
+        "-m experiment=svd,svd_llm",
+        "retain_ratio must be ",
+        "2 of 4 points: experiment=svd retain",
+    ),
+    ("calibration.batch_size=0", "-m retain_ratio=0.8,0.6", "calibration.batch_size must be ", ""),
+    ("objective=a/b", "-m retain_ratio=0.8,0.6", "objective must be ", ""),
+    (
+        "experiment=svd,svdllm",
+        "-m",
+        "experiment=svdllm does not exist. Did you mean svd_llm? ",
+        "1 of 2 points: experiment=svdllm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("slip", "more", "said", "points"), SLIPS)
+def test_a_slip_is_answered_without_torch_and_leaves_no_folder(
+    tmp_path: Path, slip: str, more: str, said: str, points: str
+) -> None:
     program = (
         "import resource, sys; from bs_exp.__main__ import main\ntry: main()\nfinally: "
         "print('torch' in sys.modules, sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) < 2.5)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, slip],
+        [sys.executable, "-c", program, *more.split(), slip],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "False True\n"), done.stderr
-    key = slip.partition("=")[0]
-    assert done.stderr.startswith(f"error: {key} must be ") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {said}") and len(done.stderr.splitlines()) == (3 if points else 1)
+    assert points in done.stderr
     assert not list(tmp_path.iterdir())
