@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,7 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
         axes.axhline(dense, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)), label="dense")
         values.append(float(dense))
     log = drawing.nice_log(axes, values) if metrics.lower_is_better(name) else False
+    _tick_ratios(axes, section.points)
     drawing.legend_below(figure, axes)
     yield drawing.render(
         figure,
@@ -162,6 +164,14 @@ def _curve(section: Section, name: str, styles: dict[Series, Look], key: str) ->
         _curve_alt(section, name),
         hovers=hovers,
     )
+
+
+def _tick_ratios(axes: Axes, points: Sequence[ReportedRun]) -> None:
+    """Names the ratios that were measured, if they are few and far enough apart, in place of round numbers."""
+    found = sorted({round(100 * point.ratio, 6) for point in points if point.ratio is not None})
+    gaps = [b - a for a, b in pairwise(found)]
+    if gaps and min(gaps) >= (found[-1] - found[0]) / 10:
+        axes.set_xticks(found, [f"{ratio:g}" for ratio in found])
 
 
 def _hover(axes: Axes, series: Series, point: ReportedRun, name: str, x: float, more: str = "") -> Hover:
@@ -298,6 +308,7 @@ def _speed(
                 words.append(f"{series.label} {title} {min(y for _, y in mine):.2f} to {max(y for _, y in mine):.2f}")
                 told = (_speed_words(series, point, name, title) for point in points)
                 hovers += [Hover(axes, x, y, text) for (x, y), text in zip(mine, told, strict=True)]
+        _tick_ratios(axes, [point for _, point in measured])
         if i == 0:
             axes.tick_params(labelbottom=False)
     axes.set_xlabel("parameters kept (%)")

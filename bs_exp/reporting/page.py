@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -79,6 +80,8 @@ def to_html(contents: Contents) -> str:
         script_hash=f"sha256-{digest}",
         contents=contents,
         study=study,
+        # Names of sweeps are long: lines end behind a sign, not in a word.
+        title=re.split(r"(?<=[,=_/])", study.name),
         facts=_facts(study),
         summaries=[(c.section, winners(c.section), _about(c.section)) for c in contents.chapters],
         main_metric=lambda section: metrics.title(section.main_metric) if section.main_metric else "",

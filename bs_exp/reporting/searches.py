@@ -151,7 +151,7 @@ def _render(axes: Any, key: str, title: str, caption: str, *, wide: bool = False
             text.set_color(drawing.INK)
         if (legend := part.get_legend()) is not None:
             if len(legend.get_texts()) > 1:
-                part.legend(loc="upper right", labelcolor=drawing.INK)
+                part.legend(loc="best", labelcolor=drawing.INK)
             else:  # the title says it
                 legend.remove()
     figure.set_facecolor(drawing.PAPER)
