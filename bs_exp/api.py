@@ -85,6 +85,7 @@ class Compression:
     spectra: tuple[Spectrum, ...]
     size: Mapping[str, float]
     update: Mapping[str, Any] = field(default_factory=dict)
+    precision: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -230,6 +231,7 @@ def compress(
         spectra=made.spectra,
         size=size,
         update=made.update,
+        precision=made.precision,
         calibration=made.calibration,
         seconds=dict(progress.timings),
         notes=tuple(progress.notes),

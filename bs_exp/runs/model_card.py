@@ -194,7 +194,9 @@ def _making(record: RunRecord, recipe: RunRecipe, preset: str) -> str:
     lines = ["## How it was made", "", f"Preset `{printable(preset)}`" + (f"; set besides: {dials}." if dials else ".")]
     plan = record.rank_plan
     if plan is not None:
-        lines += ["", f"Layout {plan.layout}. {_ranks(plan.groups)}"]
+        bits = record.precision.get("bits")
+        stored = f" The matrices of all groups are stored in {bits} bits." if isinstance(bits, int) else ""
+        lines += ["", f"Layout {plan.layout}. {_ranks(plan.groups)}{stored}"]
     lines += ["", f"`{RECIPE_FILE}` holds every setting. The same again, with the same versions to the bit:", ""]
     lines += ["```sh", recipe.command(), "```"]
     if recipe.given:

@@ -190,6 +190,7 @@ def test_command_line(cli: Cli, tiny: tuple[str, ...], tmp_path: Path) -> None:
     assert record.choices["precision"] == "int4" and "quantise" in record.timings
     assert record.size["targeted_bytes"] < 0.3 * record.size["dense_targeted_bytes"]
     assert record.size["saved_bytes"] >= record.size["bytes"]
+    assert "stored in 4 bits" in (tmp_path / "out" / "model" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert loaded(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     assert cli("export", "out/model", "--to", "dense").status == 0
