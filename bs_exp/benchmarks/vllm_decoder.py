@@ -1,6 +1,8 @@
 """How fast vLLM reads and writes with a Llama, dense and factorised: `python -m bs_exp.benchmarks.vllm_decoder --help`.
 
-The models of `bs_exp.benchmarks.decoder`, saved and served; all engines stand in one process and are timed in turn.
+The models of `bs_exp.benchmarks.decoder`, saved and served; all engines stand in one process and are timed in turn. On
+a machine with other work, `--processor-time` on one thread (OMP_NUM_THREADS=1, VLLM_CPU_OMP_THREADS_BIND=0) leaves out
+the time in which others have the processor.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,14 @@ def engine(folder: Path, options: argparse.Namespace) -> Any:
     )
 
 
-def seconds(served: Any, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-    """Time for so many greedy tokens after each prompt."""
+def seconds(served: Any, prompts: Sequence[Sequence[int]], tokens: int, clock: Callable[[], float]) -> float:
+    """Time by a clock for so many greedy tokens after each prompt."""
     from vllm import SamplingParams
 
     wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    start = time.perf_counter()
+    start = clock()
     served.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], wanted, use_tqdm=False)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(
@@ -84,11 +86,12 @@ def measure(
     """Times until the first token of a batch, and of each further step, for all variants, round by round."""
     reading: list[list[float]] = [[] for _ in found]
     writing: list[list[float]] = [[] for _ in found]
+    clock = time.process_time if options.processor_time else time.perf_counter
     random = torch.Generator().manual_seed(0)
     for count, i in enumerate(in_turn(len(found), options.rounds + 1)):
         prompts = torch.randint(options.vocabulary, (batch, options.prompt_length), generator=random).tolist()
-        first = seconds(engines[i], prompts, 1)
-        whole = seconds(engines[i], prompts, options.generated_length)
+        first = seconds(engines[i], prompts, 1, clock)
+        whole = seconds(engines[i], prompts, options.generated_length, clock)
         if count >= len(found):  # the first round fills caches
             reading[i].append(first)
             writing[i].append((whole - first) / (options.generated_length - 1))
@@ -111,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--generated-length", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="do not have vLLM compile the models")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, not time by the clock")
     add_arguments(parser)
     options = parser.parse_args(arguments)
     names = ("hidden", "intermediate", "heads", "blocks", "prompt_length", "rounds", "vocabulary")
@@ -135,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engines = [engine(save(one, Path(root, str(i))), options) for i, one in enumerate(found)]
         measurements = [m for batch in options.batch for m in measure(found, engines, batch, options)]
     how = "eager" if options.eager else "compiled"
+    how += ", processor time" if options.processor_time else ""
     report(measurements, options, f"vLLM: {options.blocks} blocks, {options.hidden} wide, {how}")
 
 
