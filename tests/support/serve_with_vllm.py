@@ -2,7 +2,8 @@
 
 argv: the folder, and a JSON object with the prompts (lists of token ids), the number of new tokens, and more arguments
 of `vllm.LLM`. What is printed has, for each prompt, the new tokens and the log-probabilities of the prompt's tokens but
-the first; by object, the layers that hold a factor; and how many numbers all factors store, each object counted once.
+the first; by object, the layers that hold a factor; and how many numbers all factors store, each object counted once,
+without matrices that stay dense beside factorised ones.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 def _factors(model: Any) -> tuple[list[list[str]], int]:
-    from bs_exp.serving.factors import Bases, Factor
+    from bs_exp.serving.factors import Bases, Factor, PartOfLayer
 
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Bases):
             holders.setdefault(id(module), []).append(name.partition(".factorised")[0])
-    stored = sum(module.stored for module in model.modules() if isinstance(module, Factor))
+    dense = {id(part.weight) for part in model.modules() if isinstance(part, PartOfLayer) and part.group is None}
+    stored = sum(m.stored for m in model.modules() if isinstance(m, Factor) and id(m) not in dense)
     return list(holders.values()), stored
 
 
