@@ -136,8 +136,8 @@ def check_has_logits(model: LoadedModel, what: str) -> None:
 def _no_logits(model: LoadedModel, what: str) -> ConfigError:
     return ConfigError(
         f"{what} needs logits, but this {type(model.module).__name__} is {_KINDS[model.task]}. Use strategies that "
-        "need outputs or activations alone (whitening=two_sided with whitening.curvature=probes, gram, diagonal, "
-        "block_diagonal or identity; allocation=water_filling, uniform or effective_rank; evaluation=embeddings or "
+        "need outputs or activations alone (whitening=gram, diagonal, block_diagonal or identity, or two_sided with "
+        "whitening.curvature=probes; allocation=water_filling, uniform or effective_rank; evaluation=embeddings or "
         "similarity), or load a checkpoint with its head, such as BertForMaskedLM."
     )
 

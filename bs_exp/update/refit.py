@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bs_exp.calibration.block_inputs import gather_pairs, streams_of
 from bs_exp.calibration.group_statistics import calibrate
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
@@ -24,7 +25,6 @@ from bs_exp.models.offload import is_offloaded
 from bs_exp.models.surgery import exchange_factors, factors_of, twin
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, WeightGroup, WeightMatrix
-from bs_exp.update.block_inputs import gather_pairs, streams_of
 from bs_exp.validation import check_choice, check_number, check_unit, is_number, shown
 from bs_exp.workspace import Workspace
 
