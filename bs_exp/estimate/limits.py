@@ -55,9 +55,13 @@ def rooms(found: Estimate, place: Place, folder: Path | None, run_folder: Path) 
     """What a run needs of memory, disk and device, beside what is free now."""
     sharing = processes.on_this_machine()
     free = psutil.virtual_memory().available + sharing * psutil.Process().memory_info().rss
-    made = [Room("host memory", sharing * found.host[1], free, _MEMORY_DIALS)]
+    in_effect = {"model.offload=disk"} if place.offload == "disk" else set()
+    if len(found.rounds.ratios) == 1:
+        in_effect |= {"schedule=single", "cache.keep_rounds=false"}
+    made = [Room("host memory", sharing * found.host[1], free, _without(in_effect, _MEMORY_DIALS))]
     if folder is not None:
-        made.append(Room(f"disk under {folder}", found.cache_bytes, _free(folder) + _held(folder), _DISK_DIALS))
+        dials = _without(in_effect, _DISK_DIALS)
+        made.append(Room(f"disk under {folder}", found.cache_bytes, _free(folder) + _held(folder), dials))
     if saved := found.disk.get(SAVED):
         dials = ("save_model=false", "hydra.run.dir=DIR on a larger disk")
         made.append(Room(f"disk under {run_folder}", saved, _free(run_folder), dials))
@@ -88,6 +92,10 @@ def too_large(there: tuple[Room, ...]) -> EstimateError | None:
         f"This run does not fit: {' '.join(short)} ignore_estimate=true begins all the same; dry_run=true prints the "
         "whole estimate."
     )
+
+
+def _without(in_effect: set[str], dials: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dial for dial in dials if dial not in in_effect)
 
 
 def _free(folder: Path) -> int:
