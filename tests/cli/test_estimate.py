@@ -31,6 +31,7 @@ def test_an_estimate_runs_and_writes_nothing(cli: Cli, tiny: Tiny, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_of_70_billion_from_its_configuration(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
     """A folder with config.json, no weights, no tokenizer, no network; the same as by its name."""
     AutoConfig.for_model(
