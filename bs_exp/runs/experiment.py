@@ -141,11 +141,11 @@ class Experiment:
         if known:
             self._expect(None, recorder)
         dense = self._load(recorder)
-        if not known:
-            self._expect(dense, recorder)
         self.cache.model = str(dense.provenance.get("name", self.cache.model))
         judge = Judge(self.evaluators, self.dense, recorder, self.cache).fitted(dense)
         judge.check(dense)
+        if not known:
+            self._expect(dense, recorder)
         # A selection compares its candidates on the windows, whether or not the recipe reads them.
         compares = bool(self.selection.candidates)
         cut = partial(self.dense.windows, cache=self.cache)
