@@ -99,7 +99,6 @@ def test_strategies_of_a_family_do_not_import_each_other(family: str) -> None:
     # What a family has in common, no strategies.
     shared = {
         "bs_exp.sharing.layers",
-        "bs_exp.update.block_inputs",
         "bs_exp.importance.weighting",
         "bs_exp.precision.inputs",
     }
