@@ -71,7 +71,15 @@ from bs_exp.validation import check_retain_ratio
 from bs_exp.workspace import Workspace
 
 STRATEGIES = (
-    *("calibration", "sharing", "whitening", "importance", "allocation", "layout", "schedule", "update", "precision"),
+    "calibration",
+    "sharing",
+    "whitening",
+    "importance",
+    "allocation",
+    "layout",
+    "schedule",
+    "update",
+    "precision",
 )
 
 # A metric made of one of them adds up: it is in nats, or in cosines.

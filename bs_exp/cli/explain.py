@@ -8,8 +8,10 @@ import io
 import re
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -174,8 +176,10 @@ def _option_of(group: str, arguments: Sequence[str]) -> str:
     """` in GROUP=OPTION`, as the command line or its preset chooses; empty if it chooses nothing that exists."""
     conf = root_folder() / "conf"
     choices = [a for a in arguments if a.startswith("sweeps=") or (conf / a.partition("=")[0]).is_dir()]
+    # Inside a run, the start of a sweep for instance, Hydra is at work already, with the same folder.
+    known = GlobalHydra.instance().is_initialized()
     try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
+        with nullcontext() if known else initialize_config_dir(str(conf), version_base="1.3"):
             cfg = compose("config", choices, return_hydra_config=True)
     except HydraException:
         return ""

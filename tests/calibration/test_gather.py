@@ -49,7 +49,7 @@ def test_what_needs_the_same_loss_comes_from_one_pass() -> None:
     model, passes = tiny_random(), []
     model.module.get_input_embeddings().register_forward_hook(lambda layer, args, output: passes.append(layer))
     gathered(model, DATA, *Statistic)
-    assert len(passes) == 5 * 3  # forward, summed loss, mean loss, two of drawn labels; three batches each
+    assert len(passes) == 6 * 3  # forward, summed loss, mean loss, two of drawn labels, probes; three batches each
 
 
 def test_subjects_are_sites_matrices_and_blocks() -> None:

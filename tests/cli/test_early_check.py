@@ -157,7 +157,9 @@ def test_objectives_are_names_that_evaluators_report(composed: Compose, settings
     if fits:
         check_objectives(cfg)
         return
-    with pytest.raises(ConfigError, match=r"^objective must be one of .*size/bytes, or a list of these, got '"):
+    with pytest.raises(
+        ConfigError, match=r"^objective must be one of .*size/targeted_bytes, or a list of these, got '"
+    ):
         check_objectives(cfg)
 
 
