@@ -166,6 +166,10 @@ class Cache:
         (self.misses if entry is None else self.hits)[kind] += 1
         return entry
 
+    def holds(self, kind: str, key: str) -> bool:
+        """Whether there is an entry under a key; it is neither read nor counted."""
+        return (kind, key) in self._memory if self.folder is None else self._path(kind, key).is_file()
+
     def look_again(self, kind: str, key: str) -> Entry:
         """The entry that another process of this run stored; it is no find. CacheError if it is not here."""
         entry = None if self.folder is None else self._open(kind, key)

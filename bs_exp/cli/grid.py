@@ -1,4 +1,4 @@
-"""The points of a grid, composed and checked before the first of them is run."""
+"""The points of a grid, and the ends of a search's space, composed and checked before any of them is run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -75,6 +76,29 @@ def refuse(jobs: Sequence[Job]) -> None:
             more = f"; and {len(points) - _MOST_NAMED} more" if len(points) > _MOST_NAMED else ""
             lines.append(f"  {len(points)} of {len(jobs)} points: {named}{more}")
     raise ConfigError("\n".join([*lines, *(["Nothing was run."] if len(lines) > 1 else [])]))
+
+
+def refuse_search(config: DictConfig, settings: Sequence[str]) -> None:
+    """ConfigError for a setting that forbids both ends of a search's space, as far as that is known without torch.
+
+    Where options of groups are searched, what fits depends on them: points are then refused one by one.
+    """
+    from bs_exp.search.space import parse_space  # imports Optuna
+
+    loader = GlobalHydra.instance().config_loader()
+    space = parse_space({}, settings, OverridesParser.create(config_loader=loader))
+    if any(loader.get_group_options(key, ObjectType.CONFIG) for key in space.distributions):
+        return
+    messages = set[str]()
+    with nullcontext() if "torch" in sys.modules else early_checks() as check:
+        for values in (space.anywhere(), space.end()):
+            try:
+                error = _refused(loader.load_sweep_config(config, space.overrides(values)), check)
+            except (HydraException, OmegaConfBaseException):  # the sweeper says what is wrong with it
+                return
+            messages.add("" if error is None else explain(error))
+    if len(messages) == 1 and (message := messages.pop()):
+        raise ConfigError(message)
 
 
 def _refused(cfg: DictConfig, check: Callable[[DictConfig], None] | None) -> _Error | None:

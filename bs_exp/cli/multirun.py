@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import check_objectives, check_root
 from bs_exp.cli.early_check import check_early
-from bs_exp.cli.grid import grid, refuse
+from bs_exp.cli.grid import grid, refuse, refuse_search
 from bs_exp.cli.points import is_kept
 from bs_exp.errors import ConfigError
 from bs_exp.files import read_text
@@ -35,6 +35,7 @@ _COMMON = "hydra.job.config.override_dirname.exclude_keys"
 _WRITTEN = (".hydra", ".hydra/*", "*.log", "multirun.yaml", ".lock", "*study*")
 # By name: Hydra imports its plug-ins a second time, as classes of their own.
 _GRID_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
+_SEARCH_SWEEPER = "hydra_plugins.bs_exp_optuna.OptunaSweeper"
 
 
 # The launchers' packages store a schema under the names of our option files, and Hydra does not like that it fits.
@@ -95,6 +96,8 @@ class SweepCallback(Callback):
                     "values, as in retain_ratio=0.8,0.5."
                 )
             refuse(jobs or [])
+            if config.hydra.sweeper._target_ == _SEARCH_SWEEPER:
+                refuse_search(config, _settings(config))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             # As in on_run_start: an Exception would become a warning.
             raise SystemExit(1) from error

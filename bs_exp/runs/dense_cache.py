@@ -95,6 +95,13 @@ class DenseStore:
         self._windows.append((calibration, windows))
         return windows
 
+    def has_windows(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, cache: Cache) -> bool:
+        """Whether `windows` would read no text."""
+        if any(known == calibration for known, _ in self._windows):
+            return True
+        key = windows_key(calibration, tokenizer)
+        return key is not None and cache.holds(TOKENISATION, key)
+
     def evaluated_windows(self, key: str, cache: Cache) -> TokenWindows | None:
         """The evaluated windows under a key (`evaluated_windows_key`), kept here or in the cache; None if nowhere."""
         windows = self._evaluated.get(key) or find_windows(cache, EVALUATED, key)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
 
 from bs_exp.cache import Cache
 from bs_exp.corpora.fitting import fitted
@@ -22,6 +24,10 @@ class HasShapes(Protocol):
 
     def shapes(self) -> LoadedModel:
         """The model on the meta device."""
+
+
+# Whether the windows of a calibration are known without reading its text.
+WindowsAtHand = Callable[[Calibration, PreTrainedTokenizerBase], bool]
 
 
 def is_known_early(source: ModelSource, recipe: Recipe) -> bool:
@@ -49,14 +55,15 @@ def expected(
     *,
     save_model: bool,
     cut: CutWindows = cut_windows,
+    at_hand: WindowsAtHand = lambda calibration, tokenizer: False,
     held: int = 0,
 ) -> tuple[Estimate, Windows | None]:
     """The estimate of a run, and the windows that it is made for.
 
-    Windows are cut only where settings do not say how many there are. `held` are bytes of this process that the run
-    will not need. Raises what settings raise that do not fit.
+    Windows are cut only where settings do not say how many there are; no text is read where windows are `at_hand`.
+    `held` are bytes of this process that the run will not need. Raises what settings raise that do not fit.
     """
-    windows = _windows(shapes, recipe.calibration, cut) if recipe.reads_windows else None
+    windows = _windows(shapes, recipe.calibration, cut, at_hand) if recipe.reads_windows else None
     tokens = _evaluation_tokens(shapes, evaluators)
     found = estimate(shapes, recipe, windows, cache, place, save_model=save_model, evaluation_tokens=tokens, held=held)
     return found, windows
@@ -78,12 +85,15 @@ def measured_cost(cache: Cache, record_size: Mapping[str, Any], memory: Mapping[
     }
 
 
-def _windows(shapes: LoadedModel, calibration: Calibration, cut: CutWindows) -> Windows:
+def _windows(shapes: LoadedModel, calibration: Calibration, cut: CutWindows, at_hand: WindowsAtHand) -> Windows:
     fitting: Any = fitted(calibration, shapes)
     waiting: Activations = getattr(fitting, "activations", "auto")
     count, length = getattr(fitting, "num_sequences", None), getattr(fitting, "sequence_length", None)
+    known = at_hand(fitting, shapes.tokenizer)
     if not isinstance(count, int) or not isinstance(length, int):
         count, length = cut(fitting, shapes.tokenizer).ids.shape
+    if known:
+        return Windows(count, length, calibration.batch_size, waiting, 0)
     corpus = getattr(fitting, "corpus", None)
     # Texts of the hub are read when the run begins.
     characters = 0 if corpus is None or isinstance(corpus, HubDataset) else len(corpus.read()[0])

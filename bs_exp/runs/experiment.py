@@ -171,6 +171,7 @@ class Experiment:
                 self.cache,
                 save_model=self.save_model,
                 cut=partial(self.dense.windows, cache=self.cache),
+                at_hand=partial(self.dense.has_windows, cache=self.cache),
                 held=self.dense.held_bytes,
             )
             there = rooms(found, place, self.cache.folder, recorder.folder)

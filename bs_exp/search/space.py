@@ -36,6 +36,14 @@ class SearchSpace:
             if isinstance(d, CategoricalDistribution | IntDistribution | FloatDistribution)
         }
 
+    def end(self) -> dict[str, Value]:
+        """The last value of every parameter."""
+        return {
+            key: d.choices[-1] if isinstance(d, CategoricalDistribution) else d.high
+            for key, d in self.distributions.items()
+            if isinstance(d, CategoricalDistribution | IntDistribution | FloatDistribution)
+        }
+
     def options(self, key: str) -> tuple[Value, ...]:
         """The values of a categorical parameter; an empty tuple for a number."""
         distribution = self.distributions[key]

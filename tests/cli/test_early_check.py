@@ -177,6 +177,12 @@ SLIPS = [
     ("calibration.batch_size=0", "-m retain_ratio=0.8,0.6", "calibration.batch_size must be ", ""),
     ("objective=a/b", "-m retain_ratio=0.8,0.6", "objective must be ", ""),
     (
+        "calibration.batch_size=0",
+        "-m hydra/sweeper=optuna retain_ratio=choice(0.8,0.6)",
+        "calibration.batch_size must",
+        "",
+    ),
+    (
         "experiment=svd,svdllm",
         "-m",
         "experiment=svdllm does not exist. Did you mean svd_llm? ",

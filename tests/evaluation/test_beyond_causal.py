@@ -192,7 +192,9 @@ def test_a_model_of_another_kind_is_refused_with_advice(evaluator: Any, family: 
 
 def test_an_encoder_without_a_head_is_told_to_use_similarity() -> None:
     for evaluator in (PERPLEXITY, ACCURACY, THROUGHPUT, MASKED, SEQ2SEQ):
-        with pytest.raises(ConfigError, match=r"encoder without a language-model head\. Use evaluation=embeddings or similarity"):
+        with pytest.raises(
+            ConfigError, match=r"encoder without a language-model head\. Use evaluation=embeddings or similarity"
+        ):
             evaluator.check(without_head(tiny_random("bert")))
 
 
