@@ -30,8 +30,7 @@ bs-exp: low-rank compression of language models by sharing; dense and compressed
   bs-exp model=DIR data=FILE retain_ratio=0.8 save_model=true    one run: compress a model of your own, and judge it
   bs-exp -m experiment=svd_llm,best retain_ratio=0.8,0.6,0.5     a grid; the same command goes on where it stopped
   bs-exp demo                                                    four methods on the embedded model, and a table
-  bs-exp sweeps=table_perplexity model=demo                      a table or figure that is ready: {sweeps}
-"""
+  bs-exp sweeps=table_perplexity model=demo                      a table or figure that is ready: {sweeps}"""
 _MORE = """\
   bs-exp --help GROUP, --help GROUP=OPTION    all that the options of a group say; the option's file
   bs-exp --cfg job SETTING ...                every setting with its value; bs-exp estimate SETTING ...: what it costs

@@ -58,4 +58,4 @@ def test_sizes_are_objectives(cli: Callable[..., Any], tiny: tuple[str, ...]) ->
     unknown = cli(*tiny, "objective=size/weight", "hydra.run.dir=out2")
     assert unknown.status == 1
     assert "error: objective must be one of ppl/text" in unknown.err
-    assert ", size/bytes, or a list of these, got 'size/weight'." in unknown.err
+    assert ", size/targeted_bytes, or a list of these, got 'size/weight'." in unknown.err
