@@ -76,7 +76,7 @@ def _page() -> str:
     width = max(_NARROWEST, min(shutil.get_terminal_size((100, 50)).columns, _WIDEST))
     lines = [_USAGE.format(sweeps="--help sweeps")]
     lines += [f"  bs-exp {f'{name} {about.usage}':<36} {about.told}" for name, about in COMMANDS.items()]
-    lines += ["", _MORE, "Settings of every run (defaults in brackets):"]
+    lines += [_MORE, "Settings of every run (defaults in brackets):"]
     lines += wrap(
         ", ".join(f"{name} [{_written(value)}]" for name, value in _dials().items()),
         width, initial_indent="  ", subsequent_indent="  ",
