@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from bs_exp.reporting.table import Cell, Column, Row, Table, mark_best, text
 # A search tries another ratio in every trial: as columns they would be a table of holes.
 _MOST_RATIOS = 12
 _MOST_SAMPLES = 40
+_LINE_ENDS = re.compile(r"(?:[ \t]*\n){4,}")
 # Metrics with a table and a curve of their own; all are in the table of everything.
 MOST_HEADLINES = 24
 _STATUS = {Status.FAILED: "failed", Status.INTERRUPTED: "stopped", Status.RUNNING: "unfinished"}
@@ -59,13 +61,19 @@ def _samples(section: Section, key: str) -> Iterator[Table]:
         blank = [text("") for _ in section.dials]
         shown = sorted(entries, key=lambda entry: entry[1].removed or 0.0)[:_MOST_SAMPLES]
         whole = shown[0][1].record.sample.get("dense", "")
-        rows = [Row((text(""), text("dense"), *blank, text(whole, style="wrap")), kind="dense")]
+        rows = [Row((text(""), text("dense"), *blank, _written(whole)), kind="dense")]
         for series, point in shown:
-            written = text(point.record.sample.get("compressed", ""), style="wrap")
+            written = _written(point.record.sample.get("compressed", ""))
             rows.append(Row((ratio_cell(point.removed, point.number), *series_cells(series), written)))
         more = f" The first {len(shown)} of {len(entries)} runs." if len(shown) < len(entries) else ""
         note = f"Each continues “{prompt}” with its most likely tokens. One prompt measures nothing.{more}"
         yield Table(f"{key}-{i}", "What the models write", columns, tuple(rows), note=note)
+
+
+def _written(value: str) -> Cell:
+    """What a model wrote; of many line ends in a row, which some models write for ever, only how many there are."""
+    shown = _LINE_ENDS.sub(lambda found: f"\n({found[0].count(chr(10))} line ends)\n", value)
+    return text(shown.strip("\n"), style="wrap")
 
 
 def series_columns(section: Section) -> list[Column]:

@@ -239,3 +239,10 @@ def test_csv_holds_exact_values_and_markdown_no_markup() -> None:
     assert "| a\\|b &lt;script&gt;\\*x\\* next | **7.94** |" in text
     assert "1. see &lt;b&gt;" in text
     assert "<script>" not in text and "<b>" not in text
+
+
+def test_line_ends_without_end_are_counted_and_not_shown() -> None:
+    samples = {"prompt": "Returns", "dense": "\n\nthe result.\n\nTwice.\n", "compressed": "the" + " \n" * 60 + "end"}
+    section = _section(synthetic.record("svd", 0.2, sample=samples))
+    (table,) = (t for t in results.result_tables(section, "m1") if t.title == "What the models write")
+    assert [row.cells[-1].text for row in table.rows] == ["the result.\n\nTwice.", "the\n(60 line ends)\nend"]
