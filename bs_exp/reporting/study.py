@@ -139,7 +139,7 @@ class Section:
     def best(self, removed: float, metric: str) -> Series | None:
         """The series that is best at a ratio of those that kept the same; None if nothing was measured, or compares.
 
-        Where methods kept more or less, the largest group of equals counts.
+        Where methods kept more or less, the group of two equals or more counts that came closest to what was asked for.
         """
         if self.mixed:
             return None
@@ -152,8 +152,10 @@ class Section:
         ]
         if not found:
             return None
-        groups = equal_sizes([point.kept for _, point in found])
-        equals = max(groups, key=len) if groups else [0]
+        shares = [point.kept for _, point in found]
+        groups = equal_sizes(shares) or [[0]]
+        compared = [group for group in groups if len(group) > 1] or groups
+        equals = min(compared, key=lambda group: max(abs((shares[i] or 0.0) - (1 - removed)) for i in group))
         better = min if metrics.lower_is_better(metric) else max
         return found[better(equals, key=lambda i: found[i][1].compressed[metric])][0]
 

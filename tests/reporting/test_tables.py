@@ -105,6 +105,13 @@ def test_the_summary_takes_the_best_of_equals() -> None:
     equals = [synthetic.record(m, 0.2, ppl=ppl, group_size=0) for m, ppl in (("svd", 9.0), ("svd_llm", 7.0))]
     best = _section(greedy, *equals).best(0.2, "ppl/wikitext2")
     assert best is not None and best.method == "svd_llm"
+    # Whole ranks that fall short of the budget are other sizes, and the larger group, but not what was asked for.
+    short = [
+        replace(record, size={**record.size, "retain_ratio": 0.79})
+        for record in (synthetic.record(m, 0.2, ppl=8.0, group_size=0) for m in ("asvd", "fwsvd", "best"))
+    ]
+    best = _section(*equals, *short).best(0.2, "ppl/wikitext2")
+    assert best is not None and best.method == "svd_llm"
 
 
 def test_break_even_needs_more_than_noise() -> None:
