@@ -28,10 +28,14 @@ def printable_lines(text: str) -> str:
 
 def printable_data(value: Any, longest: int) -> Any:
     """Plain data of which every text, keys included, is printable and at most about `longest` characters long."""
+    if value is None or isinstance(value, int | float):  # most of a record, so they come first
+        return value
     match value:
+        case str() if len(value) <= longest and value.isascii() and value.isprintable():
+            return value
         case str():
             return printable_lines(shortened(value, longest))
-        case Mapping():
+        case dict() | Mapping():
             return {printable_data(str(key), longest): printable_data(item, longest) for key, item in value.items()}
         case list():
             return [printable_data(item, longest) for item in value]

@@ -82,13 +82,23 @@ def decode(value: Any, name: str = "", level: int = 0) -> Any:
                 raise RecordError(f"{name} has an entry called {wrong[0]!a:.60}, which is no text: damaged.")
             inside = f"{name}." if name else ""
             # Whole keys would make the names quadratic in the size of the file.
-            return {key: decode(item, f"{inside}{key[:_SHOWN]}", level + 1) for key, item in value.items()}
+            return {
+                key: item if _is_number(item) else decode(item, f"{inside}{key[:_SHOWN]}", level + 1)
+                for key, item in value.items()
+            }
         case list():
-            return [decode(item, f"{name}[{i}]", level + 1) for i, item in enumerate(value)]
+            return [
+                item if _is_number(item) else decode(item, f"{name}[{i}]", level + 1) for i, item in enumerate(value)
+            ]
         case int() | float() if math.inf > abs(value) > LARGEST:
             raise RecordError(f"{name} is beyond {LARGEST:g}, too large to compare: damaged.")
         case _:
             return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that needs no look: most of a record, so that names are not made for them."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def _is_unicode(text: str) -> bool:
