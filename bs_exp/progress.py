@@ -89,6 +89,10 @@ class Progress:
             else:
                 self._failed = self._failed or name
 
+    def go_on(self) -> None:
+        """Forgets the stage that failed, after an error that does not end the run."""
+        self._failed = None
+
     def note(self, message: str) -> None:
         """Prints a line for the user, and adds it to `notes`, which the record keeps."""
         self.notes.append(message)

@@ -44,6 +44,15 @@ def test_failure_remembers_its_innermost_stage(screen: io.StringIO) -> None:
     assert screen.getvalue() == ""
 
 
+def test_a_failure_that_ended_nothing_is_forgotten(screen: io.StringIO) -> None:
+    progress = _progress_on(screen, terminal=False)
+    with pytest.raises(ValueError), progress.stage("estimate"):
+        raise ValueError
+    progress.go_on()
+    with progress.stage("evaluate"):
+        assert progress.current == "evaluate"
+
+
 def test_notes_are_shown_and_kept(screen: io.StringIO) -> None:
     progress = _progress_on(screen, terminal=False)
     progress.note("16 of [16] came from the cache")

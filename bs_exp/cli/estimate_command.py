@@ -24,14 +24,17 @@ def print_estimate(cfg: DictConfig) -> None:
     import transformers
 
     from bs_exp.estimate import limits, machine, text
-    from bs_exp.runs.expected import expected, place_of, shapes_of
+    from bs_exp.runs.expected import expected, expected_windows, place_of, shapes_of
 
     transformers.logging.set_verbosity_error()
     shapes, place = shapes_of(experiment.model), place_of(experiment.model)
-    found, windows = expected(
+    recipe = experiment.recipe
+    windows = expected_windows(shapes, recipe.calibration) if recipe.reads_windows else None
+    found = expected(
         shapes,
         place,
-        experiment.recipe,
+        recipe,
+        windows,
         experiment.evaluators.values(),
         experiment.cache,
         save_model=experiment.save_model,

@@ -19,7 +19,7 @@ from bs_exp.estimate.ledger import Decomposition, Ledger, Work
 from bs_exp.estimate.machine import Machine
 from bs_exp.estimate.rounds import Rounds, rounds_of
 from bs_exp.estimate.shapes import first_blocks, nbytes, repeated, without_values
-from bs_exp.estimate.traced import Pass, Tracer, file_bytes, one_batch
+from bs_exp.estimate.traced import Pass, Traced, Tracer, file_bytes, one_batch
 from bs_exp.factorization.factors import KIND as FACTORS
 from bs_exp.models.block_stream import Waiting
 from bs_exp.models.model_inputs import feeder
@@ -137,15 +137,16 @@ def estimate(
     save_model: bool = False,
     evaluation_tokens: tuple[int, int] | None = None,
     held: int = 0,
+    known: Traced | None = None,
 ) -> Estimate:
     """What compressing a model by a recipe takes. The model may be on the meta device: no value is read.
 
     `windows` is None for a recipe that reads none; `evaluation_tokens` are the windows of a batch in evaluation and
-    their length; `held` are bytes of this process that the run will not need. Raises what strategies raise for settings
-    that do not fit the model.
+    their length; `held` are bytes of this process that the run will not need; `known` is what earlier estimates of the
+    same model in the same place have traced. Raises what strategies raise for settings that do not fit the model.
     """
     return _Estimator(
-        model, adapted(recipe, model), windows, cache, place, save_model, evaluation_tokens, held
+        model, adapted(recipe, model), windows, cache, place, save_model, evaluation_tokens, held, known or Traced()
     ).estimate()
 
 
@@ -165,6 +166,7 @@ class _Estimator:
     save_model: bool
     evaluation_tokens: tuple[int, int] | None
     held: int
+    known: Traced
     stages: dict[str, Work] = field(default_factory=dict)
     disk: Counter[str] = field(default_factory=Counter)
     forward: int = 0
@@ -195,6 +197,7 @@ class _Estimator:
             groups=groups,
             data=replace(one_batch(windows.count, windows.length, windows.batch_size), probes=probes_of(recipe)),
             cache=self.cache,
+            known=self.known,
             unknown=unknown,
         )
         rounds = rounds_of(recipe)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ _GRAMS = (
     Statistic.PROBED_OUTPUT_GRAM,
 )
 _F64 = torch.float64
+Result = TypeVar("Result")
 
 # Tensors of a decomposition in the cache.
 _IN_FACTORS = 7
@@ -71,6 +72,24 @@ class Pass:
     stored: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(eq=False)
+class Traced:
+    """What has been traced of one model in one place: points of a sweep ask for the same again.
+
+    Entries are found by equality of all that they depend on; beside each stands what could not be run for it.
+    """
+
+    _entries: list[tuple[tuple[object, ...], tuple[Any, Sequence[str]]]] = field(default_factory=list)
+
+    def find(self, key: tuple[object, ...]) -> tuple[Any, Sequence[str]] | None:
+        """The entry under a key; None if nothing was kept there."""
+        return next((entry for known, entry in self._entries if known == key), None)
+
+    def keep(self, key: tuple[object, ...], entry: tuple[Any, Sequence[str]]) -> None:
+        """Keeps an entry under a new key."""
+        self._entries.append((key, entry))
+
+
 @dataclass(eq=False, kw_only=True)
 class Tracer:
     """Runs stages of a recipe on a model without values. `data` is one batch of its windows; `unknown` gets what could
@@ -82,12 +101,31 @@ class Tracer:
     groups: Sequence[WeightGroup]
     data: CalibrationData
     cache: Cache
+    known: Traced = field(default_factory=Traced)
     unknown: list[str] = field(default_factory=list)
+
+    def _once(self, key: tuple[object, ...], trace: Callable[[], Result]) -> Result:
+        """What is known under the key, or else what `trace` returns."""
+        entry = self.known.find(key)
+        if entry is None:
+            before, self.unknown = self.unknown, []
+            try:
+                entry = (trace(), self.unknown)
+            finally:
+                self.unknown = before
+            self.known.keep(key, entry)
+        found, told = entry
+        self.unknown += [each for each in told if each not in self.unknown]
+        return cast(Result, found)
 
     def gathering(self, statistics: frozenset[Statistic]) -> Iterator[Pass]:
         """The passes that gather statistics, one after the other."""
+        windows, architecture = self.data.windows, self.dense.architecture
+        batch = (tuple(windows.ids.shape), windows.feeding, self.data.batch_size, self.data.probes)
         for loss, chosen in passes(statistics):
-            yield self._in_depth(partial(self._gathering, loss, chosen))
+            trace = partial(self._in_depth, partial(self._gathering, loss, chosen))
+            key = ("gather", loss, frozenset(chosen), batch, architecture, tuple(self.groups), self._gram_dtype)
+            yield self._once(key, trace)
 
     def _gathering(
         self, loss: Loss | None, chosen: Sequence[Statistic], model: LoadedModel, groups: Sequence[WeightGroup]
@@ -150,8 +188,15 @@ class Tracer:
         for group in self.groups:
             shape = (group.d_in, group.d_out, group.size, group.correction)
             if shape not in known:
-                known[shape] = self._decomposition(group)
+                known[shape] = self._known_decomposition(group)
             yield group, known[shape]
+
+    def _known_decomposition(self, group: WeightGroup) -> Work:
+        recipe = self.recipe
+        strategies = (recipe.whitening, recipe.importance, recipe.round_needs)
+        stored = (self.stored_rank(group), self._gram_dtype, self._measures().factor_dtype)
+        key = ("decompose", group, strategies, stored, self.data.windows.ids.numel())
+        return self._once(key, partial(self._decomposition, group))
 
     def _decomposition(self, group: WeightGroup) -> Work:
         measures = self._measures()

@@ -80,9 +80,8 @@ class SharedCost:
 
 
 def seconds_without_evaluation(point: ReportedRun) -> float:
-    """Seconds of a run, without evaluation, and without the estimate, which every point makes for itself."""
-    worked = sum(seconds for phase, seconds in phases(point).items() if not phase.startswith(_EVALUATE))
-    return worked - point.record.timings.get(Stage.ESTIMATE, 0.0)
+    """Seconds of a run, without evaluation."""
+    return sum(seconds for phase, seconds in phases(point).items() if not phase.startswith(_EVALUATE))
 
 
 def shared_costs(series: Series) -> list[SharedCost]:

@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.cache import Cache
+from bs_exp.estimate.estimate import Place
+from bs_exp.estimate.traced import Traced
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.protocols import Calibration, Evaluator, ModelSource
 from bs_exp.runs.content_keys import windows_key
@@ -50,6 +52,7 @@ class DenseStore:
     _measured: list[tuple[Evaluator, Measurement]] = field(default_factory=list)
     _windows: list[tuple[Calibration, TokenWindows]] = field(default_factory=list)
     _evaluated: dict[str, TokenWindows] = field(default_factory=dict)
+    _traced: tuple[object, Traced] | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -113,6 +116,12 @@ class DenseStore:
         """Keeps evaluated windows under their key, for other processes too."""
         self._evaluated[key] = windows
         store_windows(cache, EVALUATED, key, windows)
+
+    def traced(self, source: ModelSource, place: Place) -> Traced:
+        """What estimates have traced of a model in a place; of another one, nothing."""
+        if self._traced is None or self._traced[0] != (source, place):
+            self._traced = ((source, place), Traced())
+        return self._traced[1]
 
     def forget(self) -> None:
         """Releases the model, its metrics and its windows."""

@@ -12,6 +12,7 @@ from bs_exp.corpora.fitting import fitted
 from bs_exp.corpora.hub_dataset import HubDataset
 from bs_exp.errors import ConfigError
 from bs_exp.estimate.estimate import Estimate, Place, Windows, estimate
+from bs_exp.estimate.traced import Traced
 from bs_exp.models.loading import resolve_device
 from bs_exp.pipeline import CutWindows, Recipe, cut_windows
 from bs_exp.protocols import Calibration, Evaluator, ModelSource
@@ -46,27 +47,53 @@ def shapes_of(source: ModelSource) -> LoadedModel:
     return source.shapes()
 
 
+def expected_windows(
+    shapes: LoadedModel,
+    calibration: Calibration,
+    cut: CutWindows = cut_windows,
+    at_hand: WindowsAtHand = lambda calibration, tokenizer: False,
+) -> Windows:
+    """The windows of a calibration.
+
+    They are cut only where settings do not say how many there are; no text is read where they are `at_hand`.
+    Raises what settings raise that do not fit.
+    """
+    fitting: Any = fitted(calibration, shapes)
+    waiting: Activations = getattr(fitting, "activations", "auto")
+    count, length = getattr(fitting, "num_sequences", None), getattr(fitting, "sequence_length", None)
+    known = at_hand(fitting, shapes.tokenizer)
+    if not isinstance(count, int) or not isinstance(length, int):
+        count, length = cut(fitting, shapes.tokenizer).ids.shape
+    if known:
+        return Windows(count, length, calibration.batch_size, waiting, 0)
+    corpus = getattr(fitting, "corpus", None)
+    # Texts of the hub are read when the run begins.
+    characters = 0 if corpus is None or isinstance(corpus, HubDataset) else len(corpus.read()[0])
+    return Windows(count, length, calibration.batch_size, waiting, characters)
+
+
 def expected(
     shapes: LoadedModel,
     place: Place,
     recipe: Recipe,
+    windows: Windows | None,
     evaluators: Iterable[Evaluator],
     cache: Cache,
     *,
     save_model: bool,
-    cut: CutWindows = cut_windows,
-    at_hand: WindowsAtHand = lambda calibration, tokenizer: False,
     held: int = 0,
-) -> tuple[Estimate, Windows | None]:
-    """The estimate of a run, and the windows that it is made for.
+    known: Traced | None = None,
+) -> Estimate:
+    """The estimate of a run on calibration windows.
 
-    Windows are cut only where settings do not say how many there are; no text is read where windows are `at_hand`.
-    `held` are bytes of this process that the run will not need. Raises what settings raise that do not fit.
+    `held` are bytes of this process that the run will not need; `known` is what earlier estimates of the same model in
+    the same place have traced. Raises what settings raise that do not fit.
     """
-    windows = _windows(shapes, recipe.calibration, cut, at_hand) if recipe.reads_windows else None
     tokens = _evaluation_tokens(shapes, evaluators)
-    found = estimate(shapes, recipe, windows, cache, place, save_model=save_model, evaluation_tokens=tokens, held=held)
-    return found, windows
+    return estimate(
+        shapes, recipe, windows, cache, place,
+        save_model=save_model, evaluation_tokens=tokens, held=held, known=known,
+    )  # fmt: skip
 
 
 def place_of(source: ModelSource) -> Place:
@@ -83,21 +110,6 @@ def measured_cost(cache: Cache, record_size: Mapping[str, Any], memory: Mapping[
         "device_bytes": memory.get("gpu_bytes") or 0,
         "disk_bytes": disk | ({} if saved is None else {"saved model": saved}),
     }
-
-
-def _windows(shapes: LoadedModel, calibration: Calibration, cut: CutWindows, at_hand: WindowsAtHand) -> Windows:
-    fitting: Any = fitted(calibration, shapes)
-    waiting: Activations = getattr(fitting, "activations", "auto")
-    count, length = getattr(fitting, "num_sequences", None), getattr(fitting, "sequence_length", None)
-    known = at_hand(fitting, shapes.tokenizer)
-    if not isinstance(count, int) or not isinstance(length, int):
-        count, length = cut(fitting, shapes.tokenizer).ids.shape
-    if known:
-        return Windows(count, length, calibration.batch_size, waiting, 0)
-    corpus = getattr(fitting, "corpus", None)
-    # Texts of the hub are read when the run begins.
-    characters = 0 if corpus is None or isinstance(corpus, HubDataset) else len(corpus.read()[0])
-    return Windows(count, length, calibration.batch_size, waiting, characters)
 
 
 def _evaluation_tokens(shapes: LoadedModel, evaluators: Iterable[Evaluator]) -> tuple[int, int] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from bs_exp.files import file_sizes
 from bs_exp.models.processor_files import processor_files
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
+from bs_exp.progress import Progress
 from bs_exp.protocols import Analysis, Evaluator, ModelSource, Selection, Tracker
 from bs_exp.records import metrics as names
 from bs_exp.records.record import MODEL_FOLDER, SAVED_FILES
@@ -38,7 +39,7 @@ from bs_exp.records.stages import Stage
 from bs_exp.runs import environment
 from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.runs.dense_cache import DenseStore
-from bs_exp.runs.expected import expected, is_known_early, measured_cost, place_of, shapes_of
+from bs_exp.runs.expected import expected, expected_windows, is_known_early, measured_cost, place_of, shapes_of
 from bs_exp.runs.judge import Judge
 from bs_exp.runs.model_card import RunRecipe, write_card
 from bs_exp.runs.recipe_selection import check_candidates, select
@@ -159,20 +160,33 @@ class Experiment:
     def _expect(self, dense: LoadedModel | None, recorder: Recorder) -> None:
         """Records what the run is expected to take; warns of what is scarce. EstimateError if the run cannot fit."""
         refused: EstimateError | None = None
-        # The checks of the run say what is wrong with its settings, each in its place.
-        with recorder.progress.stage(Stage.ESTIMATE), processes.alone(), suppress(BsExpError):
+        with processes.alone(), _ends_no_run(recorder.progress):
+            refused = self._estimated(dense, recorder)
+        processes.raise_together(refused)
+
+    def _estimated(self, dense: LoadedModel | None, recorder: Recorder) -> EstimateError | None:
+        """Records the estimate; the error of a run that cannot fit."""
+        with recorder.progress.stage(Stage.ESTIMATE):
             place = place_of(self.model) if dense is None else Place(dense.device, offload_of(dense))
             shapes = shapes_of(self.model) if dense is None else dense
-            found, _ = expected(
+        # Where the text must be read, it is read once for the run as well.
+        windows = None
+        if self.recipe.reads_windows:
+            with recorder.progress.stage(Stage.TOKENISE):
+                cut = partial(self.dense.windows, cache=self.cache)
+                at_hand = partial(self.dense.has_windows, cache=self.cache)
+                windows = expected_windows(shapes, self.recipe.calibration, cut, at_hand)
+        with recorder.progress.stage(Stage.ESTIMATE):
+            found = expected(
                 shapes,
                 place,
                 self.recipe,
+                windows,
                 self.evaluators.values(),
                 self.cache,
                 save_model=self.save_model,
-                cut=partial(self.dense.windows, cache=self.cache),
-                at_hand=partial(self.dense.has_windows, cache=self.cache),
                 held=self.dense.held_bytes,
+                known=self.dense.traced(self.model, place),
             )
             there = rooms(found, place, self.cache.folder, recorder.folder)
             rates = machine.known(self.cache.folder, place.device, shapes.module.dtype)
@@ -180,8 +194,7 @@ class Experiment:
             recorder.update(cost={"estimated": found.to_dict() | seconds})
             for warning in warnings(found, there, self.cache.max_gb):
                 recorder.progress.warn(warning)
-            refused = None if self.ignore_estimate else too_large(there)
-        processes.raise_together(refused)
+            return None if self.ignore_estimate else too_large(there)
 
     def _compress(
         self, dense: LoadedModel, prepared: Preparation, recorder: Recorder
@@ -284,6 +297,20 @@ class Experiment:
         """README.md and recipe.yaml of the saved model, from what the record holds by now."""
         if self.card is not None and recorder.record.model_folder is not None:
             write_card(recorder.record, self.card, recorder.folder / recorder.record.model_folder)
+
+
+@contextmanager
+def _ends_no_run(progress: Progress) -> Iterator[None]:
+    """An estimate that fails ends no run: the checks of the run say what is wrong with its settings, each in its place;
+    of anything else, code of others included, a note tells."""
+    try:
+        yield
+    except BsExpError:
+        progress.go_on()
+    except Exception as error:  # foreign code may look at values where there are none
+        progress.go_on()
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
+        progress.note(f"this run could not be estimated ({reason}); it goes on.")
 
 
 def _check_shares(data: CalibrationData) -> None:

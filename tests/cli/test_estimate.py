@@ -101,3 +101,19 @@ def test_sources_give_the_shapes_of_what_they_load() -> None:
     assert {n: p.shape for n, p in shapes.module.named_parameters()} == {
         n: p.shape for n, p in loaded.module.named_parameters()
     }
+
+
+def test_a_run_that_cannot_be_estimated_goes_on(cli: Cli, tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
+    """A schedule of somebody else, which no run has ever asked without losses."""
+    (tmp_path / "my_schedule.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass ByLoss:\n"
+        "    def next_ratio(self, current, target, loss_at):\n"
+        "        return max(target, current - 0.5 * loss_at(target) / loss_at(target))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = cli(*tiny, "experiment=svd_llm", "schedule._target_=my_schedule.ByLoss", "hydra.run.dir=run")
+    assert done.status == 0, done.err
+    assert "could not be estimated (ZeroDivisionError: float division by zero); it goes" in " ".join(done.err.split())
+    record = read_record(tmp_path / "run")
+    assert record.status == "completed" and "estimated" not in record.cost

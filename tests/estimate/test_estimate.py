@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
-from bs_exp.estimate.estimate import FACTORS, SAVED, Place, Windows, estimate
+from bs_exp.estimate import traced
+from bs_exp.estimate.estimate import FACTORS, SAVED, Estimate, Place, Windows, estimate
 from bs_exp.estimate.ledger import _DECOMPOSITIONS
+from bs_exp.estimate.traced import Traced
 from bs_exp.files import file_sizes
 from bs_exp.importance.none import NoImportance
 from bs_exp.layout.pivoted import PivotedLayout
@@ -179,6 +181,30 @@ def test_what_cannot_be_known_is_said() -> None:
     assert len(found.unknown) == 1 and found.unknown[0].startswith("LooksAtValues, NoImportance: seconds and memory")
     # What stages around it take is known all the same.
     assert found.forward == 1 and found.stages["calibrate"].flops
+
+
+@pytest.mark.parametrize("recipe", [SVD_LLM, BEST, dataclasses.replace(SVD_LLM, whitening=LooksAtValues())])
+def test_points_of_a_sweep_trace_once_what_they_share(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second ratio, and the same with nothing known."""
+    known = Traced()
+
+    def at(ratio: float, known: Traced, length: int = 32) -> Estimate:
+        given = dataclasses.replace(windows(recipe), length=length)
+        point = dataclasses.replace(recipe, retain_ratio=ratio)
+        return estimate(dense, point, given, Cache(None), HOST, held=10**12, known=known)  # held: all of the process
+
+    dense = tiny_random("llama")
+    first = at(0.8, known)
+    gathered: list[object] = []
+    gather = traced.gather
+    monkeypatch.setattr(traced, "gather", lambda *given, **named: gathered.append(given[2]) or gather(*given, **named))
+    second = at(0.6, known)
+    assert not gathered and second.unknown == first.unknown
+    assert second.to_dict() == at(0.6, Traced()).to_dict() and gathered
+    # Other windows are traced anew.
+    gathered.clear()
+    at(0.6, known, length=64)
+    assert gathered
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "bert", "t5"])
