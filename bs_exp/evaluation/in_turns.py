@@ -11,8 +11,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import quantile_test
-
 from bs_exp.records.metrics import FASTER, NO_DIFFERENCE, SLOWER
 
 # The fewest rounds in which a 95 % interval of a median exists: 2 * 0.5^6 = 3 % of such sets lie all on one side.
@@ -30,6 +28,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     It holds for any distribution of independent values (Conover, Practical Nonparametric Statistics, section 3.2).
     """
+    from scipy.stats import quantile_test  # half a second, which runs that time nothing need not wait for
+
     low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
     return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
 
