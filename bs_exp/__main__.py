@@ -26,7 +26,7 @@ from bs_exp.cli.explain import explain
 from bs_exp.cli.help import asks_for_help, help_text, version_text
 from bs_exp.cli.multirun import end_sweep
 from bs_exp.cli.points import describe, in_sweep
-from bs_exp.cli.process_folder import process_folder
+from bs_exp.cli.process_folder import process_folder, scratch_folder
 from bs_exp.printable import printable_lines
 from bs_exp.progress import Progress
 from bs_exp.records.inputs import FILES, earlier_code
@@ -96,26 +96,37 @@ def run(cfg: DictConfig) -> Objective:
 
 
 def _run(cfg: DictConfig) -> Objective:
-    from bs_exp.runs.dense_cache import OF_SWEEP, DenseStore
+    from bs_exp.runs.dense_cache import DenseStore
 
     record, folder = describe(cfg)
-    if record.sweep is None:
+    if record.sweep is not None:
+        processes.take_tasks()
         with processes.joined():
-            progress = Progress(quiet=not processes.is_first())
-            objective, record = _work(cfg, record, folder, progress, DenseStore())
-        if processes.is_first():
-            print_report(record, folder)
-        return objective
-    with occupied(folder):
-        kept = None if cfg.force else _kept(record, folder, with_model=cfg.save_model)
+            return _point(cfg, record, folder)
+    with processes.joined():
+        progress = Progress(quiet=not processes.is_first())
+        objective, record = _work(cfg, record, folder, progress, DenseStore())
+    if processes.is_first():
+        print_report(record, folder)
+    return objective
+
+
+def _point(cfg: DictConfig, record: RunRecord, folder: Path) -> Objective:
+    """A point of a sweep, or what is kept of it."""
+    from bs_exp.runs.dense_cache import OF_SWEEP
+
+    first = processes.is_first()
+    with occupied(folder) if first else scratch_folder() as place:
+        kept = processes.from_first(lambda: None if cfg.force else _kept(record, folder, with_model=cfg.save_model))
         try:
             if kept is not None:
                 return kept_objective(kept)
             # In a log, a line per point says enough; the record has its stages and notes.
-            progress = Progress(quiet=not sys.stderr.isatty())
-            return _work(cfg, record, folder, progress, OF_SWEEP)[0]
+            progress = Progress(quiet=not (first and sys.stderr.isatty()))
+            return _work(cfg, record, place, progress, OF_SWEEP)[0]
         finally:
-            print_progress(folder)
+            if first:
+                print_progress(folder)
 
 
 def _kept(record: RunRecord, folder: Path, *, with_model: bool) -> RunRecord | None:

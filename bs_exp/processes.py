@@ -1,4 +1,4 @@
-"""The processes of one run that `torchrun` starts together.
+"""The processes of one run that `torchrun` starts together, or submitit as the tasks of one job.
 
 All of them go through the same stages in the same order. They share out the batches of windows, for statistics and
 perplexity, and the groups that are decomposed; what else there is, each does for itself, and what could differ between
@@ -31,6 +31,18 @@ _joined = False
 def launched() -> int:
     """How many processes the launcher started for this run; 1 without one. Known before anything is imported."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def take_tasks() -> None:
+    """Takes the tasks of a submitit job for the processes of one run: they get the names that `torchrun` gives."""
+    if launched() > 1 or "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    if JobEnvironment().num_tasks > 1:
+        # Which device is whose is decided here, and those of one process stay in sight.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def is_first() -> bool:

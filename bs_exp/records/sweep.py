@@ -182,8 +182,8 @@ def _model_fault(record: RunRecord, folder: Path) -> str | None:
 
 
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Holds a point for this process; waits, and says so once, while another process runs it.
+def occupied(folder: Path) -> Iterator[Path]:
+    """Holds a point for this process, and gives its folder; waits, and says so once, while another process runs it.
 
     The operating system lets go of the lock when a process ends, also if it was killed. What such a process left
     half-written is removed. RecordError if the folder cannot be locked or written.
@@ -212,7 +212,7 @@ def occupied(folder: Path) -> Iterator[None]:
             raise RecordError(
                 f"Cannot write {folder / _OWNER}: {error}. Free some space, or set hydra.sweep.dir."
             ) from error
-        yield
+        yield folder
     finally:
         (folder / _OWNER).unlink(missing_ok=True)
         lock.release()

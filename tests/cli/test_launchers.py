@@ -102,6 +102,34 @@ def test_a_job_without_a_result_is_a_failed_point_and_the_others_are_waited_for(
     assert "points   2: 1 completed, 1 kept" in again.stdout, again.stderr
 
 
+@pytest.mark.slow
+def test_the_tasks_of_a_job_share_its_point(tiny: Tiny, tmp_path: Path) -> None:
+    """Same ranks and metrics as in one process; a point that fails in both fails once, and what is done is kept."""
+    settings = [*tiny, "retain_ratio=0.8,0.00001", "calibration.batch_size=2", "evaluation.batch_size=2"]
+    tasks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*more: str) -> str:
+        command = [sys.executable, "-m", "bs_exp", "-m", *settings, *more]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 1, ended.stderr
+        return ended.stdout + ended.stderr
+
+    told = run("hydra.sweep.dir=together", *tasks)
+    assert "points   2: 1 completed, 1 failed" in told, told
+    run("hydra.sweep.dir=alone")
+    (together,), (alone,) = (
+        [found for path in (tmp_path / name).glob("*/record.json") if (found := read_record(path)).plan is not None]
+        for name in ("together", "alone")
+    )
+    assert together.provenance["processes"] == 2 and "processes" not in alone.provenance
+    assert together.plan is not None and alone.plan is not None
+    assert [g["rank"] for g in together.plan["groups"]] == [g["rank"] for g in alone.plan["groups"]]
+    one, other = (found.metrics["compressed"]["ppl/text"] for found in (together, alone))
+    assert one == pytest.approx(other, rel=1e-5)
+    assert "points   2: 1 kept, 1 failed" in run("hydra.sweep.dir=together", *tasks)
+
+
 def _jobs(sweep: int) -> list[psutil.Process]:
     """The processes that a sweep's points run in: each is the child of a controller, by which submitit names it."""
     children = psutil.Process(sweep).children(recursive=True)
