@@ -12,7 +12,7 @@ from bs_exp.errors import RecordError
 from bs_exp.printable import printable, printable_data, shortened
 from bs_exp.records.pairs import PAIRS_FILE, PairTable, read_pairs
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record
-from bs_exp.records.sweep import PLAN_FILE, SweepPlan
+from bs_exp.records.sweep import PLAN_FILE, SweepPlan, varying
 from bs_exp.records.trials import TRIALS_FILE, TrialTable, read_trials
 
 # Folders below a link that leads out of the folders to report on: those of runs and of sweeps, and no more of a disk.
@@ -41,10 +41,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A point that a sweep is to run and that has no record yet."""
+    """A point that a sweep is to run and that has no record yet; `settings` set it apart from the sweep's others."""
 
     sweep: str
-    settings: tuple[str, ...]
+    settings: str
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def _order(found: Found) -> tuple[str, int, str, str]:
 
 
 def _waiting(sweep: Path, plan: SweepPlan) -> Iterator[Waiting]:
-    for point in plan.points or ():
+    points = plan.points or ()
+    for point, apart in zip(points, varying([point.settings for point in points]), strict=True):
         if not (sweep / point.folder / FILE_NAME).exists():
-            yield Waiting(printable(sweep.name), printable_data(point.settings, _LONGEST_TEXT))
+            yield Waiting(printable(sweep.name), printable_data(apart, _LONGEST_TEXT))

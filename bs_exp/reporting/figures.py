@@ -398,25 +398,32 @@ def _ranks(section: Section, key: str) -> Iterator[Drawn]:
         return
     shown = entries[:_MOST_PANELS]
     tables = [ranks.places(point) for _, point in shown]
-    matrices = list(dict.fromkeys(matrix for table in tables for matrix, _ in table))[:_MOST_MATRICES]
+    matrices = [list(dict.fromkeys(matrix for matrix, _ in table))[:_MOST_MATRICES] for table in tables]
+    most = max(map(len, matrices))
     layers = sorted({layer for table in tables for _, layer in table})
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
     width = max(drawing.WIDTH, 3.1 * columns)
-    height = rows * (0.42 + 0.16 * len(matrices)) + 0.75
+    height = rows * (0.42 + 0.16 * most) + 0.75
     figure = drawing.canvas(width, height)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
-        left=0.42 / width, right=1 - 0.1 / width, top=1 - 0.28 / height, bottom=0.85 / height, hspace=0.75, wspace=0.24
+        left=0.42 / width,
+        right=1 - 0.1 / width,
+        top=1 - 0.28 / height,
+        bottom=0.85 / height,
+        hspace=0.42 / (0.16 * most),  # between panels of that height
+        wspace=0.24,
     )
     colours = colormaps[drawing.SEQUENTIAL].with_extremes(bad="none")
     image = None
     for i, ((series, _), table) in enumerate(zip(shown, tables, strict=True)):
         axes = grid[i // columns][i % columns]
-        values = [[_kept(table.get((matrix, layer))) for layer in layers] for matrix in matrices]
+        own = matrices[i]
+        values = [[_kept(table.get((matrix, layer))) for layer in layers] for matrix in own]
         image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap=colours)
         axes.set_title(formats.short(series.label), loc="left", pad=3)
-        axes.set_yticks(range(len(matrices)), [formats.short(matrix) for matrix in matrices])
+        axes.set_yticks(range(len(own)), [formats.short(matrix) for matrix in own])
         step = max(1, -(-len(layers) // 8))
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         axes.grid(visible=False)

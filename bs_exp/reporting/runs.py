@@ -163,7 +163,7 @@ def problems(study: Study) -> Iterator[Table]:
             "waiting",
             "Not started",
             _words("sweep", "settings"),
-            tuple(Row((text(p.sweep), text(" ".join(p.settings), style="wrap"))) for p in study.waiting),
+            tuple(Row((text(p.sweep), text(p.settings, style="wrap"))) for p in study.waiting),
             note="Points of a sweep that have no record yet. The same command again runs what is missing.",
         )
     if study.skipped:

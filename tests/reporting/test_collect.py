@@ -85,10 +85,11 @@ def test_nothing_to_read_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 def test_points_that_a_sweep_has_not_started_are_known(tmp_path: Path) -> None:
     write_record(synthetic.record(), tmp_path / "done")
-    points = (SweepPoint("done", ("retain_ratio=0.8",)), SweepPoint("later", ("retain_ratio=0.5",)))
+    names = {"done": "0.8", "later": "0.5"}
+    points = tuple(SweepPoint(name, ("seed=1", f"retain_ratio={ratio}")) for name, ratio in names.items())
     SweepPlan("s", ("python",), "2026-01-01T00:00:00+00:00", points).write(tmp_path)
     (waiting,) = collect([tmp_path]).waiting
-    assert waiting.settings == ("retain_ratio=0.5",)
+    assert waiting.settings == "retain_ratio=0.5"
 
 
 def test_tables_of_pairs_are_read(tmp_path: Path) -> None:
