@@ -20,6 +20,7 @@ from bs_exp.cli.config import check_objectives, check_root
 from bs_exp.cli.early_check import check_early
 from bs_exp.cli.grid import grid, refuse, refuse_search
 from bs_exp.cli.points import is_kept
+from bs_exp.cli.run_folder import refuse_other_result
 from bs_exp.errors import ConfigError
 from bs_exp.files import read_text
 from bs_exp.printable import printable
@@ -73,6 +74,7 @@ class SweepCallback(Callback):
             check_objectives(config)
             if "torch" not in sys.modules:  # else nothing is gained: the run checks the same
                 check_early(config)
+            refuse_other_result(Path(config.hydra.run.dir), config)
         except (ConfigError, OmegaConfBaseException) as error:
             if not config.debug:
                 # Hydra makes a warning of every Exception of a callback. `main` shows the cause.
