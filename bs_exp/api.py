@@ -5,6 +5,7 @@ Settings are composed from the same option files, so nothing is typed twice; Hyd
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from bs_exp.cli.recipe_file import run_recipe
 from bs_exp.corpora.fitting import fitted
 from bs_exp.corpora.given_texts import GivenTexts
 from bs_exp.corpora.text_files import TextFiles
-from bs_exp.errors import ConfigError
+from bs_exp.errors import ConfigError, ModelError
 from bs_exp.evaluation.size import measure_size
 from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
 from bs_exp.models.checkpoint import reading
@@ -47,6 +48,7 @@ from bs_exp.runs.data_warnings import data_warnings
 from bs_exp.runs.model_card import RunRecipe, write_card
 from bs_exp.runs.recorder import new_record
 from bs_exp.types import Architecture, LoadedModel, RankPlan, Spectrum, Task
+from bs_exp.validation import shown
 from bs_exp.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ Metrics: TypeAlias = Mapping[str, Mapping[str, float | str]]
 
 # The option that judges a model of each task by its own loss.
 _EVALUATIONS = {Task.CAUSAL_LM: "perplexity", Task.MASKED_LM: "encoder", Task.SEQ2SEQ_LM: "seq2seq"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Takes the place of a file; the text itself is handed over.
 _IN_MEMORY = "calibration.files=[given]"
 
@@ -92,6 +95,13 @@ class Compression:
     record: RunRecord | None = None
     recipe: RunRecipe | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        stored, dense = (formats.size(self.size[name]) for name in ("bytes", "dense_bytes"))
+        return (
+            f"<Compression to {self.plan.requested_ratio:g}: {len(self.plan.groups)} groups, {stored} of {dense}; "
+            "report() says more>"
+        )
 
     def save(self, folder: str | Path, *, metrics: Metrics | None = None) -> Path:
         """The folder, which plain `from_pretrained` loads (`bs_exp.save_model`), with README.md and recipe.yaml.
@@ -185,6 +195,7 @@ def compress(
     and decompositions are kept in `cache_dir`; None keeps them in memory for this call.
     Raises ConfigError for settings that do not exist or do not fit, ModelError and DataError for what cannot be read.
     """
+    _check_given(tokenizer, texts, data)
     settings = [f"experiment={preset}", f"retain_ratio={retain_ratio}", "tracking=none", *_model_settings(model)]
     if texts is not None:
         settings += ["calibration=text", _IN_MEMORY, "calibration.num_sequences=all"]
@@ -290,10 +301,16 @@ def evaluate(
 
 
 def load(folder: str | Path) -> Loaded:
-    """The compressed (or dense) model of a folder, in evaluation mode, and its tokenizer.
+    """The compressed (or dense) model of a folder, or of a name on the hub, in evaluation mode, and its tokenizer.
 
     Raises ModelError for a folder that is incomplete or damaged, ConfigError for a model of another kind.
     """
+    on_the_hub = _HUB_NAME.fullmatch(str(folder)) and not Path(folder).parent.is_dir()
+    if not Path(folder).is_dir() and not on_the_hub:
+        raise ModelError(
+            f"{folder} is no folder. Name one that bs_exp.save_model or save_pretrained wrote, or a model on the hub, "
+            "as in ORG/NAME."
+        )
     remedy = "Name a folder that bs_exp.save_model or save_pretrained wrote; copy it again if it is damaged."
     with reading("model", str(folder), lambda error: remedy):
         config = AutoConfig.from_pretrained(folder)
@@ -332,6 +349,16 @@ def _as_given(cfg: DictConfig, *, in_memory: bool, texts: Texts | None) -> DictC
     return config
 
 
+def _check_given(tokenizer: object, texts: Texts | None, data: str | Path | None) -> None:
+    """ConfigError for what is in the wrong place, or would be ignored."""
+    if isinstance(tokenizer, str | Path | list | tuple):
+        raise ConfigError(
+            f"the second argument of compress is a tokenizer, got {shown(tokenizer)}. Texts are named: texts=..."
+        )
+    if texts is not None and data is not None:
+        raise ConfigError("texts and data both name a text to calibrate on: leave one out.")
+
+
 def _model_settings(model: PreTrainedModel | str | Path) -> list[str]:
     if isinstance(model, PreTrainedModel):
         return []
@@ -359,4 +386,6 @@ def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _corpus(texts: Texts) -> Corpus:
+    if texts == "":
+        raise ConfigError("texts is an empty string: give the path of a file, or a list of texts.")
     return TextFiles(files=[str(texts)]) if isinstance(texts, str | Path) else GivenTexts(texts=texts)

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoModelForCausalLM
 
 import bs_exp
-from bs_exp.errors import ConfigError, DataError
+from bs_exp.errors import ConfigError, DataError, ModelError
 from bs_exp.models.tiny import tiny_random
 from bs_exp.records.record import read_record
 from bs_exp.whitening.gram import GramWhitening
@@ -106,6 +106,10 @@ def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: P
         ((model, tokenizer, documents), {"overrides": ["sharing.size=3"]}, r"sharing\.size does not exist"),
         ((model, tokenizer, documents), {"retain_ratio": 1.5}, r"retain_ratio must be above 0 and at most 1"),
         ((model, tokenizer, [1, 2]), {}, "texts must be a list of texts"),
+        ((model, tokenizer, ""), {}, "texts is an empty string"),
+        ((model, tokenizer, documents), {"data": "wikitext2"}, "both name a text"),
+        (("DIR", "TEXT.txt"), {}, r"the second argument of compress is a tokenizer, got 'TEXT\.txt'\. Texts are named"),
+        (("DIR", documents), {}, "the second argument of compress is a tokenizer"),
     ):
         with pytest.raises(ConfigError, match=message):
             bs_exp.compress(*arguments, **dials, quiet=True)  # type: ignore[arg-type]
@@ -113,6 +117,23 @@ def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: P
         bs_exp.compress(model, tokenizer, ["", " "], quiet=True)
     with pytest.raises(ConfigError, match="needs texts"):
         bs_exp.evaluate(model, tokenizer)
+
+
+def test_a_result_says_in_a_line_what_it_is(documents: list[str]) -> None:
+    dense = tiny_random()
+    settings = ["calibration.sequence_length=64"]
+    result = bs_exp.compress(dense.module, dense.tokenizer, documents, overrides=settings, quiet=True)
+    assert re.fullmatch(
+        r"<Compression to 0\.8: \d+ groups, [\d.]+ KiB of [\d.]+ KiB; report\(\) says more>", repr(result)
+    )
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "OUT").mkdir()
+    for name in ("nowhere", "OUT/model", tmp_path / "none"):
+        with pytest.raises(ModelError, match=r"is no folder\. Name one that"):
+            bs_exp.load(name)
 
 
 def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

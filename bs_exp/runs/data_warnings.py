@@ -38,7 +38,12 @@ def _of_the_demo(model: object, calibrated: object, evaluated: Mapping[str, Any]
         *(["calibrated"] if isinstance(calibrated, PythonDocs) else []),
         *(["evaluated"] if any(isinstance(corpus, PythonDocs) for corpus in evaluated.values()) else []),
     ]
-    if reads:
+    if reads == ["evaluated"]:
+        yield (
+            "this model is evaluated on documentation of Python packages, the demo's text, which evaluation=... brings "
+            f"and which wins over data=. Leave evaluation= out to judge on the rest of your own text: {_HOW}."
+        )
+    elif reads:
         yield (
             f"this model is {' and '.join(reads)} on documentation of Python packages, the demo's text, as no data was "
             f"named. Name a text like those that the model is used for: {_HOW}."
