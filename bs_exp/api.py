@@ -154,13 +154,16 @@ class Compression:
         with house_style():
             figure = canvas(width=9.0)
             left, right = figure.subplots(1, 2)
-            types = list(dict.fromkeys(spectrum.group.matrix for spectrum in self.spectra))
+            first: dict[str, int] = {}
+            for spectrum in self.spectra:
+                first.setdefault(spectrum.group.matrix, spectrum.group.layers[0])
+            types = list(first)
             for spectrum in self.spectra:
                 tail = spectrum.energies.flip(0).cumsum(0).flip(0)
                 shares = (tail / tail[0].clamp_min(torch.finfo(tail.dtype).tiny)).tolist()
                 place = types.index(spectrum.group.matrix)
                 ranks = [rank / spectrum.group.full_rank for rank in range(len(shares))]
-                label = spectrum.group.matrix if spectrum.group.layers[0] == 0 else None
+                label = spectrum.group.matrix if spectrum.group.layers[0] == first[spectrum.group.matrix] else None
                 left.plot(ranks, shares, color=colour(place), linewidth=0.8, label=label)
             left.set(
                 xlabel="rank, as a share of the full rank", ylabel="loss that is left", yscale="log", ylim=(1e-6, 1.0)
@@ -168,7 +171,7 @@ class Compression:
             left.legend(fontsize="small")
             for planned in self.plan.groups:
                 rank = planned.group.full_rank if planned.rank is None else planned.rank
-                for layer in planned.group.layers:
+                for layer in planned.group.blocks:
                     right.plot(layer, rank, "o", color=colour(types.index(planned.group.matrix)), markersize=4)
             right.set(xlabel="layer", ylabel="rank (dense: full rank)", ylim=(0, None))
             return figure

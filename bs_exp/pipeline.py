@@ -28,6 +28,7 @@ from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.factorization.factors import decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.identity import identity
+from bs_exp.models.experts import unfused
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable
@@ -226,7 +227,9 @@ def prepare(
 
 
 def seen_by(sharing: Sharing, dense: LoadedModel) -> LoadedModel:
-    """The model whose matrices the strategy puts into groups: `dense` itself, unless it cuts them into parts."""
+    """The model whose matrices the strategy puts into groups: `dense` itself, unless its experts are to be taken apart,
+    or the strategy cuts matrices into parts."""
+    dense = unfused(dense)
     return sharing.view(dense) if isinstance(sharing, SplitsMatrices) else dense
 
 
@@ -259,7 +262,7 @@ def compress(
     """
     progress, recipe = workspace.progress, adapted(recipe, dense)
     prepared = prepared or prepare(dense, recipe, progress)
-    whole, dense, data = dense, prepared.dense, prepared.data
+    whole, dense, data = unfused(dense), prepared.dense, prepared.data
     comparison = _comparison(dense, recipe, data)
     profile = None
     if recipe.allocation.needs - OF_MATRICES:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import AllocationProblem, Layout
-from bs_exp.types import PlannedGroup, RankPlan, Spectrum, WeightGroup
+from bs_exp.types import PlannedGroup, RankPlan, Spectrum, WeightGroup, block_of
 from bs_exp.validation import check_retain_ratio
 
 Item = TypeVar("Item")
@@ -266,8 +266,8 @@ def nearest_ranks(problem: AllocationProblem, choices: Sequence[Choices], target
 
 
 def mean_over_layers(group: WeightGroup, by_layer: Mapping[int, float]) -> float:
-    """The mean of a number by layer over the layers of a group."""
-    return sum(by_layer[layer] for layer in group.layers) / group.size
+    """The mean of a number by layer over the layers of a group's matrices."""
+    return sum(by_layer[block_of(place)] for place in group.layers) / group.size
 
 
 def planned(spectrum: Spectrum, rank: int | None, layout: Layout) -> PlannedGroup:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from bs_exp.errors import RecordError
 
@@ -39,6 +39,9 @@ MATRIX_TYPES = (
     "shared_gate",
     "shared_up",
     "shared_down",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
     "cross_q",
     "cross_k",
     "cross_v",
@@ -70,11 +73,48 @@ class Statistic(StrEnum):
     LOSS_GRADIENT = "loss_gradient"  # dLoss/dW with its signs, one per matrix, as large as it; costs a backward pass
 
 
+class ExpertPlace(int):
+    """The place of an expert's matrix among those of its type, where others have the number of their layer.
+
+    As a number it is `layer * MOST_EXPERTS + expert`: so places sort by layer and then by expert, and stand wherever a
+    layer may stand that tells the members of a group apart. As text it is `layer.expert`.
+    """
+
+    MOST_EXPERTS: ClassVar[int] = 2**16
+
+    layer: int
+    expert: int
+
+    def __new__(cls, layer: int, expert: int) -> Self:
+        if layer < 0 or not 0 <= expert < cls.MOST_EXPERTS:
+            raise ValueError(
+                f"the layer of an expert must be at least 0 and its number below {cls.MOST_EXPERTS}, got {layer} and "
+                f"{expert}."
+            )
+        place = super().__new__(cls, layer * cls.MOST_EXPERTS + expert)
+        place.layer, place.expert = layer, expert
+        return place
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.layer, self.expert
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.expert}"
+
+    __repr__ = __str__
+
+
+def block_of(place: int) -> int:
+    """The number of the block in which a member of a group lies."""
+    return place.layer if isinstance(place, ExpertPlace) else place
+
+
 @dataclass(frozen=True)
 class WeightMatrix:
     """One weight of the model: its matrix type, its layer, its input site, and the path of the module that stores it.
 
     Layers of a decoder are numbered after those of its encoder; `stack` is 0 for the encoder and 1 for the decoder.
+    `expert` is the number of the expert whose matrix it is; None for others, of which a layer has one of each type.
     """
 
     matrix: str
@@ -84,6 +124,12 @@ class WeightMatrix:
     d_in: int
     d_out: int
     stack: int = 0
+    expert: int | None = None
+
+    @property
+    def place(self) -> int:
+        """What tells it from the others of its type: its layer, or its layer and its expert."""
+        return self.layer if self.expert is None else ExpertPlace(self.layer, self.expert)
 
     @property
     def input_site(self) -> str:
@@ -95,18 +141,20 @@ class WeightMatrix:
 class Architecture:
     """The compressible matrices of a model, found in its modules; `untouched` are block weights that stay dense.
 
-    `blocks` are the paths of the blocks in the model, and in every compressed twin of it, by layer.
+    `blocks` are the paths of the blocks in the model, and in every compressed twin of it, by layer. `fused` are those
+    of modules whose experts are to be taken apart before they are compressed (`models.experts.unfused`).
     """
 
     family: str
     matrices: tuple[WeightMatrix, ...]
     untouched: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @cached_property
     def by_position(self) -> Mapping[tuple[str, int], WeightMatrix]:
-        """(matrix type, layer) -> matrix."""
-        return {(m.matrix, m.layer): m for m in self.matrices}
+        """(matrix type, place) -> matrix; the place is the layer, but of experts."""
+        return {(m.matrix, m.place): m for m in self.matrices}
 
     @cached_property
     def matrix_types(self) -> tuple[str, ...]:
@@ -123,8 +171,8 @@ class Architecture:
         return sum(m.d_in * m.d_out for m in self.matrices)
 
     def of_type(self, matrix: str) -> tuple[WeightMatrix, ...]:
-        """Matrices of one type, by layer."""
-        return tuple(sorted((m for m in self.matrices if m.matrix == matrix), key=lambda m: m.layer))
+        """Matrices of one type, by layer, and by expert."""
+        return tuple(sorted((m for m in self.matrices if m.matrix == matrix), key=lambda m: m.place))
 
 
 # How the hidden states of a text become one vector, in the words of sentence-transformers.
@@ -239,6 +287,7 @@ class CalibrationData:
 class WeightGroup:
     """Matrices of one type, one per layer, that share a basis. A single layer means: not shared.
 
+    Of experts a layer has many: then `layers` are their places (`ExpertPlace`), and `blocks` the layers themselves.
     `correction` is the rank of each layer's own low-rank term, which is added to the shared factors; 0 for none.
     """
 
@@ -255,6 +304,20 @@ class WeightGroup:
     @property
     def size(self) -> int:
         return len(self.layers)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The layers in which the group has matrices, each once."""
+        return tuple(dict.fromkeys(map(block_of, self.layers)))
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether its matrices are experts', which read the tokens that are sent to them."""
+        return isinstance(self.layers[0], ExpertPlace)
+
+    def within(self, block: int) -> tuple[int, ...]:
+        """The members that lie in a block."""
+        return tuple(place for place in self.layers if block_of(place) == block)
 
     @property
     def columns(self) -> int:
@@ -596,7 +659,7 @@ class RankPlan:
             "groups": [
                 {
                     "matrix": g.group.matrix,
-                    "layers": list(g.group.layers),
+                    "layers": [_written(place) for place in g.group.layers],
                     "d_in": g.group.d_in,
                     "d_out": g.group.d_out,
                     **({"correction": g.group.correction} if g.group.correction else {}),
@@ -625,11 +688,20 @@ class RankPlan:
             raise RecordError(f"This is no plan as RankPlan.to_dict makes it: {error!r}.") from error
 
 
+def _written(place: int) -> int | list[int]:
+    """A member of a group in a record: its layer, or [layer, expert]."""
+    return [place.layer, place.expert] if isinstance(place, ExpertPlace) else place
+
+
+def _read(place: int | list[int]) -> int:
+    return ExpertPlace(*place) if isinstance(place, list | tuple) else place
+
+
 def _planned_group(data: Mapping[str, Any]) -> PlannedGroup:
     """A group of a plan from its entry in `RankPlan.to_dict`."""
     return PlannedGroup(
         group=WeightGroup(
-            data["matrix"], tuple(data["layers"]), data["d_in"], data["d_out"], data.get("correction", 0)
+            data["matrix"], tuple(map(_read, data["layers"])), data["d_in"], data["d_out"], data.get("correction", 0)
         ),
         rank=data["rank"],
         parameters=data["parameters"],

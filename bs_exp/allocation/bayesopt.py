@@ -257,7 +257,7 @@ class _Space:
         return {name: min(max(kept[name] / whole[name], self.low), self.high) for name in self.distributions}
 
     def _names(self, group: WeightGroup) -> Sequence[str]:
-        return [group.name] if self.by_matrix else [f"layer {layer}" for layer in group.layers]
+        return [group.name] if self.by_matrix else [f"layer {layer}" for layer in group.blocks]
 
 
 @dataclass(frozen=True, eq=False)

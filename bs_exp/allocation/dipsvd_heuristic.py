@@ -78,7 +78,7 @@ class DipSvdHeuristic:
         Raises ConfigError if one component per group, or min_ratio, already exceeds the budget.
         """
         self.check(tuple(s.group for s in problem.spectra), problem.retain_ratio, problem.layout)
-        layers = sorted({layer for s in problem.spectra for layer in s.group.layers})
+        layers = sorted({layer for s in problem.spectra for layer in s.group.blocks})
         shares = self.shares(problem.profile, layers, problem.retain_ratio)
         by_layer = dict(zip(layers, shares.tolist(), strict=True))
         low, high = self._bounds

@@ -78,7 +78,7 @@ class ManualAllocation:
 
     def _by_layer(self, groups: Iterable[WeightGroup]) -> dict[int, float]:
         """The wanted share of each block by its number, from `by_layer` and `by_depth`."""
-        layers = 1 + max(layer for group in groups for layer in group.layers)
+        layers = 1 + max(layer for group in groups for layer in group.blocks)
         if self.by_layer is not None and len(self.by_layer) != layers:
             raise ConfigError(
                 f"allocation.by_layer must hold one number for each of the model's {layers} blocks, got "

@@ -166,7 +166,7 @@ def _blocks(groups: Sequence[WeightGroup]) -> list[tuple[int, ...]]:
     """The indices of the groups of each block; blocks that share a basis are one unit."""
     units: list[tuple[set[int], tuple[int, ...]]] = []
     for index, group in enumerate(groups):
-        layers = set(group.layers)
+        layers = set(group.blocks)
         members: tuple[int, ...] = (index,)
         for unit in [unit for unit in units if unit[0] & layers]:
             units.remove(unit)

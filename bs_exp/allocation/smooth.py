@@ -75,7 +75,7 @@ class SmoothAllocation:
 
     def shares(self, problem: AllocationProblem) -> list[float]:
         """The optimal kept share of each group."""
-        owned = [[(self._series(s.group), layer) for layer in s.group.layers] for s in problem.spectra]
+        owned = [[(self._series(s.group), layer) for layer in s.group.blocks] for s in problem.spectra]
         variables = sorted({variable for members in owned for variable in members})
         mean = np.array([[(v in members) / len(members) for v in variables] for members in owned])
         # One row per pair of neighbours in a series; the same layer of another series is no neighbour.

@@ -58,7 +58,7 @@ class WaterFilling:
             raise ConfigError(f"allocation.multiple must be at most the largest rank, {largest}, got {self.multiple}.")
         if not self.layer_bounds:
             return
-        present = sorted({layer for group in groups for layer in group.layers})
+        present = sorted({layer for group in groups for layer in group.blocks})
         if unknown := sorted(set(self.layer_bounds) - set(present)):
             raise ConfigError(
                 f"allocation.layer_bounds names layer {unknown[0]}, but the model's layers are {present[0]} to "
@@ -92,7 +92,7 @@ class WaterFilling:
     def bounds(self, group: WeightGroup, retain_ratio: float) -> tuple[float, float]:
         """The least and the largest share of its parameters that a group may keep; ConfigError if bounds contradict."""
         everywhere = (self.min_ratio, max(self.max_ratio, retain_ratio))
-        by_layer = [(self.layer_bounds or {}).get(layer, everywhere) for layer in group.layers]
+        by_layer = [(self.layer_bounds or {}).get(layer, everywhere) for layer in group.blocks]
         low, high = max(low for low, _ in by_layer), min(high for _, high in by_layer)
         if low > high:
             raise ConfigError(

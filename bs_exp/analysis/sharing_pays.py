@@ -70,7 +70,10 @@ class SharingPays:
         return tuple(folder / name for name in contents)
 
     def tables(self, problem: SharingProblem) -> list[dict[str, Any]]:
-        """One table, as plain data for JSON, for each matrix type with at least two layers of one shape."""
+        """One table, as plain data for JSON, for each matrix type with at least two layers of one shape.
+
+        Experts are left out: they share within a layer.
+        """
         return [
             table
             for matrix in problem.architecture.matrix_types
@@ -79,7 +82,7 @@ class SharingPays:
         ]
 
     def _table(self, matrix: str, problem: SharingProblem) -> dict[str, Any] | None:
-        members = problem.architecture.of_type(matrix)
+        members = [m for m in problem.architecture.of_type(matrix) if m.expert is None]
         pairs = [
             _group(pair)
             for pair in combinations(members, 2)

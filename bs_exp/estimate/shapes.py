@@ -15,7 +15,7 @@ from bs_exp.estimate.ledger import Ledger
 from bs_exp.models.mapped import is_mapped
 from bs_exp.models.offload import is_offloaded, place
 from bs_exp.models.surgery import twin
-from bs_exp.types import LoadedModel, WeightGroup
+from bs_exp.types import ExpertPlace, LoadedModel, WeightGroup, block_of
 
 
 def without_values(model: LoadedModel, ledger: Ledger, *, device: torch.device, offload: str) -> LoadedModel:
@@ -71,11 +71,18 @@ def repeated(model: LoadedModel, groups: Sequence[WeightGroup]) -> int | None:
     if len({path.rpartition(".")[0] for path in paths}) != 1 or len({_kind(model, path) for path in paths}) != 1:
         return None
     for count in range(1, len(paths) // 4 + 1):
-        first = [{(g.matrix, g.layers) for g in groups if start <= g.layers[0] < start + count} for start in (0, count)]
-        inside = all(layers[-1] // count == layers[0] // count for both in first for _, layers in both)
-        if inside and {(m, tuple(layer + count for layer in layers)) for m, layers in first[0]} == first[1]:
+        first = [{(g.matrix, g.layers) for g in groups if start <= g.blocks[0] < start + count} for start in (0, count)]
+        inside = all(
+            block_of(layers[-1]) // count == block_of(layers[0]) // count for both in first for _, layers in both
+        )
+        if inside and {(m, tuple(_further(layer, count) for layer in layers)) for m, layers in first[0]} == first[1]:
             return count
     return None
+
+
+def _further(place: int, blocks: int) -> int:
+    """The same place some blocks later."""
+    return ExpertPlace(place.layer + blocks, place.expert) if isinstance(place, ExpertPlace) else place + blocks
 
 
 def _kind(model: LoadedModel, path: str) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:

@@ -153,7 +153,7 @@ class Tracer:
         if step is None:
             return found(self.dense, self.groups)
         one, two = (
-            found(first_blocks(self.dense, depth), [group for group in self.groups if group.layers[-1] < depth])
+            found(first_blocks(self.dense, depth), [group for group in self.groups if group.blocks[-1] < depth])
             for depth in (2 * step, 3 * step)
         )
         steps = len(self.dense.architecture.blocks) / step - 3

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bs_exp.errors import ConfigError, ModelError
+from bs_exp.models.modeling_basis_sharing import can_unfuse
 from bs_exp.types import Architecture, WeightMatrix
 from bs_exp.validation import shown
 
@@ -107,7 +108,8 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
     lists, those of a decoder after those of its encoder. Every linear layer of a block needs a role, so that none is
     left out unnoticed. Embeddings, norms and the head lie outside the blocks or are no linear layers.
     Raises ModelError if there are no such layers, if roles are missing or ambiguous, or if a weight is quantised or
-    used in several places.
+    used in several places. Modules that hold all experts of a block as tensors are `fused`, unless their own name has
+    the role `dense`.
     """
     table = read_roles(roles)
     family = str(model.config.model_type)
@@ -117,7 +119,8 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
             f"{type(model).__name__} (model type {family!r}) holds no list of blocks with nn.Linear or Conv1D layers, "
             "so there is nothing to compress."
         )
-    if problem := _problem(found, table):
+    mixtures = list(_mixtures(model))
+    if problem := _problem(found, table, mixtures):
         what, unclear = problem
         raise ModelError(
             f"{type(model).__name__} (model type {family!r}): {what}.\n{_role_help(found, table, sorted(unclear))}"
@@ -134,6 +137,7 @@ def find_architecture(model: PreTrainedModel, roles: Roles | None = None) -> Arc
         matrices=tuple(sorted(matrices, key=lambda m: (m.layer, order[m.matrix]))),
         untouched=tuple(_untouched(model, {m.module for m in matrices})),
         blocks=tuple(path for _, path, _ in _blocks(model)),
+        fused=tuple(path for path in mixtures if table.role_of(path) != DENSE),
     )
 
 
@@ -229,6 +233,14 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[_LinearLayer]:
                 yield _LinearLayer(name, f"{path}.{name}", layer, stack, module)
 
 
+def _mixtures(model: PreTrainedModel) -> Iterator[str]:
+    """Paths of the modules that hold all experts of a block as tensors, and that can be taken apart."""
+    for _, path, block in _blocks(model):
+        for name, module in block.named_modules(prefix=path):
+            if can_unfuse(module):
+                yield name
+
+
 def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
     """Names of the blocks' parameters with at least two axes (fused experts, routers, convolutions) without a role."""
     for _, path, block in _blocks(model):
@@ -237,7 +249,9 @@ def _untouched(model: PreTrainedModel, targeted: set[str]) -> Iterator[str]:
                 yield name
 
 
-def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable) -> tuple[str, set[str]] | None:
+def _problem(
+    found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable, mixtures: Sequence[str] = ()
+) -> tuple[str, set[str]] | None:
     """What is wrong with the roles found, and the suffixes of the layers that need a role; None if nothing is.
 
     Every linear layer needs a role, no two of a block the same, and one at least a matrix type.
@@ -250,7 +264,8 @@ def _problem(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTable)
         return f"no role is known for the linear layers {', '.join(sorted(unknown))}", unknown
     if twice := {layer.suffix for layer, role in found if role is not None and counts[layer.layer, role] > 1}:
         return f"several linear layers of one block have the same role: {', '.join(sorted(twice))}", twice
-    if idle := [suffix for suffix in table.own if not any(_ends_with(layer.name, suffix) for layer, _ in found)]:
+    names = [*(layer.name for layer, _ in found), *mixtures]
+    if idle := [suffix for suffix in table.own if not any(_ends_with(name, suffix) for name in names)]:
         what = f"model.roles names {', '.join(idle)}, which no linear layer ends with"
         return f"{what}: leave it out, or name a layer of these", set()
     return None

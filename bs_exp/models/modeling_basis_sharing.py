@@ -11,6 +11,7 @@ they are used.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -815,6 +816,132 @@ class SplitLinear(nn.Module):
 AXES = ("in", "out")
 
 
+class Expert(nn.Module):
+    """One expert: `y = down(act(gate(x)) * up(x))`, each of the three a linear layer of its own."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module):
+        super().__init__()
+        self.gate = gate
+        self.up = up
+        self.down = down
+
+    def forward(self, x: Tensor, act: LinearMap) -> Tensor:
+        y: Tensor = self.down(act(self.gate(x)) * self.up(x))
+        return y
+
+
+class UnfusedExperts(nn.Module):
+    """The experts of a block as modules, in place of one that holds all of them as tensors of three axes.
+
+    It computes what the eager code of Transformers does: every expert reads the tokens that are routed to it. Its
+    layers are called `gate`, `up` and `down`: by their longer names, Transformers would fuse them when it loads them.
+    """
+
+    def __init__(self, members: Sequence[Expert], fused: nn.Module):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.act_fn = cast("Any", fused).act_fn
+        # Without its tensors, and in a tuple, or it would be a part of the model.
+        self._fused = (_without_tensors(fused),)
+
+    @classmethod
+    def unfusing(cls, fused: nn.Module) -> UnfusedExperts:
+        """The experts apart; their weights are views of the fused ones. ValueError unless `can_unfuse` says so."""
+        if not can_unfuse(fused):
+            raise ValueError(f"{type(fused).__name__} holds no experts that can be taken apart.")
+        gate_up, down = (cast("nn.Parameter", getattr(fused, name)) for name in FUSED)
+        parts = [(*both.detach().chunk(2), out.detach()) for both, out in zip(gate_up, down, strict=True)]
+        trained = gate_up.requires_grad
+        members = [Expert(*(_linear_with(nn.Parameter(part, trained)) for part in each)) for each in parts]
+        return cls(members, fused).train(fused.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        found = torch.zeros_like(hidden_states)
+        for number, tokens, places in routed(top_k_index, len(self.members)):
+            y = self.members[number](hidden_states[tokens], self.act_fn)
+            y = y * top_k_weights[tokens, places, None]
+            found.index_add_(0, tokens, y.to(found.dtype))
+        return found
+
+    def own(self) -> None:
+        """Gives layers that stay dense weights of their own, instead of views."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and not isinstance(layer, FactorMap):
+                layer.weight = nn.Parameter(canonical(layer.weight.detach()), layer.weight.requires_grad)
+
+    def fused(self) -> nn.Module:
+        """The module as Transformers has it, once all layers are dense."""
+        gates, ups, downs = (
+            [cast("Tensor", getattr(member, name).weight) for member in self.members] for name in ("gate", "up", "down")
+        )
+        both = [torch.cat([gate.detach(), up.detach()]) for gate, up in zip(gates, ups, strict=True)]
+        whole = _without_tensors(self._fused[0])
+        for name, parts in zip(FUSED, (both, downs), strict=True):
+            trained = all(part.requires_grad for part in downs)
+            setattr(whole, name, nn.Parameter(torch.stack([part.detach() for part in parts]), trained))
+        return whole.train(self.training)
+
+
+# What a module of fused experts calls its tensors: [experts, 2 * hidden, d] and [experts, d, hidden].
+FUSED = ("gate_up_proj", "down_proj")
+
+
+def can_unfuse(module: nn.Module) -> bool:
+    """Whether a module holds gated experts without biases, `y = down(act(gate(x)) * up(x))`, as tensors of three axes.
+
+    Asked are the words by which Transformers tells kernels how experts are stored (`use_experts_implementation`).
+    """
+    told = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    if any(getattr(module, name, None) is not value for name, value in told.items()):
+        return False
+    gating = getattr(type(module), "_apply_gate", None)
+    if getattr(module, "has_post_expert_norm", False) or getattr(gating, "__name__", "") != "_default_apply_gate":
+        return False
+    if set(dict(module.named_parameters())) != set(FUSED) or any(True for _ in module.buffers()):
+        return False
+    both, down = (getattr(module, name) for name in FUSED)
+    return (
+        both.ndim == down.ndim == 3
+        and len(both) == len(down)
+        and both.shape[1] == 2 * down.shape[2]
+        and both.shape[2] == down.shape[1]
+    )
+
+
+def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For every expert that a token is routed to: its number, the tokens, and which of their choices it is.
+
+    Indices are those of the chosen experts, `[tokens, choices]`; one past the last expert is nobody's. Where there are
+    no values, tokens are shared out evenly.
+    """
+    if top_k_index.is_meta or _has_no_values(top_k_index):
+        each = -(-top_k_index.numel() // experts)
+        for number in range(min(experts, top_k_index.numel())):
+            nobody = top_k_index.new_zeros(min(each, len(top_k_index)))
+            yield number, nobody, nobody
+        return
+    with torch.no_grad():
+        chosen = nn.functional.one_hot(top_k_index, num_classes=experts + 1).permute(2, 1, 0)
+        hit = torch.greater(chosen.sum(dim=(-1, -2)), 0).nonzero()[:, 0].tolist()
+    for number in hit:
+        if number < experts:
+            places, tokens = torch.where(chosen[number])
+            yield number, tokens, places
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def _without_tensors(module: nn.Module) -> nn.Module:
+    """A copy of a module without its parameters; what else it holds is shared."""
+    bare = copy.copy(module)
+    bare._parameters = dict.fromkeys(module._parameters)
+    return bare
+
+
 def _linear_with(weight: nn.Parameter) -> nn.Linear:
     """A layer with this weight, and without a bias."""
     with torch.device("meta"):
@@ -974,6 +1101,7 @@ class BasisSharingConfig(QuantizationConfigMixin):
         crc32: Mapping[str, str] | None = None,
         precision: Mapping[str, Any] | None = None,
         quantized: Sequence[str] = (),
+        experts: Sequence[str] = (),
         **unknown: object,
     ):
         if format_version != FORMAT_VERSION:
@@ -993,11 +1121,13 @@ class BasisSharingConfig(QuantizationConfigMixin):
         self.groups = [dict(group) for group in groups]
         if splits:
             self.splits = _checked_splits(splits)
+        if experts:
+            self.experts = _checked_names("experts", experts)
         if crc32 is not None:
             self.crc32 = _checked_sums(crc32)
         if precision is not None:
             self.precision = checked_precision(precision)
-            self.quantized = _checked_names(quantized)
+            self.quantized = _checked_names("quantized", quantized)
         elif quantized:
             raise ValueError(
                 "quantization_config.quantized names layers, so quantization_config.precision must be set."
@@ -1040,6 +1170,14 @@ class BasisSharingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.files_read = tuple(kwargs.get("checkpoint_files") or ())
+        for name in self._experts(model):
+            fused = model.get_submodule(name)
+            if not can_unfuse(fused):
+                raise ValueError(
+                    f"quantization_config.experts names {name}, a {type(fused).__name__}, which holds no experts that "
+                    "can be taken apart. It does not fit this model."
+                )
+            model.set_submodule(name, UnfusedExperts.unfusing(fused))
         for split in getattr(self.quantization_config, "splits", ()):
             (name,) = _local_names(model, {"members": [split["module"]]})
             dense = model.get_submodule(name)
@@ -1122,12 +1260,16 @@ class BasisSharingQuantizer(HfQuantizer):
             yield _local_names(model, group)
         for split in getattr(self.quantization_config, "splits", ()):
             yield _local_names(model, {"members": [split["module"]]})
-        for name in self._quantized(model):
+        for name in (*self._quantized(model), *self._experts(model)):
             yield [name]
 
     def _quantized(self, model: Any) -> list[str]:
         """Names of the layers that are no factors, and are stored in few bits."""
         return _local_names(model, {"members": getattr(self.quantization_config, "quantized", ())})
+
+    def _experts(self, model: Any) -> list[str]:
+        """Names of the modules whose experts are taken apart."""
+        return _local_names(model, {"members": getattr(self.quantization_config, "experts", ())})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for layer in model.modules():
@@ -1194,6 +1336,8 @@ class BasisSharingQuantizer(HfQuantizer):
         for split in getattr(self.quantization_config, "splits", ()):
             (name,) = _local_names(model, {"members": [split["module"]]})
             model.set_submodule(name, model.get_submodule(name).merged())
+        for name in self._experts(model):
+            model.set_submodule(name, model.get_submodule(name).fused())
         patterns = _patterns(ties)
         # A layer may have got its own term, such as a merged adapter, since its tie was declared.
         names = ties.keys() | {name.replace(".shared.basis", ".basis") for name in ties}
@@ -1803,12 +1947,12 @@ def checked_precision(precision: Any) -> dict[str, Any]:
     return dict(precision)
 
 
-def _checked_names(names: Any) -> list[str]:
+def _checked_names(what: str, names: Any) -> list[str]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"quantization_config.quantized must be a list of module names, got {_shown(names)}.")
-    _check_count("quantized", len(names))
+        raise ValueError(f"quantization_config.{what} must be a list of module names, got {_shown(names)}.")
+    _check_count(what, len(names))
     if len(set(names)) < len(names):
-        raise ValueError("quantization_config.quantized names a module twice.")
+        raise ValueError(f"quantization_config.{what} names a module twice.")
     return list(names)
 
 

@@ -24,6 +24,7 @@ from bs_exp.models.modeling_basis_sharing import (
     CorrectedLinear,
     FactorisedLinear,
     SplitLinear,
+    UnfusedExperts,
     canonical,
     kept_of,
     share_basis,
@@ -63,9 +64,10 @@ def replace_matrices(
     for shared in factors:
         groups.append(_replace_group(model, architecture, layout.arrange(shared), folder))
         del shared  # else the fp64 factors would live until the next group's are there
-    splits = _own_splits(model)
-    if groups or splits:
-        quantizer = BasisSharingQuantizer(BasisSharingConfig(groups=groups, layout=layout.name, splits=splits))
+    splits, experts = _own_splits(model), _own_experts(model)
+    if groups or splits or experts:
+        config = BasisSharingConfig(groups=groups, layout=layout.name, splits=splits, experts=experts)
+        quantizer = BasisSharingQuantizer(config)
         quantizer.arranged_by = layout
         quantizer.attach(model)
 
@@ -86,12 +88,12 @@ def factors_of(
     for matrix in (architecture.by_position[group.matrix, layer] for layer in group.layers):
         module = model.get_submodule(matrix.module)
         if isinstance(module, CorrectedLinear):
-            corrections[matrix.layer] = (module.down.detach().T, module.weight.detach().T)
+            corrections[matrix.place] = (module.down.detach().T, module.weight.detach().T)
             module = module.shared
         if not isinstance(module, FactorisedLinear):
             raise ModelError(f"{matrix.module} is a {type(module).__name__}, not stored as factors of {group.name}.")
         basis, kept = module.basis.detach().T, kept_of(module)
-        coefficients[matrix.layer] = module.weight.detach().T
+        coefficients[matrix.place] = module.weight.detach().T
     assert basis is not None
     if layout is None:
         raise ModelError(
@@ -202,14 +204,14 @@ def _replace_group(
     entry: dict[str, Any] = {"members": [matrix.module for matrix in matrices], "rank": stored.rank}
     layers: list[Any] = []
     for matrix, old in zip(matrices, dense, strict=True):
-        what = f"coefficients of layer {matrix.layer}"
-        own = _parameter(stored.coefficients[matrix.layer], like=old.weight, group=group, what=what)
+        what = f"coefficients of layer {matrix.place}"
+        own = _parameter(stored.coefficients[matrix.place], like=old.weight, group=group, what=what)
         kept = {name: canonical(value.to(old.weight.device)) for name, value in stored.kept.items()}
         layers.append(kind.replacing(old, basis, own, **kept))
     share_basis(layers)
     if group.correction:
         entry["correction"] = group.correction
-        layers = [_corrected(new, stored, matrix.layer) for matrix, new in zip(matrices, layers, strict=True)]
+        layers = [_corrected(new, stored, matrix.place) for matrix, new in zip(matrices, layers, strict=True)]
     if in_files or (in_files is None and any(is_mapped(old.weight) for old in dense)):
         _to_files({factor for layer in layers for factor in layer.parameters()}, folder)
     for matrix, new in zip(matrices, layers, strict=True):
@@ -239,6 +241,14 @@ def _own_splits(model: PreTrainedModel) -> list[Mapping[str, Any]]:
             layer.own()
             entries.append({"module": name, "axis": layer.axis, "sizes": list(layer.sizes)})
     return entries
+
+
+def _own_experts(model: PreTrainedModel) -> list[str]:
+    """Layers of experts no longer hold views of the dense model's weights; the paths of modules of experts."""
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, UnfusedExperts)}
+    for experts in found.values():
+        experts.own()
+    return list(found)
 
 
 def _corrected(shared: FactorisedLinear, stored: StoredFactors, layer: int) -> CorrectedLinear:

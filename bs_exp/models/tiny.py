@@ -40,6 +40,19 @@ _GROUPED = {**_BASE, "num_key_value_heads": 2}
 _HEAD_DIM = {**_GROUPED, "head_dim": 8}
 _GPT = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 48, "n_positions": 512}
 
+_SPARSE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_MIXTURES: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {**_GROUPED, "num_local_experts": 4},
+    "qwen2_moe": {**_GROUPED, **_SPARSE, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**_HEAD_DIM, **_SPARSE},
+}
 # Task -> Hugging Face model type -> settings of its config class. A new family for the tests is a row here.
 _FAMILIES: Mapping[Task, Mapping[str, Mapping[str, Any]]] = {
     Task.CAUSAL_LM: {
@@ -68,7 +81,7 @@ _FAMILIES: Mapping[Task, Mapping[str, Mapping[str, Any]]] = {
         "starcoder2": _GROUPED,
         "stablelm": _GROUPED,
         "olmo2": _GROUPED,
-        "mixtral": {**_GROUPED, "num_local_experts": 4},
+        **_MIXTURES,
     },
     Task.MASKED_LM: {
         "bert": _BASE,
@@ -100,7 +113,10 @@ _FAMILIES: Mapping[Task, Mapping[str, Mapping[str, Any]]] = {
         },
     },
 }
-FAMILIES = tuple(_FAMILIES[Task.CAUSAL_LM])
+MIXTURES = tuple(_MIXTURES)
+"""Families with routed experts."""
+FAMILIES = tuple(family for family in _FAMILIES[Task.CAUSAL_LM] if family not in MIXTURES[1:])
+"""Families that predict the next token, with one of those with routed experts."""
 ENCODERS = tuple(_FAMILIES[Task.MASKED_LM])
 ENCODER_DECODERS = tuple(_FAMILIES[Task.SEQ2SEQ_LM])
 _TASKS = {family: task for task, families in _FAMILIES.items() for family in families}

@@ -12,6 +12,7 @@ from bs_exp.reporting.literature import LayerShares, literature
 from bs_exp.reporting.results import RATIO, ratio_cell, series_cells, series_columns
 from bs_exp.reporting.study import ReportedRun, Section, Series
 from bs_exp.reporting.table import Cell, Column, Row, Table
+from bs_exp.types import block_of
 
 _SPREAD = 0.02
 # Of a search with hundreds of trials, pairs say nothing.
@@ -33,7 +34,7 @@ class Place:
 
 
 def places(point: ReportedRun) -> dict[tuple[str, int], Place]:
-    """(matrix type, layer) -> its rank and share kept, for every matrix of a run's plan."""
+    """(matrix type, layer or place of an expert) -> its rank and share kept, for every matrix of a run's plan."""
     found: dict[tuple[str, int], Place] = {}
     for planned in point.groups:
         group = planned.group
@@ -60,7 +61,7 @@ def layer_shares(point: ReportedRun) -> list[float]:
     for planned in point.groups:
         group = planned.group
         size = float(group.d_in * group.d_out)
-        for layer in group.layers:
+        for layer in map(block_of, group.layers):
             kept[layer] = kept.get(layer, 0.0) + planned.parameters / group.parameters * size
             dense[layer] = dense.get(layer, 0.0) + size
     return [kept[layer] / dense[layer] for layer in sorted(kept)]

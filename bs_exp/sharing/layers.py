@@ -1,10 +1,14 @@
-"""Which layers may form a group: those of one stack (encoder or decoder), one matrix type and one shape."""
+"""Which layers may form a group: those of one stack (encoder or decoder), one matrix type and one shape.
+
+Of experts it is those of one layer that may: their numbers mean nothing in another one.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import TypeAlias
 
 from bs_exp.errors import ConfigError
 from bs_exp.types import MATRIX_TYPES, Architecture, WeightGroup, WeightMatrix
@@ -31,31 +35,35 @@ def check_named(matrices: Sequence[str]) -> None:
 
 
 def check_size(setting: str, size: int, architecture: Architecture) -> None:
-    """ConfigError if a group would have more layers than the model."""
-    if size > architecture.num_layers:
+    """ConfigError if a group would have more layers than the model, and more experts than one of its layers."""
+    experts = 1 + max((m.expert for m in architecture.matrices if m.expert is not None), default=0)
+    most, what = max((architecture.num_layers, "layers"), (experts, "experts in a layer"))
+    if size > most:
         raise ConfigError(
-            f"sharing.{setting} must be between 1 and {architecture.num_layers} (layers of this "
-            f"{architecture.family} model), got {size}; 1 turns sharing off."
+            f"sharing.{setting} must be between 1 and {most} ({what} of this {architecture.family} model), got {size}; "
+            "1 turns sharing off."
         )
 
 
 def runs(architecture: Architecture, matrix: str) -> list[WeightGroup]:
     """The layers of a matrix type as runs of neighbours with one shape; a run never joins an encoder and its decoder.
 
-    Layers of different runs cannot be adjacent in a group.
+    The experts of a layer, in the order of their numbers, are a run. Layers of different runs cannot be adjacent in a
+    group.
     """
     return [
-        WeightGroup(matrix, tuple(m.layer for m in members), d_in, d_out)
-        for (_, d_in, d_out), members in groupby(architecture.of_type(matrix), key=lambda m: (m.stack, m.d_in, m.d_out))
+        WeightGroup(matrix, tuple(m.place for m in members), d_in, d_out)
+        for (*_, d_in, d_out), members in groupby(architecture.of_type(matrix), key=_kind)
     ]
 
 
 def by_shape(architecture: Architecture, matrix: str) -> list[WeightGroup]:
-    """One group per shape of a matrix type, with all its layers, neighbours or not; encoder and decoder are apart."""
-    found: Mapping[tuple[int, int, int], list[int]] = defaultdict(list)
+    """One group per shape of a matrix type, with all its layers, neighbours or not; encoder and decoder are apart, and
+    so are the experts of every layer."""
+    found: Mapping[_Kind, list[int]] = defaultdict(list)
     for m in architecture.of_type(matrix):
-        found[_kind(m)].append(m.layer)
-    return [WeightGroup(matrix, tuple(layers), d_in, d_out) for (_, d_in, d_out), layers in found.items()]
+        found[_kind(m)].append(m.place)
+    return [WeightGroup(matrix, tuple(layers), d_in, d_out) for (*_, d_in, d_out), layers in found.items()]
 
 
 def part(whole: WeightGroup, layers: Iterable[int]) -> WeightGroup:
@@ -68,6 +76,9 @@ def cut(whole: WeightGroup, size: int) -> list[WeightGroup]:
     return [part(whole, whole.layers[start : start + size]) for start in range(0, whole.size, size)]
 
 
-def _kind(matrix: WeightMatrix) -> tuple[int, int, int]:
+_Kind: TypeAlias = tuple[int, int | None, int, int]
+
+
+def _kind(matrix: WeightMatrix) -> _Kind:
     # An encoder and its decoder read different tokens: their layers are never put together.
-    return matrix.stack, matrix.d_in, matrix.d_out
+    return matrix.stack, None if matrix.expert is None else matrix.layer, matrix.d_in, matrix.d_out

@@ -27,7 +27,7 @@ class NoSharing:
 def singles(architecture: Architecture) -> tuple[WeightGroup, ...]:
     """Every matrix in a group of its own, ordered by matrix type and layer."""
     return tuple(
-        WeightGroup(m.matrix, (m.layer,), m.d_in, m.d_out)
+        WeightGroup(m.matrix, (m.place,), m.d_in, m.d_out)
         for matrix in architecture.matrix_types
         for m in architecture.of_type(matrix)
     )

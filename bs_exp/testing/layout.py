@@ -128,7 +128,7 @@ def random_factors(architecture: Architecture, correction: int = 0) -> Iterator[
 
     for index, matrix in enumerate(architecture.matrix_types):
         for members in (architecture.of_type(matrix)[:2], architecture.of_type(matrix)[2:]):
-            layers, own = tuple(m.layer for m in members), correction if len(members) > 1 else 0
+            layers, own = tuple(m.place for m in members), correction if len(members) > 1 else 0
             group = WeightGroup(matrix, layers, members[0].d_in, members[0].d_out, own)
             rank = 3 + 2 * index
             yield SharedFactors(

@@ -68,9 +68,9 @@ def random_measures(model: Architecture, seed: int = 0, unit: LossUnit = LossUni
         common = [normal(model.of_type(matrix)[0].d_in, 2) for _ in range(2)]
         for m in model.of_type(matrix):
             own = normal(m.d_in, m.d_out)
-            weights[matrix, m.layer] = 3.0 * common[m.layer % 2] @ normal(2, m.d_out) + 0.5 * own
+            weights[matrix, m.place] = 3.0 * common[m.place % 2] @ normal(2, m.d_out) + 0.5 * own
             inputs = normal(4 * m.d_in, m.d_in) @ normal(m.d_in, m.d_in)
-            grams[matrix, m.layer] = inputs.mT @ inputs
+            grams[matrix, m.place] = inputs.mT @ inputs
     return GivenMeasures(weights, grams, unit)
 
 
