@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -15,7 +15,8 @@ from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.whole_stream import WholeStream
-from bs_exp.types import CalibrationData, LoadedModel
+from bs_exp.progress import Progress
+from bs_exp.types import CalibrationData, LoadedModel, WeightGroup
 from bs_exp.workspace import Workspace
 
 Stream: TypeAlias = BlockStream | WholeStream
@@ -41,6 +42,18 @@ def streams_of(
         workspace.progress.note(f"{error} The refit runs the model from its beginning for each block.")
         return lambda model: WholeStream(model, inputs(model))
     return lambda model: BlockStream(Blocks(model), inputs(model), waiting)
+
+
+def without_experts(groups: Sequence[WeightGroup], update: str, progress: Progress) -> list[WeightGroup]:
+    """The groups of matrices that read the same tokens in the dense and in the compressed model, which those of routed
+    experts need not; a note says how many are left out."""
+    chosen = [group for group in groups if not group.is_routed]
+    if left := sum(group.size for group in groups) - sum(group.size for group in chosen):
+        progress.note(
+            f"{update}: {left} matrices of routed experts keep the factors that truncation gave them, since other "
+            "tokens are sent to them in the dense model than in the compressed one"
+        )
+    return chosen
 
 
 def gather_pairs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,15 @@ from bs_exp import processes
 from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.calibration.probes import check_probes, outputs_of
+from bs_exp.calibration.rare_experts import (
+    filled_moments,
+    lacking,
+    mean_gram,
+    mean_rows,
+    peers,
+    told_of,
+    wanted_tokens,
+)
 from bs_exp.calibration.statistics import Place, subjects
 from bs_exp.linalg.packing import pack_symmetric, unpack_symmetric
 from bs_exp.models.model_inputs import check_has_logits, feeder
@@ -48,7 +57,7 @@ _GRAMS = frozenset({Statistic.GRAM, *_OUTPUT_GRAMS})
 class CalibrationStats:
     """Entries by statistic and by what they belong to: input sites, or modules for what is taken at outputs.
 
-    Only those of the group that is asked for are in memory.
+    Only those of the group that is asked for are in memory, and the means of the experts of a layer.
     """
 
     architecture: Architecture
@@ -56,22 +65,25 @@ class CalibrationStats:
     predictions: int
     outputs: int
     entries: Mapping[Statistic, Mapping[str, Entry]]
+    _means: dict[Statistic, tuple[str, Tensor]] = field(default_factory=dict)
 
     def of(self, group: WeightGroup, device: torch.device) -> GroupStatistics:
         """The statistics of a group. Its Gram is the sum of its layers': the Gram of their inputs stacked
-        (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too."""
+        (Basis Sharing, section 3.1). Its moments are those of their inputs stacked, too. Of experts that few tokens
+        were sent to, average tokens are in them (`rare_experts`)."""
         matrices = [self.architecture.by_position[group.matrix, layer] for layer in group.layers]
         gram, moments, gradient, loss_gradient = None, None, None, None
         tokens = self.tokens
         if found := self.entries.get(Statistic.GRAM):
-            gram = _sum(_gram(found[m.input_site]).to(device) for m in matrices)
-            # An encoder and its decoder read different numbers of tokens.
-            tokens = round(sum(int(found[m.input_site].tensor("tokens")) for m in matrices) / len(matrices))
+            gram = _sum(self._input_gram(found, m).to(device) for m in matrices)
+            # An encoder and its decoder read different numbers of tokens, and so do experts.
+            read = [self._tokens(m) for m in matrices]
+            tokens = round(sum(n + lacking(m, n) for m, n in zip(matrices, read, strict=True)) / len(matrices))
         output_grams, sampled, top_k, probed = (self._output_grams(kind, matrices, device) for kind in _OUTPUT_GRAMS)
         if found := self.entries.get(Statistic.INPUT_MOMENTS):
-            moments = _moments([found[m.input_site] for m in matrices], device)
+            moments = _moments([self._moments(found, m) for m in matrices], device)
         if found := self.entries.get(Statistic.WEIGHT_GRADIENT):
-            gradient = _gradient(found, matrices, self.architecture.of_type(group.matrix), device)
+            gradient = self._gradient(found, matrices, self.architecture.of_type(group.matrix), device)
         if found := self.entries.get(Statistic.LOSS_GRADIENT):
             by_matrix = [found[m.module].tensor("gradient").to(device).double() for m in matrices]
             loss_gradient = torch.cat(by_matrix, dim=1) / self.predictions
@@ -94,7 +106,64 @@ class CalibrationStats:
         self, statistic: Statistic, matrices: Sequence[WeightMatrix], device: torch.device
     ) -> dict[int, Tensor] | None:
         found = self.entries.get(statistic)
-        return {m.layer: _gram(found[m.module]).to(device) for m in matrices} if found else None
+        if not found:
+            return None
+        return {m.place: self._output_gram(statistic, found, m).to(device) for m in matrices}
+
+    def _tokens(self, matrix: WeightMatrix) -> int:
+        """How many tokens a matrix read; without Grams all that is known is whether any did."""
+        return _tokens(self.entries, matrix)
+
+    def _input_gram(self, found: Mapping[str, Entry], matrix: WeightMatrix) -> Tensor:
+        own = _gram(found[matrix.input_site])
+        if not (missing := lacking(matrix, self._tokens(matrix))):
+            return own
+        experts = peers(self.architecture, matrix)
+        key = ",".join(m.input_site for m in experts)
+        return own + missing * self._mean(Statistic.GRAM, key, matrix, [found[m.input_site] for m in experts])
+
+    def _output_gram(self, statistic: Statistic, found: Mapping[str, Entry], matrix: WeightMatrix) -> Tensor:
+        own = _gram(found[matrix.module])
+        if Statistic.GRAM not in self.entries or not (missing := lacking(matrix, self._tokens(matrix))):
+            return own
+        experts = peers(self.architecture, matrix)
+        key = ",".join(m.module for m in experts)
+        return own + missing * self._mean(statistic, key, matrix, [found[m.module] for m in experts])
+
+    def _mean(self, statistic: Statistic, key: str, matrix: WeightMatrix, entries: Sequence[Entry]) -> Tensor:
+        """The mean of the experts of a layer; the last one of each statistic is kept, since groups come by layer."""
+        if self._means.get(statistic, ("",))[0] != key:
+            read = map(self._tokens, peers(self.architecture, matrix))
+            grams = ((_gram(entry), tokens) for entry, tokens in zip(entries, read, strict=True))
+            self._means[statistic] = key, mean_gram(grams, matrix, outputs=statistic is not Statistic.GRAM)
+        return self._means[statistic][1]
+
+    def _moments(self, found: Mapping[str, Entry], matrix: WeightMatrix) -> InputMoments:
+        own = _read_moments(found[matrix.input_site])
+        if matrix.expert is None:
+            return own
+        others = [(_read_moments(found[m.input_site]), self._tokens(m)) for m in peers(self.architecture, matrix)]
+        return filled_moments(own, others, matrix, self._tokens(matrix))
+
+    def _gradient(
+        self,
+        found: Mapping[str, Entry],
+        matrices: Sequence[WeightMatrix],
+        of_type: Sequence[WeightMatrix],
+        device: torch.device,
+    ) -> WeightGradient:
+        def rows_of(matrix: WeightMatrix) -> Tensor:
+            own = found[matrix.module].tensor("rows")
+            if matrix.expert is None or bool(own.any()):
+                return own
+            others = [found[m.module].tensor("rows") for m in peers(self.architecture, matrix)]
+            return mean_rows(others, matrix)
+
+        rows = _sum(map(rows_of, matrices))
+        here = float(rows.sum()) / len(matrices)
+        everywhere = sum(float(found[m.module].tensor("rows").sum()) for m in of_type) / len(of_type)
+        # Without any gradient, all layers are alike.
+        return WeightGradient(rows=rows.to(device), sensitivity=math.sqrt(here / everywhere) if everywhere else 1.0)
 
 
 def check_gatherable(model: LoadedModel, data: CalibrationData, needs: Mapping[str, Set[Statistic]]) -> None:
@@ -159,9 +228,9 @@ def calibrate(
             missing[statistic] = absent
     missing = processes.from_first(lambda: missing)
     # An earlier walk that was interrupted left the statistics of the blocks that it finished.
-    for lacking, statistics in _together(missing):
+    for absent_layers, statistics in _together(missing):
         gathered = gather(
-            model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=lacking, key=key
+            model, data, statistics, progress=workspace.progress, folder=cache.folder, layers=absent_layers, key=key
         )
         for statistic, name, tensors in gathered:
             if name not in entries[statistic] and processes.is_first():
@@ -172,6 +241,10 @@ def calibrate(
         processes.wait()
         for kind, found_keys in keys.items():
             entries[kind] = {name: cache.look_again(kind, name_key) for name, name_key in found_keys.items()}
+    routed = [m for m in model.architecture.matrices if m.expert is not None]
+    for note in told_of({m: _tokens(entries, m) for m in routed}):
+        if note not in workspace.progress.notes:  # said once, whatever else is gathered
+            workspace.progress.note(note)
     count, length = data.windows.ids.shape
     feed = feeder(model, data.windows.feeding)
     return CalibrationStats(
@@ -181,6 +254,19 @@ def calibrate(
         outputs=outputs_of(data, feed),
         entries=entries,
     )
+
+
+def _tokens(entries: Mapping[Statistic, Mapping[str, Entry]], matrix: WeightMatrix) -> int:
+    """How many tokens an expert's matrix read, as far as the statistics tell: at least as many as it wants, if they
+    tell no more than that some came, or nothing at all."""
+    if grams := entries.get(Statistic.GRAM):
+        return int(grams[matrix.input_site].tensor("tokens"))
+    any_came = True
+    if moments := entries.get(Statistic.INPUT_MOMENTS):
+        any_came = bool(moments[matrix.input_site].tensor("peak").any())
+    elif gradients := entries.get(Statistic.WEIGHT_GRADIENT):
+        any_came = bool(gradients[matrix.module].tensor("rows").any())
+    return wanted_tokens(matrix) if any_came else 0
 
 
 def _together(missing: Mapping[Statistic, set[int]]) -> Iterator[tuple[frozenset[int], set[Statistic]]]:
@@ -195,24 +281,15 @@ def _gram(entry: Entry) -> Tensor:
     return unpack_symmetric(entry.tensor("gram"))
 
 
-def _moments(sites: Sequence[Entry], device: torch.device) -> InputMoments:
+def _read_moments(entry: Entry) -> InputMoments:
+    return InputMoments(*(entry.tensor(name) for name in ("absolute", "peak", "fourth")))
+
+
+def _moments(sites: Sequence[InputMoments], device: torch.device) -> InputMoments:
     absolute, peak, fourth = (
-        torch.stack([site.tensor(name) for site in sites]).to(device) for name in ("absolute", "peak", "fourth")
+        torch.stack([getattr(site, name) for site in sites]).to(device) for name in ("absolute", "peak", "fourth")
     )
     return InputMoments(absolute=absolute.mean(0), peak=peak.amax(0), fourth=fourth.mean(0))
-
-
-def _gradient(
-    modules: Mapping[str, Entry],
-    matrices: Sequence[WeightMatrix],
-    of_type: Sequence[WeightMatrix],
-    device: torch.device,
-) -> WeightGradient:
-    rows = _sum(modules[m.module].tensor("rows") for m in matrices)
-    here = float(rows.sum()) / len(matrices)
-    everywhere = sum(float(modules[m.module].tensor("rows").sum()) for m in of_type) / len(of_type)
-    # Without any gradient, all layers are alike.
-    return WeightGradient(rows=rows.to(device), sensitivity=math.sqrt(here / everywhere) if everywhere else 1.0)
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

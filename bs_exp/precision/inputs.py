@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate
+from bs_exp.calibration.rare_experts import lacking, mean_gram, peers
 from bs_exp.errors import CalibrationError
 from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
@@ -45,6 +47,7 @@ class StreamedGrams:
         inputs = (feed.inputs(ids.to(dense.device)) for ids in data.batches)
         self._stream = BlockStream(Blocks(self._model), inputs, Waiting(data.activations, workspace.cache.folder))
         self._found: dict[str, Tensor] = {}
+        self._tokens: Counter[str] = Counter()
 
     def blocks(self) -> Iterator[int]:
         layers = range(len(self._model.architecture.blocks))
@@ -52,10 +55,15 @@ class StreamedGrams:
             self._gather(layer)
             yield layer
             self._found.clear()
+            self._tokens.clear()
             for batch in range(len(self._stream)):
                 self._stream.advance(batch, self._stream.run(layer, batch))
 
     def of(self, matrix: WeightMatrix, device: torch.device) -> Tensor:
+        if missing := lacking(matrix, self._tokens[matrix.input_site]):
+            sites = [m.input_site for m in peers(self._model.architecture, matrix)]
+            mean = mean_gram(((self._found[site], self._tokens[site]) for site in sites if site in self._found), matrix)
+            return (self._found.get(matrix.input_site, 0.0) + missing * mean).to(device)
         if matrix.input_site not in self._found:
             raise CalibrationError(
                 f"precision: {matrix.module} did not run on the calibration text, so nothing is known of its inputs. "
@@ -76,6 +84,7 @@ class StreamedGrams:
         rows = inputs.detach().flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         gram = (rows.mT @ rows).double()
+        self._tokens[site] += len(rows)
         self._found[site] = self._found[site] + gram if site in self._found else gram
 
 
@@ -94,7 +103,7 @@ class PassGrams:
         yield from self._workspace.progress.track(layers, label="quantising", total=self._layers)
 
     def of(self, matrix: WeightMatrix, device: torch.device) -> Tensor:
-        return group_gram(self._stats, WeightGroup(matrix.matrix, (matrix.layer,), matrix.d_in, matrix.d_out), device)
+        return group_gram(self._stats, WeightGroup(matrix.matrix, (matrix.place,), matrix.d_in, matrix.d_out), device)
 
 
 def pass_statistics(
@@ -131,6 +140,6 @@ def by_layer(groups: Mapping[WeightGroup, object]) -> dict[int, list[WeightGroup
     """The groups that have a matrix in a layer, by layer."""
     found: dict[int, list[WeightGroup]] = {}
     for group in groups:
-        for layer in group.layers:
+        for layer in group.blocks:
             found.setdefault(layer, []).append(group)
     return found

@@ -116,7 +116,8 @@ class QuantizedWeights:
         here = by_layer(groups)
         for layer in grams.blocks():
             for group in here.get(layer, ()):
-                work.quantise(group, layer, grams)
+                for place in group.within(layer):
+                    work.quantise(group, place, grams)
         declare_precision(compressed, self.stored, work.dense_layers, plan.layout)
         report = {"strategy": "quantized", "bits": self.bits, **work.report()}
         report["seconds"] = round(time.perf_counter() - start, 3)

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bs_exp.calibration.block_inputs import without_experts
 from bs_exp.calibration.site_inputs import inputs_of
 from bs_exp.calibration.walk import check_block_walk
 from bs_exp.corpora.sampling import hold_out
@@ -79,7 +80,8 @@ class Lens:
         workspace: Workspace,
     ) -> Mapping[str, Any]:
         """Folds gains in place; reports the held-out loss before and after, summed over matrices, and the cost."""
-        groups = [planned.group for planned in plan.groups if planned.rank is not None]
+        chosen = [planned.group for planned in plan.groups if planned.rank is not None]
+        groups = without_experts(chosen, KIND, workspace.progress)
         if not groups:
             workspace.progress.note("lens: there are no factors to correct")
             return {"strategy": KIND, "directions": 0, "changed": 0, "seconds": 0.0}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from bs_exp.cache import content_key
 from bs_exp.calibration.anchored_truncation import truncate_anchored
+from bs_exp.calibration.block_inputs import without_experts
 from bs_exp.calibration.walk import check_block_walk
 from bs_exp.errors import ConfigError
 from bs_exp.identity import own_code
@@ -121,6 +122,8 @@ class RefineBlocks(TrainerSettings, OptimizerSettings):
                 settings=settings,
                 **own_code(self),
             )
+        if self.start == "anchored":
+            groups = without_experts(groups, "refinement", workspace.progress)
         work = _Refinement(self, compressed, dense, data, groups, workspace, key)
         layers = range(len(dense.architecture.blocks))
         for layer in workspace.progress.track(layers, label="refining", total=len(layers)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.calibration.block_inputs import gather_pairs, streams_of
+from bs_exp.calibration.block_inputs import gather_pairs, streams_of, without_experts
 from bs_exp.calibration.group_statistics import calibrate
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
@@ -157,7 +157,9 @@ class Refit:
         """Block by block: gathers one block's moments, refits, and carries the windows on.
 
         A model whose blocks cannot be run one at a time runs from its beginning for each of them, which a note says.
+        Experts keep their factors: other tokens are sent to them in the one model than in the other.
         """
+        groups = without_experts(groups, "refit", workspace.progress)
         stream = streams_of(work.dense, data, workspace)
         # In one shot every layer reads what truncation left, so refitted factors go into another copy of the structure.
         module = twin(work.compressed) if self.mode == "one_shot" else work.compressed
