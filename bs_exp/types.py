@@ -76,8 +76,8 @@ class Statistic(StrEnum):
 class ExpertPlace(int):
     """The place of an expert's matrix among those of its type, where others have the number of their layer.
 
-    As a number it is `layer * MOST_EXPERTS + expert`: so places sort by layer and then by expert, and stand wherever a
-    layer may stand that tells the members of a group apart. As text it is `layer.expert`.
+    As a number it is `(layer + 1) * MOST_EXPERTS + expert`: so places sort by layer and then by expert, are above every
+    number of a layer, and stand wherever a layer tells the members of a group apart. As text it is `layer.expert`.
     """
 
     MOST_EXPERTS: ClassVar[int] = 2**16
@@ -91,7 +91,7 @@ class ExpertPlace(int):
                 f"the layer of an expert must be at least 0 and its number below {cls.MOST_EXPERTS}, got {layer} and "
                 f"{expert}."
             )
-        place = super().__new__(cls, layer * cls.MOST_EXPERTS + expert)
+        place = super().__new__(cls, (layer + 1) * cls.MOST_EXPERTS + expert)
         place.layer, place.expert = layer, expert
         return place
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from bs_exp.errors import ConfigError
 from bs_exp.protocols import SharingProblem
-from bs_exp.types import MATRIX_TYPES, Architecture, Statistic, WeightGroup
+from bs_exp.types import MATRIX_TYPES, Architecture, ExpertPlace, Statistic, WeightGroup
 from bs_exp.validation import shown
 
 
@@ -17,10 +17,11 @@ from bs_exp.validation import shown
 class ExplicitSharing:
     """Lists of layers by matrix type, adjacent or not; every layer that is not listed stays alone.
 
+    An expert's matrix is named by its layer and its number, `[layer, expert]`.
     Any grouping can be written down like this, also the one in another run's plan.
     """
 
-    layers: Mapping[str, tuple[tuple[int, ...], ...]] | None
+    layers: Mapping[str, tuple[tuple[Any, ...], ...]] | None
 
     measured: ClassVar[bool] = False
     in_nats: ClassVar[bool] = False
@@ -46,12 +47,10 @@ class ExplicitSharing:
                 raise ConfigError(
                     f"{key}: {matrix} {what}. Matrix types of this model: {', '.join(architecture.matrix_types)}."
                 )
-            shapes = {m.layer: (m.d_in, m.d_out) for m in architecture.of_type(matrix)}
+            shapes = {m.place: (m.d_in, m.d_out) for m in architecture.of_type(matrix)}
             for group in groups:
                 if outside := [layer for layer in group if layer not in shapes]:
-                    raise ConfigError(
-                        f"{key} names layer {outside[0]}, but {matrix} is in layers {_ranges(sorted(shapes))}."
-                    )
+                    raise ConfigError(f"{key} names layer {outside[0]}, but {_told(matrix, sorted(shapes))}.")
                 if len({shapes[layer] for layer in group}) > 1:
                     found = ", ".join(f"{layer}: {shapes[layer]}" for layer in group)
                     raise ConfigError(
@@ -69,8 +68,8 @@ class ExplicitSharing:
             listed = {group[0]: group for group in lists.get(matrix, ())}
             joined = {layer for group in listed.values() for layer in group[1:]}
             for m in architecture.of_type(matrix):
-                if m.layer not in joined:
-                    found.append(WeightGroup(matrix, listed.get(m.layer, (m.layer,)), m.d_in, m.d_out))
+                if m.place not in joined:
+                    found.append(WeightGroup(matrix, listed.get(m.place, (m.place,)), m.d_in, m.d_out))
         return tuple(found)
 
 
@@ -78,17 +77,42 @@ def _lists(matrix: str, listed: object) -> tuple[tuple[int, ...], ...]:
     """The lists of a matrix type, each sorted; ConfigError if they are no lists of layers, or name a layer twice."""
     if not isinstance(listed, list | tuple) or not all(isinstance(group, list | tuple) and group for group in listed):
         raise _malformed({matrix: listed})
+    listed = [[_place(matrix, named) for named in group] for group in listed]
     layers = [layer for group in listed for layer in group]
-    if wrong := [layer for layer in layers if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0]:
-        raise ConfigError(f"layers.{matrix}: layers are whole numbers from 0, got {wrong[0]!r}.")
     if twice := [layer for layer, count in Counter(layers).items() if count > 1]:
         raise ConfigError(f"layers.{matrix} names layer {twice[0]} twice; a matrix belongs to one group.")
     return tuple(tuple(sorted(group)) for group in listed)
 
 
+def _place(matrix: str, named: object) -> int:
+    """A layer, or the place of an expert in one; ConfigError for anything else."""
+    pair = named if isinstance(named, list | tuple) and len(named) == 2 else None
+    for number in pair or (named,):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ConfigError(
+                f"layers.{matrix}: layers are whole numbers from 0, got {named!r}; an expert is named [layer, expert]."
+            )
+    if pair is None:
+        return cast("int", named)
+    if pair[1] >= ExpertPlace.MOST_EXPERTS:
+        raise ConfigError(f"layers.{matrix}: no layer has an expert of the number {pair[1]}.")
+    return ExpertPlace(*pair)
+
+
 def _malformed(value: object) -> ConfigError:
     return ConfigError(
         f"layers must give lists of layers by matrix type, such as {{q: [[0, 1], [2, 5]]}}, got {shown(value)}."
+    )
+
+
+def _told(matrix: str, places: list[int]) -> str:
+    """Where a matrix type is, as text."""
+    experts = [place for place in places if isinstance(place, ExpertPlace)]
+    if not experts:
+        return f"{matrix} is in layers {_ranges(places)}"
+    return (
+        f"{matrix} is in experts 0-{max(place.expert for place in experts)} of layers "
+        f"{_ranges(sorted({place.layer for place in experts}))}, each named [layer, expert]"
     )
 
 

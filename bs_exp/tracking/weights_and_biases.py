@@ -193,12 +193,13 @@ def _plan_table(plan: RankPlan) -> wandb.Table:
 
 
 def _rank_profile(plan: RankPlan) -> Any:
-    """Rank over depth, a line per matrix type; a matrix that stays dense has its full rank."""
+    """Rank over depth, a line per matrix type; a matrix that stays dense has its full rank. Of experts, the largest."""
     lines: dict[str, dict[int, int]] = {}
     for planned in plan.groups:
         group = planned.group
         rank = min(group.d_in, group.d_out) if planned.rank is None else planned.rank
-        lines.setdefault(group.matrix, {}).update(dict.fromkeys(group.layers, rank))
+        line = lines.setdefault(group.matrix, {})
+        line.update({block: max(rank, line.get(block, 0)) for block in group.blocks})
     ordered = {matrix: dict(sorted(ranks.items())) for matrix, ranks in lines.items()}
     return wandb.plot.line_series(
         xs=[list(ranks) for ranks in ordered.values()],
