@@ -42,7 +42,7 @@ from bs_exp.records.parsing import (
     text_up_to,
     truth,
 )
-from bs_exp.types import LossUnit, RankPlan
+from bs_exp.types import ExpertPlace, LossUnit, RankPlan
 
 FILE_NAME = "record.json"
 # Of the saved model, in the run's folder.
@@ -147,6 +147,16 @@ def _objective(name: str, value: Any) -> None:
     (object_of(number) if isinstance(value, Mapping) else or_null(number))(name, value)
 
 
+def _place(name: str, value: Any) -> None:
+    """A layer, or [layer, expert]."""
+    if not isinstance(value, list | tuple):
+        below(_MOST_LAYERS, count)(name, value)
+        return
+    list_of(count, 2)(name, value)
+    if len(value) != 2 or value[0] >= _MOST_LAYERS or value[1] >= ExpertPlace.MOST_EXPERTS:
+        raise RecordError(f"{name} is no layer and expert (it is {value!r:.60})")
+
+
 # As `RankPlan.to_dict` writes it.
 _PLAN = object_with(
     frozenset({"groups", "requested_ratio"}),
@@ -155,7 +165,7 @@ _PLAN = object_with(
             object_with(
                 frozenset({"matrix", "layers", "d_in", "d_out", "rank", "parameters", "predicted_loss", "ridge"}),
                 matrix=text_up_to(_LONGEST_NAME),
-                layers=filled(list_of(below(_MOST_LAYERS, count), _MOST_LAYERS)),
+                layers=filled(list_of(_place, _MOST_LAYERS)),
                 d_in=below(_LARGEST_DIMENSION, positive),
                 d_out=below(_LARGEST_DIMENSION, positive),
                 correction=below(_LARGEST_DIMENSION, count),

@@ -26,7 +26,10 @@ _MOST_LAYERS = 512
 
 @dataclass(frozen=True)
 class Place:
-    """One matrix of a plan. `rank` is None where it stays dense; `kept` is its group's share of parameters."""
+    """One matrix of a plan. `rank` is None where it stays dense; `kept` is its group's share of parameters.
+
+    Of the experts of a layer: the mean of their ranks, where one is factorised, and of what they keep.
+    """
 
     rank: int | None
     kept: float
@@ -34,13 +37,28 @@ class Place:
 
 
 def places(point: ReportedRun) -> dict[tuple[str, int], Place]:
-    """(matrix type, layer or place of an expert) -> its rank and share kept, for every matrix of a run's plan."""
+    """(matrix type, layer) -> its rank and share kept, for every matrix of a run's plan."""
     found: dict[tuple[str, int], Place] = {}
+    experts: dict[tuple[str, int], list[tuple[Place, int]]] = {}
     for planned in point.groups:
         group = planned.group
         place = Place(planned.rank, planned.parameters / group.parameters, group.size)
-        found.update(((group.matrix, layer), place) for layer in group.layers)
-    return found
+        for layer in group.blocks:
+            if group.is_routed:
+                experts.setdefault((group.matrix, layer), []).extend(
+                    [(place, group.full_rank)] * len(group.within(layer))
+                )
+            else:
+                found[group.matrix, layer] = place
+    return found | {position: _mean(members) for position, members in experts.items()}
+
+
+def _mean(members: Sequence[tuple[Place, int]]) -> Place:
+    """What experts with their full ranks have on average."""
+    ranks = [full if place.rank is None else place.rank for place, full in members]
+    dense = all(place.rank is None for place, _ in members)
+    kept = sum(place.kept for place, _ in members) / len(members)
+    return Place(None if dense else round(sum(ranks) / len(ranks)), kept, max(place.shared for place, _ in members))
 
 
 def rank_points(section: Section) -> list[tuple[Series, ReportedRun]]:
@@ -195,6 +213,11 @@ def _table(section: Section, entries: Sequence[tuple[Series, ReportedRun]], key:
         tuple(columns),
         tuple(rows),
         note="A shared basis is counted once: its rank stands at every layer of its group. 'dense' stays as it was."
+        + (
+            " Experts have the mean of their layer."
+            if any(m.startswith("expert_") for p in found for m, _ in p)
+            else ""
+        )
         + note,
     )
 
