@@ -23,6 +23,7 @@ from bs_exp.estimate.traced import Pass, Traced, Tracer, file_bytes, one_batch
 from bs_exp.factorization.factors import KIND as FACTORS
 from bs_exp.models.block_stream import Waiting
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.modeling_basis_sharing import UnfusedExperts
 from bs_exp.models.outputs import logits_of
 from bs_exp.pipeline import Recipe, adapted, probes_of, seen_by
 from bs_exp.protocols import MeasuredAllocation, SharingProblem
@@ -178,6 +179,9 @@ class _Estimator:
         bare = without_values(self.model, ledger, device=self.place.device, offload=self.place.offload)
         with ledger.fake:
             dense = seen_by(recipe.sharing, bare)
+        for experts in dense.module.modules():
+            if isinstance(experts, UnfusedExperts):
+                experts.evenly = True
         unknown: list[str] = []
         if recipe.sharing.measured:
             groups = singles(dense.architecture)

@@ -835,7 +835,10 @@ class UnfusedExperts(nn.Module):
 
     It computes what the eager code of Transformers does: every expert reads the tokens that are routed to it. Its
     layers are called `gate`, `up` and `down`: by their longer names, Transformers would fuse them when it loads them.
+    With `evenly`, tokens are shared out evenly in place of routed: for tensors without values, which say nothing.
     """
+
+    evenly = False
 
     def __init__(self, members: Sequence[Expert], fused: nn.Module):
         super().__init__()
@@ -857,7 +860,8 @@ class UnfusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         found = torch.zeros_like(hidden_states)
-        for number, tokens, places in routed(top_k_index, len(self.members)):
+        shared_out = evenly_routed if self.evenly else routed
+        for number, tokens, places in shared_out(top_k_index, len(self.members)):
             y = self.members[number](hidden_states[tokens], self.act_fn)
             y = y * top_k_weights[tokens, places, None]
             found.index_add_(0, tokens, y.to(found.dtype))
@@ -911,15 +915,8 @@ def can_unfuse(module: nn.Module) -> bool:
 def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For every expert that a token is routed to: its number, the tokens, and which of their choices it is.
 
-    Indices are those of the chosen experts, `[tokens, choices]`; one past the last expert is nobody's. Where there are
-    no values, tokens are shared out evenly.
+    Indices are those of the chosen experts, `[tokens, choices]`; one past the last expert is nobody's.
     """
-    if top_k_index.is_meta or _has_no_values(top_k_index):
-        each = -(-top_k_index.numel() // experts)
-        for number in range(min(experts, top_k_index.numel())):
-            nobody = top_k_index.new_zeros(min(each, len(top_k_index)))
-            yield number, nobody, nobody
-        return
     with torch.no_grad():
         chosen = nn.functional.one_hot(top_k_index, num_classes=experts + 1).permute(2, 1, 0)
         hit = torch.greater(chosen.sum(dim=(-1, -2)), 0).nonzero()[:, 0].tolist()
@@ -929,10 +926,12 @@ def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Ten
             yield number, tokens, places
 
 
-def _has_no_values(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
+def evenly_routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As many tokens for every expert, whatever was chosen."""
+    each = -(-top_k_index.numel() // experts)
+    for number in range(min(experts, top_k_index.numel())):
+        some = top_k_index.new_zeros(min(each, len(top_k_index)))
+        yield number, some, some
 
 
 def _without_tensors(module: nn.Module) -> nn.Module:

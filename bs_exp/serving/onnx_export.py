@@ -120,6 +120,11 @@ def _task(folder: Path) -> Task:
             f"{folder} is an encoder-decoder ({config.model_type}), which export --to onnx does not write: it would "
             "need a graph each for encoder and decoder. Use --to dense, and a tool that exports these from there."
         )
+    if (getattr(config, "quantization_config", None) or {}).get("experts"):
+        raise ModelError(
+            f"{folder} holds routed experts ({config.model_type}), which export --to onnx does not write: which ones "
+            "run depends on the tokens. Use --to dense, and a tool that exports these from there."
+        )
     return auto.task
 
 

@@ -50,6 +50,12 @@ def read_groups(quantization_config: Mapping[str, Any]) -> tuple[StoredGroup, ..
             f"This folder stores {len(splits)} matrices cut into blocks (such as {splits[0]['module']}), which no "
             "server takes. Compress without a view of heads, or serve the dense model: bs_exp.to_dense."
         )
+    if experts := getattr(config, "experts", ()):
+        raise ValueError(
+            f"This folder stores the experts of {len(experts)} modules one by one (such as {experts[0]}), which only "
+            "Transformers loads so far. Compress with model.roles={experts: dense}, or serve the dense model: bs-exp "
+            "export FOLDER --to dense."
+        )
     if (precision := config.stored_precision) is not None:
         raise ValueError(
             f"This folder stores its matrices in {precision.bits} bits (precision=int{precision.bits}), which only "

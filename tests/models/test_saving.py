@@ -20,8 +20,10 @@ from bs_exp.errors import ConfigError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models import modeling_basis_sharing
 from bs_exp.models.surgery import replace_matrices, twin
-from bs_exp.models.tiny import FAMILIES, TinyRandom, byte_tokenizer
+from bs_exp.models.tiny import FAMILIES, MIXTURES, TinyRandom, byte_tokenizer
+from bs_exp.testing.models import updated
 from bs_exp.types import LoadedModel
+from bs_exp.update.none import NoUpdate
 from tests.support.factorised import compressed_twin, logits_of, random_factors
 
 Dense = Callable[[str], LoadedModel]
@@ -38,6 +40,12 @@ def saved(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, module in (("compressed", compressed), ("dense", to_dense(compressed))):
             save_model(module, dense(family).tokenizer, folder / kind / family)
             logits[kind][family] = logits_of(module)
+    for family in MIXTURES:
+        loaded = dense(family)
+        found = updated(loaded, NoUpdate()).module
+        for kind, module in (("compressed", found), ("dense", to_dense(found))):
+            save_model(module, loaded.tokenizer, folder / kind / f"{family}-experts")
+            logits[kind][f"{family}-experts"] = logits_of(module)
     AutoModelForCausalLM.from_pretrained(folder / "compressed" / "llama").save_pretrained(folder / "resaved" / "llama")
     torch.save(logits, folder / "logits.pt")
     return folder
@@ -84,7 +92,13 @@ def test_fresh_process_with_bs_exp_gives_the_same_logits(dense: Dense, with_plug
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_fresh_process_with_bs_exp_runs_experts_one_by_one(with_plugin: Any, family: str) -> None:
+    seen = with_plugin[f"{family}-experts"]
+    assert seen["equal"] and seen["generated"] == 3 and seen["layers"] >= 3 * (4 + 3 * 4)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(f"{family}-experts" for family in MIXTURES)])
 def test_fresh_process_without_bs_exp(without_plugin: Any, family: str) -> None:
     assert without_plugin["trusted"][family], "trust_remote_code=True must give the same logits bit for bit"
     assert without_plugin["dense"][family], "the dense export must load as an ordinary checkpoint"

@@ -150,6 +150,15 @@ def test_what_has_no_such_file_is_refused_before_anything_is_loaded(
     TinyRandom(family="t5", layers=2).load().module.config.save_pretrained(folder)  # a configuration, and no weights
     with pytest.raises(ModelError, match=r"is an encoder-decoder \(t5\), .* Use --to dense"):
         export_onnx(folder, tmp_path / "out")
+    mixture = TinyRandom(family="mixtral", layers=2).load().module.config
+    mixture.quantization_config = {
+        "quant_method": "basis_sharing",
+        "groups": [],
+        "experts": ["model.layers.0.mlp.experts"],
+    }
+    mixture.save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ModelError, match=r"holds routed experts \(mixtral\), .* Use --to dense"):
+        export_onnx(tmp_path / "mixture", tmp_path / "out")
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else known(name))
     with pytest.raises(ConfigError, match=r"needs onnxscript, which is not installed: pip install 'bs-exp\[onnx\]'"):

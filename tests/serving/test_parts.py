@@ -48,6 +48,11 @@ def test_matrices_cut_into_blocks_are_refused() -> None:
         read_groups(_config(splits=[split]))
 
 
+def test_experts_one_by_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts of 2 modules one by one \(such as a\.experts\).*--to dense"):
+        read_groups(_config(experts=["a.experts", "b.experts"]))
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_matrices_in_few_bits_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=rf"precision=int{bits}.*bs-exp export FOLDER --to dense"):
