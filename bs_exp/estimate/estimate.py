@@ -18,12 +18,11 @@ from bs_exp.errors import BsExpError
 from bs_exp.estimate.ledger import Decomposition, Ledger, Work
 from bs_exp.estimate.machine import Machine
 from bs_exp.estimate.rounds import Rounds, rounds_of
-from bs_exp.estimate.shapes import first_blocks, nbytes, repeated, without_values
+from bs_exp.estimate.shapes import first_blocks, nbytes, repeated, share_out_tokens, without_values
 from bs_exp.estimate.traced import Pass, Traced, Tracer, file_bytes, one_batch
 from bs_exp.factorization.factors import KIND as FACTORS
 from bs_exp.models.block_stream import Waiting
 from bs_exp.models.model_inputs import feeder
-from bs_exp.models.modeling_basis_sharing import UnfusedExperts
 from bs_exp.models.outputs import logits_of
 from bs_exp.pipeline import Recipe, adapted, probes_of, seen_by
 from bs_exp.protocols import MeasuredAllocation, SharingProblem
@@ -179,9 +178,7 @@ class _Estimator:
         bare = without_values(self.model, ledger, device=self.place.device, offload=self.place.offload)
         with ledger.fake:
             dense = seen_by(recipe.sharing, bare)
-        for experts in dense.module.modules():
-            if isinstance(experts, UnfusedExperts):
-                experts.evenly = True
+            share_out_tokens(dense.module)
         unknown: list[str] = []
         if recipe.sharing.measured:
             groups = singles(dense.architecture)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bs_exp.estimate.ledger import Ledger
 from bs_exp.models.mapped import is_mapped
+from bs_exp.models.modeling_basis_sharing import UnfusedExperts, can_unfuse
 from bs_exp.models.offload import is_offloaded, place
 from bs_exp.models.surgery import twin
 from bs_exp.types import ExpertPlace, LoadedModel, WeightGroup, block_of
@@ -30,6 +31,16 @@ def without_values(model: LoadedModel, ledger: Ledger, *, device: torch.device, 
         if offload != "none" and not is_offloaded(module):
             place(module, model.architecture.blocks, device)
     return replace(model, module=module)
+
+
+def share_out_tokens(module: nn.Module) -> None:
+    """Has experts read as many tokens each, since there are no values that say which; in place."""
+    # Those that stay dense too: a kernel for all of them wants to know how many tokens each of them has.
+    for path, fused in [(path, part) for path, part in module.named_modules() if can_unfuse(part)]:
+        module.set_submodule(path, UnfusedExperts.unfusing(fused))
+    for experts in module.modules():
+        if isinstance(experts, UnfusedExperts):
+            experts.evenly = True
 
 
 def offload_of(model: LoadedModel) -> str:

@@ -25,7 +25,7 @@ from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.loading import LocalModel
 from bs_exp.models.saving import save_model
-from bs_exp.models.tiny import TinyRandom, tiny_random
+from bs_exp.models.tiny import MIXTURES, TinyRandom, tiny_random
 from bs_exp.pipeline import Recipe, compress
 from bs_exp.progress import Progress
 from bs_exp.schedule.adaptive_steps import AdaptiveSteps
@@ -207,7 +207,7 @@ def test_points_of_a_sweep_trace_once_what_they_share(recipe: Recipe, monkeypatc
     assert gathered
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "bert", "t5"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "bert", "t5", *MIXTURES])
 def test_families(family: str, tmp_path: Path) -> None:
     shapes = TinyRandom(family=family).shapes()
     recipe = dataclasses.replace(SVD_LLM, sharing=AdjacentSharing(matrices=("q", "k", "v", "qkv"), group_size=2))
@@ -217,3 +217,26 @@ def test_families(family: str, tmp_path: Path) -> None:
     held = sum(size for name, size in file_sizes(tmp_path / "decomposition").items() if name.endswith(".safetensors"))
     assert found.disk[FACTORS] == pytest.approx(held, rel=0.05)
     assert compressed.plan.parameters <= recipe.retain_ratio * compressed.plan.dense_parameters
+
+
+def test_experts_are_counted_as_what_they_are(tmp_path: Path) -> None:
+    """One by one with Grams of their own, or as they are where their role says so."""
+    recipe = dataclasses.replace(SVD_LLM, whitening=TwoSidedWhitening(ridge=1e-4, damping=1e-2, temper=1.0))
+    apart, whole = (
+        estimate(
+            TinyRandom(family="mixtral", roles=roles).shapes(),
+            recipe,
+            windows(recipe),
+            Cache(tmp_path),
+            HOST,
+            save_model=True,
+        )
+        for roles in (None, {"experts": "dense"})
+    )
+    assert not apart.unknown and not whole.unknown
+    assert apart.backward == whole.backward == 1
+    compress(tiny_random("mixtral"), recipe, Workspace(Cache(tmp_path), QUIET))
+    held = sum(size for name, size in file_sizes(tmp_path / "gram").items() if name.endswith(".safetensors"))
+    assert apart.disk[Statistic.GRAM] == pytest.approx(held, rel=0.05)
+    assert whole.disk[Statistic.GRAM] < apart.disk[Statistic.GRAM] / 2
+    assert whole.disk[FACTORS] < apart.disk[FACTORS] / 2
