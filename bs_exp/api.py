@@ -127,21 +127,22 @@ class Compression:
             return upload(folder, repo_id, private=private, token=token)
 
     def report(self) -> str:
-        """What was kept, the ranks by matrix type, and the seconds by stage, as text."""
+        """What was kept, the ranks by matrix type and layer (of experts the least and the largest), the seconds by stage."""
         kept, whole = self.size["retain_ratio"], self.size["model_retain_ratio"]
         lines = [
             f"kept      {kept:.1%} of the targeted parameters (asked: {self.plan.requested_ratio:.1%}), "
             f"{whole:.1%} of the model; {formats.size(self.size['bytes'])} of {formats.size(self.size['dense_bytes'])}",
             f"loss      {self.plan.predicted_loss:.4g} predicted ({self.plan.groups[0].loss_unit.value})",
         ]
-        by_type: dict[str, list[str]] = {}
+        by_type: dict[str, dict[str, list[int | None]]] = {}
         for planned in self.plan.groups:
-            layers = "-".join(
-                str(layer) for layer in dict.fromkeys((planned.group.layers[0], planned.group.layers[-1]))
-            )
-            rank = "dense" if planned.rank is None else str(planned.rank)
-            by_type.setdefault(planned.group.matrix, []).append(f"{layers}: {rank}")
-        lines += [f"{matrix:<10}{', '.join(ranks)}" for matrix, ranks in by_type.items()]
+            blocks = planned.group.blocks
+            layers = "-".join(str(layer) for layer in dict.fromkeys((blocks[0], blocks[-1])))
+            by_type.setdefault(planned.group.matrix, {}).setdefault(layers, []).append(planned.rank)
+        lines += [
+            f"{matrix:<9} {', '.join(f'{layers}: {_told(ranks)}' for layers, ranks in found.items())}"
+            for matrix, found in by_type.items()
+        ]
         lines.append(
             "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items() if value >= 0.05)
         )
@@ -332,6 +333,13 @@ def strategy(option: str, **settings: Any) -> Any:
     group = option.partition("=")[0]
     given = [f"{group}.{name}={value}" for name, value in settings.items()]
     return maker(_compose([option, *given]))(group)
+
+
+def _told(ranks: Sequence[int | None]) -> str:
+    """The rank of a group, or of all groups of a layer's experts."""
+    numbers = sorted({rank for rank in ranks if rank is not None})
+    told = [" to ".join(str(rank) for rank in dict.fromkeys((numbers[0], numbers[-1])))] if numbers else []
+    return " or ".join([*told, *(["dense"] if None in ranks else [])])
 
 
 def _compose(settings: Sequence[str]) -> DictConfig:

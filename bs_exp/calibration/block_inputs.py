@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.calibration.site_inputs import inputs_of
+from bs_exp.calibration.site_inputs import SiteInputs, inputs_of, same_tokens
 from bs_exp.errors import CalibrationError, ModelError
 from bs_exp.linalg.least_squares import InputPairs
 from bs_exp.models.block_stream import BlockStream, Waiting
@@ -63,16 +64,20 @@ def gather_pairs(
     layer: int,
     *,
     advance: bool,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, InputPairs]:
     """Moments of a block's inputs by site; `modules` are the paths of one matrix per site.
 
-    Carries the dense stream on, and the compressed one if asked to. CalibrationError if a matrix does not read the same
-    tokens in both.
+    Carries the dense stream on, and the compressed one if asked to. Sites of experts have in `least` how many tokens
+    they need: those that read fewer, of the same in both models, are left out. CalibrationError if another matrix does
+    not read the same tokens in both.
     """
     module, current = compressed
     found: dict[str, InputPairs] = {}
+    tokens: Counter[str] = Counter()
+    routed = least or {}
     for batch in range(len(current)):
-        wanted: dict[str, Tensor] = {}
+        wanted: SiteInputs | None = None
         if dense is not None:
             with inputs_of(dense[0], modules) as wanted:
                 dense[1].advance(batch, dense[1].run(layer, batch))
@@ -81,11 +86,17 @@ def gather_pairs(
         if advance:
             current.advance(batch, states)
         for site, name in modules.items():
-            if site not in seen or (wanted and wanted[site].shape != seen[site].shape):
+            both: tuple[Tensor, Tensor | None] | None = (seen[site], None) if site in seen else None
+            if wanted is not None:
+                both = same_tokens(seen, wanted, site)
+            if both is None and site in routed:
+                continue
+            if both is None:
                 raise CalibrationError(
                     f"Refit: {name} does not read the same tokens in the dense and in the compressed model. Use "
                     "update.target=compressed_inputs update.mode=one_shot."
                 )
-            pairs = InputPairs.of(seen[site], wanted.get(site))
+            pairs = InputPairs.of(*both)
             found[site] = found[site] + pairs if site in found else pairs
-    return found
+            tokens[site] += len(both[0])
+    return {site: pairs for site, pairs in found.items() if tokens[site] >= routed.get(site, 0)}

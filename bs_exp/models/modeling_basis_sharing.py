@@ -858,10 +858,14 @@ class UnfusedExperts(nn.Module):
         members = [Expert(*(_linear_with(nn.Parameter(part, trained)) for part in each)) for each in parts]
         return cls(members, fused).train(fused.training)
 
+    def routes(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """As `routed`, for these experts, in the order in which they run and read the tokens."""
+        shared_out = evenly_routed if self.evenly else routed
+        return shared_out(top_k_index, len(self.members))
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         found = torch.zeros_like(hidden_states)
-        shared_out = evenly_routed if self.evenly else routed
-        for number, tokens, places in shared_out(top_k_index, len(self.members)):
+        for number, tokens, places in self.routes(top_k_index):
             y = self.members[number](hidden_states[tokens], self.act_fn)
             y = y * top_k_weights[tokens, places, None]
             found.index_add_(0, tokens, y.to(found.dtype))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bs_exp.calibration.block_inputs import gather_pairs, streams_of, without_experts
+from bs_exp.calibration.block_inputs import gather_pairs, streams_of
 from bs_exp.calibration.group_statistics import calibrate
+from bs_exp.calibration.rare_experts import wanted_tokens
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
@@ -157,9 +158,8 @@ class Refit:
         """Block by block: gathers one block's moments, refits, and carries the windows on.
 
         A model whose blocks cannot be run one at a time runs from its beginning for each of them, which a note says.
-        Experts keep their factors: other tokens are sent to them in the one model than in the other.
+        An expert is refitted on the tokens that are sent to it in both models, if they are as many as it has channels.
         """
-        groups = without_experts(groups, "refit", workspace.progress)
         stream = streams_of(work.dense, data, workspace)
         # In one shot every layer reads what truncation left, so refitted factors go into another copy of the structure.
         module = twin(work.compressed) if self.mode == "one_shot" else work.compressed
@@ -167,26 +167,36 @@ class Refit:
         original = None if self.target == "compressed_inputs" else stream(work.dense)
         layers = range(len(work.dense.architecture.blocks))
         pending: dict[WeightGroup, InputPairs] = {}
+        left = 0
         for layer in workspace.progress.track(layers, label="refitting", total=len(layers)):
-            here = [group for group in groups if layer in group.layers]
-            modules = {(m := work.matrix(group, layer)).input_site: m.module for group in here}
+            here = [(group, place) for group in groups for place in group.within(layer)]
+            matrices = [work.matrix(group, place) for group, place in here]
+            modules = {matrix.input_site: matrix.module for matrix in matrices}
             found = gather_pairs(
                 (module, current),
                 None if original is None else (work.dense.module, original),
                 modules,
                 layer,
                 advance=self.mode == "one_shot",
+                least={matrix.input_site: wanted_tokens(matrix) for matrix in matrices if matrix.expert is not None},
             )
-            for group in here:
-                pairs = found[work.matrix(group, layer).input_site]
-                if self.gram == "layer":
-                    work.refit(group, (layer,), pairs)
-                    continue
-                pending[group] = pending[group] + pairs if group in pending else pairs
-                if layer == max(group.layers):
-                    work.refit(group, group.layers, pending.pop(group))
+            for (group, place), matrix in zip(here, matrices, strict=True):
+                pairs = found.get(matrix.input_site)
+                left += pairs is None
+                if self.gram == "layer" and pairs is not None:
+                    work.refit(group, (place,), pairs)
+                elif self.gram == "group":
+                    if pairs is not None:
+                        pending[group] = pending[group] + pairs if group in pending else pairs
+                    if place == group.layers[-1] and group in pending:
+                        work.refit(group, group.layers, pending.pop(group))
             if self.mode == "sequential":
                 current.pass_on(layer)
+        if left:
+            workspace.progress.note(
+                f"refit: {left} matrices of routed experts are not refitted on tokens of their own, of which fewer are "
+                "sent to them in both models than they have channels"
+            )
 
 
 @dataclass(eq=False)

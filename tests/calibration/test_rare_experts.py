@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bs_exp.cache import Cache
+from bs_exp.calibration import walk
 from bs_exp.calibration.group_statistics import calibrate
 from bs_exp.calibration.rare_experts import filled_moments, lacking, mean_gram, mean_rows, wanted_tokens
 from bs_exp.errors import CalibrationError
@@ -180,3 +181,17 @@ def test_what_no_expert_read_is_an_error_and_others_lack_nothing() -> None:
     assert lacking(replace(gate, expert=None), 0) == 0
     with pytest.raises(CalibrationError, match=r"any expert of layer 5 \(blocks.5.gate\).*experts: dense"):
         mean_gram([(torch.zeros(3, 3), 0)], gate)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_block_by_block_the_statistics_of_experts_are_the_same(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = unfused(starved()), windows(4)
+    needs = {Statistic.GRAM, Statistic.OUTPUT_GRAM} if backward else {Statistic.GRAM, Statistic.INPUT_MOMENTS}
+    whole = calibrate(model, data, needs=needs, workspace=workspace())
+    monkeypatch.setattr(walk, "LARGE", 1)
+    blocks = calibrate(model, data, needs=needs, workspace=workspace())
+    for statistic, entries in whole.entries.items():
+        for name, entry in entries.items():
+            other = blocks.entries[statistic][name]
+            for tensor in ("gram",) if statistic is not Statistic.INPUT_MOMENTS else ("absolute", "peak", "fourth"):
+                assert torch.equal(entry.tensor(tensor), other.tensor(tensor)), (statistic, name)
