@@ -127,7 +127,7 @@ class Compression:
             return upload(folder, repo_id, private=private, token=token)
 
     def report(self) -> str:
-        """What was kept, the ranks by matrix type and layer (of experts the least and the largest), the seconds by stage."""
+        """What was kept, the ranks by matrix type and layer (of experts the extremes), and the seconds by stage."""
         kept, whole = self.size["retain_ratio"], self.size["model_retain_ratio"]
         lines = [
             f"kept      {kept:.1%} of the targeted parameters (asked: {self.plan.requested_ratio:.1%}), "

@@ -172,7 +172,26 @@ class Architecture:
 
     def of_type(self, matrix: str) -> tuple[WeightMatrix, ...]:
         """Matrices of one type, by layer, and by expert."""
-        return tuple(sorted((m for m in self.matrices if m.matrix == matrix), key=lambda m: m.place))
+        return self._by_type.get(matrix, ())
+
+    def experts_of(self, matrix: str, layer: int) -> tuple[WeightMatrix, ...]:
+        """The matrices of one type in all experts of a layer; none for other types."""
+        return self._experts.get((matrix, layer), ())
+
+    @cached_property
+    def _by_type(self) -> Mapping[str, tuple[WeightMatrix, ...]]:
+        found: dict[str, list[WeightMatrix]] = {}
+        for matrix in sorted(self.matrices, key=lambda m: m.place):
+            found.setdefault(matrix.matrix, []).append(matrix)
+        return {matrix: tuple(members) for matrix, members in found.items()}
+
+    @cached_property
+    def _experts(self) -> Mapping[tuple[str, int], tuple[WeightMatrix, ...]]:
+        routed = (m for members in self._by_type.values() for m in members if m.expert is not None)
+        found: dict[tuple[str, int], list[WeightMatrix]] = {}
+        for matrix in routed:
+            found.setdefault((matrix.matrix, matrix.layer), []).append(matrix)
+        return {position: tuple(members) for position, members in found.items()}
 
 
 # How the hidden states of a text become one vector, in the words of sentence-transformers.

@@ -18,7 +18,6 @@ from bs_exp.calibration.rare_experts import (
     lacking,
     mean_gram,
     mean_rows,
-    peers,
     told_of,
     wanted_tokens,
 )
@@ -118,7 +117,7 @@ class CalibrationStats:
         own = _gram(found[matrix.input_site])
         if not (missing := lacking(matrix, self._tokens(matrix))):
             return own
-        experts = peers(self.architecture, matrix)
+        experts = self.architecture.experts_of(matrix.matrix, matrix.layer)
         key = ",".join(m.input_site for m in experts)
         return own + missing * self._mean(Statistic.GRAM, key, matrix, [found[m.input_site] for m in experts])
 
@@ -126,14 +125,14 @@ class CalibrationStats:
         own = _gram(found[matrix.module])
         if Statistic.GRAM not in self.entries or not (missing := lacking(matrix, self._tokens(matrix))):
             return own
-        experts = peers(self.architecture, matrix)
+        experts = self.architecture.experts_of(matrix.matrix, matrix.layer)
         key = ",".join(m.module for m in experts)
         return own + missing * self._mean(statistic, key, matrix, [found[m.module] for m in experts])
 
     def _mean(self, statistic: Statistic, key: str, matrix: WeightMatrix, entries: Sequence[Entry]) -> Tensor:
         """The mean of the experts of a layer; the last one of each statistic is kept, since groups come by layer."""
         if self._means.get(statistic, ("",))[0] != key:
-            read = map(self._tokens, peers(self.architecture, matrix))
+            read = map(self._tokens, self.architecture.experts_of(matrix.matrix, matrix.layer))
             grams = ((_gram(entry), tokens) for entry, tokens in zip(entries, read, strict=True))
             self._means[statistic] = key, mean_gram(grams, matrix, outputs=statistic is not Statistic.GRAM)
         return self._means[statistic][1]
@@ -142,7 +141,10 @@ class CalibrationStats:
         own = _read_moments(found[matrix.input_site])
         if matrix.expert is None:
             return own
-        others = [(_read_moments(found[m.input_site]), self._tokens(m)) for m in peers(self.architecture, matrix)]
+        others = [
+            (_read_moments(found[m.input_site]), self._tokens(m))
+            for m in self.architecture.experts_of(matrix.matrix, matrix.layer)
+        ]
         return filled_moments(own, others, matrix, self._tokens(matrix))
 
     def _gradient(
@@ -156,7 +158,7 @@ class CalibrationStats:
             own = found[matrix.module].tensor("rows")
             if matrix.expert is None or bool(own.any()):
                 return own
-            others = [found[m.module].tensor("rows") for m in peers(self.architecture, matrix)]
+            others = [found[m.module].tensor("rows") for m in self.architecture.experts_of(matrix.matrix, matrix.layer)]
             return mean_rows(others, matrix)
 
         rows = _sum(map(rows_of, matrices))

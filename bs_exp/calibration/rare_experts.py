@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bs_exp.errors import CalibrationError
-from bs_exp.types import Architecture, InputMoments, WeightMatrix
+from bs_exp.types import InputMoments, WeightMatrix
 
 # The matrix whose inputs are hidden channels of its expert; those of the others are its outputs.
 _READS_HIDDEN = "expert_down"
@@ -33,11 +33,6 @@ def wanted_tokens(matrix: WeightMatrix) -> int:
 def lacking(matrix: WeightMatrix, tokens: int) -> int:
     """How many average tokens the statistics of a matrix need besides its own; 0 for what is no expert's."""
     return 0 if matrix.expert is None else max(0, wanted_tokens(matrix) - tokens)
-
-
-def peers(architecture: Architecture, matrix: WeightMatrix) -> tuple[WeightMatrix, ...]:
-    """The matrices of a type in all experts of a layer."""
-    return tuple(m for m in architecture.of_type(matrix.matrix) if m.layer == matrix.layer)
 
 
 def mean_gram(

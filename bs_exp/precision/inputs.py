@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate
-from bs_exp.calibration.rare_experts import lacking, mean_gram, peers
+from bs_exp.calibration.rare_experts import lacking, mean_gram
 from bs_exp.errors import CalibrationError
 from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
@@ -61,7 +61,7 @@ class StreamedGrams:
 
     def of(self, matrix: WeightMatrix, device: torch.device) -> Tensor:
         if missing := lacking(matrix, self._tokens[matrix.input_site]):
-            sites = [m.input_site for m in peers(self._model.architecture, matrix)]
+            sites = [m.input_site for m in self._model.architecture.experts_of(matrix.matrix, matrix.layer)]
             mean = mean_gram(((self._found[site], self._tokens[site]) for site in sites if site in self._found), matrix)
             return (self._found.get(matrix.input_site, 0.0) + missing * mean).to(device)
         if matrix.input_site not in self._found:

@@ -102,7 +102,8 @@ def test_inputs_are_told_apart_by_token(dense: LoadedModel) -> None:
         dense.module(ids)
     with torch.no_grad(), inputs_of(other, sites) as two:
         other(ids)
-    assert set(one.tokens) == {"gate"} and len(one["gate"]) == len(one.tokens["gate"]) == len(one.tokens["gate"].unique())
+    assert set(one.tokens) == {"gate"}
+    assert len(one["gate"]) == len(one.tokens["gate"]) == len(one.tokens["gate"].unique())
     pair = same_tokens(one, two, "gate")
     assert pair is not None and len(pair[0]) == len(pair[1]) <= min(len(one["gate"]), len(two["gate"]))
     common = sorted(set(one.tokens["gate"].tolist()) & set(two.tokens["gate"].tolist()))
