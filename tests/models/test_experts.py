@@ -150,10 +150,10 @@ def test_experts_that_compute_something_else_are_refused() -> None:
         unfused(dense)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, *OTHERS])
 @pytest.mark.parametrize("shared", [False, True])
 def test_saved_loaded_and_made_dense_they_give_the_same(family: str, shared: bool, tmp_path: Path) -> None:
-    dense = tiny_random(family, layers=2)
+    dense, block = model_of(family), "model.layers.1.mlp.experts"
     types = ("q", "expert_gate", "expert_up", "expert_down")
     sharing: Any = AdjacentSharing(matrices=types, group_size=2) if shared else NoSharing()
     found, seen = compressed(dense, sharing=sharing)
@@ -165,9 +165,7 @@ def test_saved_loaded_and_made_dense_they_give_the_same(family: str, shared: boo
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), wanted)
     plain = to_dense(loaded)
-    assert type(plain.get_submodule("model.layers.0.mlp.experts")) is type(
-        dense.module.get_submodule("model.layers.0.mlp.experts")
-    )
+    assert type(plain.get_submodule(block)) is type(dense.module.get_submodule(block))
     plain.save_pretrained(tmp_path / "dense")
     for module in (plain, AutoModelForCausalLM.from_pretrained(tmp_path / "dense")):
         torch.testing.assert_close(logits(module), wanted, rtol=0, atol=5e-5)
@@ -176,8 +174,8 @@ def test_saved_loaded_and_made_dense_they_give_the_same(family: str, shared: boo
     assert size["retain_ratio"] == pytest.approx(found.plan.retain_ratio) and size["retain_ratio"] <= 0.6
     assert size["dense_parameters"] == dense.module.num_parameters()
     routed = sum(p.group.parameters for p in found.plan.groups if p.group.is_routed)
-    experts = dense.module.get_submodule("model.layers.0.mlp.experts")
-    assert routed == 2 * sum(p.numel() for p in experts.parameters())
+    fused = [dense.module.get_submodule(path) for path in dense.architecture.fused]
+    assert fused and routed == sum(p.numel() for experts in fused for p in experts.parameters())
 
 
 def test_what_stays_dense_has_weights_of_its_own(tmp_path: Path) -> None:
