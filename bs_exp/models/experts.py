@@ -17,7 +17,7 @@ from bs_exp.models.surgery import twin
 from bs_exp.types import LoadedModel, WeightMatrix
 
 # The layers of an expert, and their matrix types.
-PARTS = {"gate": "expert_gate", "up": "expert_up", "down": "expert_down"}
+PARTS = {"gate_layer": "expert_gate", "up_layer": "expert_up", "down_layer": "expert_down"}
 # Two ways to compute the same in the model's dtype; another way to route or to gate is far off.
 _TOLERANCE = 1e-2
 
@@ -89,7 +89,7 @@ def _matrices(apart: UnfusedExperts, path: str, layer: int, stack: int) -> Itera
 @torch.no_grad()
 def _check(fused: nn.Module, apart: UnfusedExperts, path: str) -> None:
     """ModelError unless both compute the same of a few random tokens, which the first and the last expert read."""
-    weight = apart.members[0].get_submodule("gate").weight
+    weight = apart.members[0].get_submodule("gate_layer").weight
     assert isinstance(weight, torch.Tensor)
     if weight.is_meta or not _has_values(weight):
         return

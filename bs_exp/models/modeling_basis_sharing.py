@@ -821,12 +821,12 @@ class Expert(nn.Module):
 
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module):
         super().__init__()
-        self.gate = gate
-        self.up = up
-        self.down = down
+        self.gate_layer = gate
+        self.up_layer = up
+        self.down_layer = down
 
     def forward(self, x: Tensor, act: LinearMap) -> Tensor:
-        y: Tensor = self.down(act(self.gate(x)) * self.up(x))
+        y: Tensor = self.down_layer(act(self.gate_layer(x)) * self.up_layer(x))
         return y
 
 
@@ -834,8 +834,9 @@ class UnfusedExperts(nn.Module):
     """The experts of a block as modules, in place of one that holds all of them as tensors of three axes.
 
     It computes what the eager code of Transformers does: every expert reads the tokens that are routed to it. Its
-    layers are called `gate`, `up` and `down`: by their longer names, Transformers would fuse them when it loads them.
-    With `evenly`, tokens are shared out evenly in place of routed: for tensors without values, which say nothing.
+    layers are called `gate_layer` and so on: what is called `gate_proj`, `w1` or `gate` in a file, Transformers fuses
+    or renames in some families as it loads it. With `evenly`, tokens are shared out evenly in place of routed: for
+    tensors without values, which say nothing.
     """
 
     evenly = False
@@ -880,7 +881,8 @@ class UnfusedExperts(nn.Module):
     def fused(self) -> nn.Module:
         """The module as Transformers has it, once all layers are dense."""
         gates, ups, downs = (
-            [cast("Tensor", getattr(member, name).weight) for member in self.members] for name in ("gate", "up", "down")
+            [cast("Tensor", getattr(member, name).weight) for member in self.members]
+            for name in ("gate_layer", "up_layer", "down_layer")
         )
         both = [torch.cat([gate.detach(), up.detach()]) for gate, up in zip(gates, ups, strict=True)]
         whole = _without_tensors(self._fused[0])

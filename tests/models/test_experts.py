@@ -35,6 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_routed_experts": 4, "num_experts": 4, "kv_lora_rank": 8, "first_k_dense_replace": 1},
     "deepseek_v3": {"n_routed_experts": 4, "kv_lora_rank": 8, "first_k_dense_replace": 1},
     "olmoe": {"num_experts": 4},
+    "phimoe": {"num_local_experts": 4},  # Transformers renames its routers as it loads them
 }
 SIZES = {
     **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2},

@@ -13,6 +13,7 @@ import torch
 
 from bs_exp.cache import Cache
 from bs_exp.errors import ConfigError
+from bs_exp.models.experts import PARTS
 from bs_exp.models.modeling_basis_sharing import SharedLinear
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
@@ -133,12 +134,12 @@ def test_shared_experts_hold_one_basis_and_their_plan_can_be_read_back(row: str)
     found = compress(dense, replace(RECIPE, sharing=sharing), Workspace(Cache(None), Progress(quiet=True)))
     shared = [p.group for p in found.plan.groups if p.group.is_routed and p.group.size > 1 and p.rank is not None]
     assert shared
-    part = {"expert_gate": "gate", "expert_up": "up", "expert_down": "down"}
+    parts = {matrix: name for name, matrix in PARTS.items()}
     for group in shared:
         layers = []
         for place in group.layers:
             assert isinstance(place, ExpertPlace)
-            path = f"model.layers.{place.layer}.mlp.experts.members.{place.expert}.{part[group.matrix]}"
+            path = f"model.layers.{place.layer}.mlp.experts.members.{place.expert}.{parts[group.matrix]}"
             layer = found.module.get_submodule(path)
             layers.append(getattr(layer, "shared", layer))
         assert all(isinstance(layer, SharedLinear) and layer.basis is layers[0].basis for layer in layers)

@@ -97,7 +97,7 @@ def test_an_expert_with_too_few_tokens_of_its_own_is_left_as_it_is(dense: Loaded
 
 def test_inputs_are_told_apart_by_token(dense: LoadedModel) -> None:
     other = compressed(dense).module
-    sites = {"gate": "model.layers.1.mlp.experts.members.2.gate", "q": "model.layers.1.self_attn.q_proj"}
+    sites = {"gate": "model.layers.1.mlp.experts.members.2.gate_layer", "q": "model.layers.1.self_attn.q_proj"}
     [ids, *_] = CALIBRATION.data().batches
     with torch.no_grad(), inputs_of(dense.module, sites) as one:
         dense.module(ids)
