@@ -18,7 +18,7 @@ from bs_exp.progress import Progress
 from bs_exp.records.parsing import LARGEST
 from bs_exp.records.record import FILE_NAME, RunRecord, Status, read_record, write_record
 from bs_exp.runs.recorder import Recorder, new_record
-from bs_exp.types import LossUnit, PlannedGroup, RankPlan, WeightGroup
+from bs_exp.types import ExpertPlace, LossUnit, PlannedGroup, RankPlan, WeightGroup
 
 
 def _record(folder: Path, **changes: Any) -> RunRecord:
@@ -72,6 +72,14 @@ def test_read_is_the_inverse_of_write(tmp_path: Path) -> None:
     record = _record(tmp_path, sweep={"id": "s", "job": 3})
     path = write_record(record, tmp_path)
     assert read_record(path) == read_record(tmp_path) == record
+
+
+def test_a_plan_of_experts_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan = {"requested_ratio": 0.5, "groups": [{**GROUP, "matrix": "expert_up", "layers": [[3, 0], [3, 127]]}]}
+    (tmp_path / FILE_NAME).write_text(json.dumps({**_BARE, "plan": plan}))
+    found = RankPlan.from_dict(read_record(tmp_path).plan or {})
+    assert found.groups[0].group.layers == (ExpertPlace(3, 0), ExpertPlace(3, 127))
+    assert found.groups[0].group.name == "expert_up[3.0,3.127]"
 
 
 def test_record_knows_where_it_ran(tmp_path: Path) -> None:
@@ -158,7 +166,7 @@ _WRONG: list[tuple[str, Any, str]] = [
         ("plan", {"requested_ratio": 0.5, "groups": [{**GROUP, key: value}]}, f"plan.groups[0].{key}")
         for key, values in {
             "matrix": (None, 5),
-            "layers": (None, 5, [], ["0"], [-1]),
+            "layers": (None, 5, [], ["0"], [-1], [[0]], [[0, 1, 2]], [[0, -1]], [[20_000, 0]], [[0, 70_000]]),
             "d_in": (None, 0, "4"),
             "rank": ("5", 1.5, -1),
             "parameters": (None, -1),

@@ -169,6 +169,27 @@ def test_ranks_stand_at_every_layer_of_a_group() -> None:
     assert [cell.value for cell in row.cells[-4:]] == [groups[0]] * 3 + [groups[1]]
 
 
+def test_experts_of_a_layer_have_their_mean_rank() -> None:
+    record = synthetic.record("svd", 0.5, layers=2)
+    assert record.plan is not None
+    size = {"matrix": "expert_up", "d_in": 8, "d_out": 8, "predicted_loss": 0.0, "ridge": 0.0}
+    experts = [
+        {**size, "layers": [[0, 0], [0, 1]], "rank": 3, "parameters": 72},
+        {**size, "layers": [[0, 2]], "rank": None, "parameters": 64},
+        {**size, "layers": [[1, 0]], "rank": None, "parameters": 64},
+    ]
+    made = replace(record, plan={**record.plan, "groups": [*record.plan["groups"], *experts]})
+    section = _section(made)
+    found = ranks.places(section.points[0])
+    # Dense is the full rank, 8: (3 + 3 + 8) / 3. Shares kept: 72 of 128 for two, and all of the third.
+    assert (found["expert_up", 0].rank, found["expert_up", 0].shared) == (5, 2)
+    assert found["expert_up", 0].kept == pytest.approx((2 * 72 / 128 + 1) / 3)
+    assert found["expert_up", 1].rank is None
+    table = ranks.rank_table(section, "m1")
+    assert table is not None and "Experts have the mean of their layer." in table.note
+    assert [column.title for column in table.columns[-2:]] == ["layer 0", "layer 1"]
+
+
 def test_methods_that_agree_on_layers_correlate() -> None:
     def shares(record: RunRecord) -> list[float]:
         return ranks.layer_shares(_section(record).points[0])
