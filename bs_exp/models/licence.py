@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
 
@@ -36,6 +37,8 @@ def licence_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def _lines(card: str) -> dict[str, str]:
+    if not REGEX_YAML_BLOCK.search(card):  # the hub's library would warn of it
+        return {}
     try:
         data = ModelCard(card, ignore_metadata_errors=True).data
     except (ValueError, YAMLError):  # a card that says nothing, to the hub neither

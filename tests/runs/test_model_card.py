@@ -179,11 +179,14 @@ def test_a_hub_model_is_named_with_its_commit_and_data(
     ],
     ids=repr,
 )
-def test_a_licence_is_copied_and_never_made_up(files: dict[str, str], found: dict[str, str], tmp_path: Path) -> None:
+def test_a_licence_is_copied_and_never_made_up(
+    files: dict[str, str], found: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert licence_lines({"source": "local", "name": str(tmp_path)}) == found
     assert licence_lines({"source": "demo", "name": "demo"}) == {}
+    assert capfd.readouterr().err == ""  # a card without metadata is no fault of who saves
 
 
 def test_settings_are_shown_without_places(tmp_path: Path) -> None:
