@@ -79,7 +79,7 @@ def test_an_encoder_without_a_head(cli: Cli, settings: tuple[str, ...], tmp_path
     record = read_record(tmp_path / "out")
     assert 0.0 < record.metrics["compressed"]["relative_error/python_docs"] < 1.0
     assert record.objective == record.metrics["compressed"]["cosine/python_docs"]
-    refused = cli(*model, *settings, "evaluation=similarity", "experiment=fwsvd")
+    refused = cli(*model, *settings, "evaluation=similarity", "experiment=fwsvd", "hydra.run.dir=refused")
     assert refused.status == 1
     assert "FisherRowsWhitening, made from gradients of the loss, needs logits" in refused.err
     assert "similarity (dense)" not in refused.err
