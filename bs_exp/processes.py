@@ -109,6 +109,11 @@ def put_together(found: Sequence[T], total: int) -> list[T]:
     return [parts[index % len(parts)][index // len(parts)] for index in range(total)]
 
 
+def anywhere(found: Sequence[bool]) -> list[bool]:
+    """Of each of the truths that all processes have, whether it holds in any of them."""
+    return [any(each) for each in zip(*_gathered(list(found)), strict=True)] if _joined else list(found)
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """The sum of the tensors of all processes, which have one shape; on the CPU, in their dtype."""
     return _reduced(tensor, "SUM")

@@ -144,3 +144,10 @@ def test_other_processes_write_into_folders_of_their_own(monkeypatch: pytest.Mon
         folder = Path(arguments[2].removeprefix("hydra.run.dir="))
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_what_any_process_lacks_is_missing_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.anywhere([True, False]) == [True, False]  # alone
+    monkeypatch.setattr(processes, "_joined", True)
+    monkeypatch.setattr(processes, "_gathered", lambda own: [own, [False, False, True]])
+    assert processes.anywhere([True, False, False]) == [True, False, True]

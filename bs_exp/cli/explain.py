@@ -34,6 +34,10 @@ _NO_HOME = "Could not determine home directory"
 _RUN_FOLDERS = frozenset({"hydra.run.dir", "hydra.sweep.dir"})
 # What Hydra says of a launcher or sweeper whose package is not there.
 _MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
+# What Hydra says of a list of values outside a sweep.
+_SEVERAL = re.compile(r"Ambiguous value for argument '(.+)'")
+# What Hydra reads as something else than a name.
+_NO_NAME = re.compile(r"[-+]?[\d._]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
 # In a node, but no dials.
 INTERNAL_KEYS = frozenset({"hydra", "_target_"})
 
@@ -88,6 +92,9 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
                 f"{missing[1]} is not installed. Launchers come with an extra: pip install '.[cluster]'. "
                 "Without one, points run one after the other."
             )
+        case HydraException() if several := _SEVERAL.search(str(error)):
+            given = several[1]
+            return f"{given} names several values. For a grid with a point for each: bs-exp --multirun (-m) {given}"
         case HydraException():
             return _group_without_option(arguments or ()) or str(error)
         case ValueError() if nameless := [argument for argument in arguments or () if argument.startswith("=")]:
@@ -161,13 +168,16 @@ def _not_understood(override: str, message: str) -> str:
 
 
 def _group_without_option(arguments: Sequence[str]) -> str | None:
-    """What to say of `GROUP=null` and `~GROUP`, which Hydra refuses without naming them; None if neither is given."""
+    """What to say of `GROUP=null`, `GROUP=8` and `~GROUP`, which Hydra refuses without naming them; None without."""
     for argument in arguments:
         name, sign, option = argument.partition("=")
         group = name.removeprefix("~")
         folder = root_folder() / "conf" / group
+        options = [path.stem for path in folder.glob("[!_]*.yaml")] if group and folder.is_dir() else []
+        if options and option not in options and _NO_NAME.fullmatch(option):
+            return f"{argument} does not exist. {list_options(f'Options of {group}', option, sorted(options))}"
         if group and folder.is_dir() and ((sign and option in ("null", "")) or name != group):
-            known = list_options(f"Options of {group}", "none", [path.stem for path in folder.glob("[!_]*.yaml")])
+            known = list_options(f"Options of {group}", "none", options)
             return f"{argument}: a group needs one of its options. {known}"
     return None
 

@@ -89,15 +89,17 @@ def decompose_groups(
         layout = None
     ranks = {group: stored_rank(group, layout) for group in groups}
     entries = {group: _stored(group, measures, rank) for group, rank in ranks.items()}
-    missing = processes.from_first(lambda: [group for group, entry in entries.items() if entry is None])
+    # What other runs store or remove meanwhile may be there for one of the processes alone.
+    absent = processes.anywhere([entry is None for entry in entries.values()])
+    missing = [group for group, gone in zip(entries, absent, strict=True) if gone]
     if missing or processes.count() > 1:  # what only the first process asks for later is there then
         measures.gather()
     with progress.stage(Stage.DECOMPOSE):
-        failed = None
+        failed: Exception | None = None
         try:
             for group in progress.track(own := processes.mine(missing), label="decomposing", total=len(own)):
                 entries[group] = _decomposed(group, measures, ranks[group])
-        except DecompositionError as error:
+        except Exception as error:  # whatever it is: the others wait here
             failed = error
         processes.raise_together(failed)
         if processes.count() > 1:

@@ -77,20 +77,21 @@ def _lists(matrix: str, listed: object) -> tuple[tuple[int, ...], ...]:
     """The lists of a matrix type, each sorted; ConfigError if they are no lists of layers, or name a layer twice."""
     if not isinstance(listed, list | tuple) or not all(isinstance(group, list | tuple) and group for group in listed):
         raise _malformed({matrix: listed})
-    listed = [[_place(matrix, named) for named in group] for group in listed]
-    layers = [layer for group in listed for layer in group]
+    places = [[_place(matrix, named, listed) for named in group] for group in listed]
+    layers = [layer for group in places for layer in group]
     if twice := [layer for layer, count in Counter(layers).items() if count > 1]:
         raise ConfigError(f"layers.{matrix} names layer {twice[0]} twice; a matrix belongs to one group.")
-    return tuple(tuple(sorted(group)) for group in listed)
+    return tuple(tuple(sorted(group)) for group in places)
 
 
-def _place(matrix: str, named: object) -> int:
-    """A layer, or the place of an expert in one; ConfigError for anything else."""
+def _place(matrix: str, named: object, listed: object) -> int:
+    """A layer, or the place of an expert in one; ConfigError for anything else, with all that was listed."""
     pair = named if isinstance(named, list | tuple) and len(named) == 2 else None
     for number in pair or (named,):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ConfigError(
-                f"layers.{matrix}: layers are whole numbers from 0, got {named!r}; an expert is named [layer, expert]."
+                f"layers.{matrix}: layers are whole numbers from 0, got {named!r} in {listed!r}; an expert is named "
+                "[layer, expert]."
             )
     if pair is None:
         return cast("int", named)

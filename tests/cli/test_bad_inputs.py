@@ -65,6 +65,8 @@ hydra.run.dir=null => must not be null
 model=dmo => model=dmo does not exist | Did you mean demo?
 layout=null => layout=null | Options of layout: pivoted, plain
 layout= => layout= does not exist | pivoted, plain
+precision=8 => precision=8 does not exist | Options of precision: int3, int4, int8, none
+layout=1 => layout=1 does not exist | Options of layout: pivoted, plain
 ~model => a group needs one of its options | tiny_random
 ~layout => must be set | layout=VALUE
 sharing=sharing => sharing=sharing does not exist | clustered
@@ -79,6 +81,7 @@ calibration.num_sequence=3 => does not exist | Did you mean num_sequences?
 sharing=none sharing.size=3 => does not exist in sharing=none | Keys there: none
 calibratoin.seed=3 => calibratoin does not exist | Did you mean calibration?
 retain_ratio=0.5,0.6 => --multirun
+experiment=best,svd => experiment=best,svd names several values | bs-exp --multirun (-m) experiment=best,svd
 seed => 'seed' | key=value
 =5 => '=5' | its key is missing
 seed=[ => is not understood | stands in quotes
