@@ -90,8 +90,8 @@ def _place(matrix: str, named: object, listed: object) -> int:
     for number in pair or (named,):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ConfigError(
-                f"layers.{matrix}: layers are whole numbers from 0, got {named!r} in {listed!r}; an expert is named "
-                "[layer, expert]."
+                f"layers.{matrix}: layers are whole numbers from 0, got {named!r}; an expert is named [layer, expert]. "
+                f"Given was {listed!r}."
             )
     if pair is None:
         return cast("int", named)
