@@ -40,7 +40,7 @@ class UploadError(BsExpError):
 
 
 class CacheError(BsExpError):
-    """The cache folder cannot be written."""
+    """The cache folder cannot be written, or lacks what was just written."""
 
 
 class EstimateError(BsExpError):

@@ -14,7 +14,7 @@ from bs_exp.cli.path_options import GROUPS
 
 _FLAGS = ("-m", "--multirun")
 # A first word that stands for a setting.
-_WORDS = {"demo": "sweeps=demo", "estimate": "dry_run=true"}
+WORDS = {"demo": "sweeps=demo", "estimate": "dry_run=true"}
 # Nothing is run, and nothing is written: Hydra makes the folder of a run.
 _WRITES_NOTHING = {"dry_run=true": ("hydra.run.dir=.", "hydra.output_subdir=null")}
 # Behind the sign of an assignment, a quote, or where an element of a list begins.
@@ -26,7 +26,7 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 
     A shell expands `~` in the beginning of a word alone, and Hydra's grammar has another use for it.
     """
-    arguments = [*(_WORDS.get(first, first) for first in arguments[:1]), *arguments[1:]]
+    arguments = [*(WORDS.get(first, first) for first in arguments[:1]), *arguments[1:]]
     flags = [argument for argument in arguments if argument in _FLAGS]
     others = [argument for argument in arguments if argument not in _FLAGS]
     others += [also for argument in others for also in _WRITES_NOTHING.get(argument, ())]

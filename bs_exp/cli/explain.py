@@ -21,7 +21,8 @@ from hydra.errors import (
 )
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from bs_exp.cli.arguments import quoted
+from bs_exp.cli.arguments import WORDS, quoted
+from bs_exp.cli.commands import COMMANDS
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.path_options import GROUPS
 from bs_exp.errors import BsExpError
@@ -34,8 +35,19 @@ _NO_HOME = "Could not determine home directory"
 _RUN_FOLDERS = frozenset({"hydra.run.dir", "hydra.sweep.dir"})
 # What Hydra says of a launcher or sweeper whose package is not there.
 _MISSING_PLUGIN = re.compile(r"Unknown plugin class : '(.+)'")
+# Our settings, and what other tools call them.
+_OTHER_WORDS = {
+    "retain_ratio": ("ratio", "keep", "keep_ratio", "compression_ratio"),
+    "hydra.run.dir": ("out", "out_dir", "output", "output_dir"),
+    "model": ("model_path", "model_name", "path"),
+    "model.device": ("device",),
+    "model.dtype": ("dtype",),
+    "experiment": ("preset", "method"),
+    "data": ("dataset", "text", "texts"),
+}
 # What Hydra says of a list of values outside a sweep.
 _SEVERAL = re.compile(r"Ambiguous value for argument '(.+)'")
+_WORD = re.compile(r"[a-z_]+")
 # What Hydra reads as something else than a name.
 _NO_NAME = re.compile(r"[-+]?[\d._]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
 # In a node, but no dials.
@@ -63,9 +75,13 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             inside = sorted(path.stem for path in (root_folder() / "conf" / group).glob("[!_]*.yaml"))
             known = options if set(inside) & set(options) else inside or options
             path = f" Or {GROUPS[group]}." if group in GROUPS else ""
+            if nested := sorted(found.stem for found in (root_folder() / "conf" / group / option).glob("[!_]*.yaml")):
+                path += f" {group}={option}/.. has {', '.join(nested)}."
             return f"{group}={option} does not exist. {list_options(f'Options of {group}', option, known)}{path}"
         case ConfigCompositionException() if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             keys = [str(key) for key in cause.parent_node if key not in INTERNAL_KEYS]
+            if "." not in str(cause.full_key):
+                return f"{cause.key} does not exist. {_list_of_root(str(cause.key), keys)}"
             where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)
             return f"{cause.full_key} does not exist{where}. {list_options('Keys there', str(cause.key), keys)}"
         case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
@@ -164,7 +180,17 @@ def _not_understood(override: str, message: str) -> str:
             f"{override!r} is not understood: a value with blanks, letters beyond ASCII, quotes, or one of "
             f"= ( ) [ ] {{ }} : , # ~ stands in quotes of its own, and these in the shell's: {line}"
         )
+    if _WORD.fullmatch(override):
+        commands = list_options("Commands", override, [*COMMANDS, *WORDS])
+        return f"{override!r} is no command. {commands} Settings have the form key=value: bs-exp model=DIR data=FILE."
     return f"{override!r} is not understood; settings have the form key=value. {message.splitlines()[0]}"
+
+
+def _list_of_root(wrong: str, keys: Iterable[str]) -> str:
+    """What may stand there in place of a word that is no setting and no group; with what other tools call by it."""
+    known = list_options("Settings and groups", wrong, [*keys, "data", "experiment", "sweeps"])
+    meant = next((name for name, words in _OTHER_WORDS.items() if wrong in words), None)
+    return known if meant is None else f"Did you mean {meant}? {known[known.index('Settings and') :]}"
 
 
 def _group_without_option(arguments: Sequence[str]) -> str | None:

@@ -56,8 +56,12 @@ def help_text(arguments: Sequence[str]) -> str:
         known = [*_groups(), "corpus", "sweeps"]
         raise ConfigError(f"{group!r} is no group. {list_options('Groups', group, known)}")
     options = _options(folder)
-    if not sign or option not in options:
-        return "\n".join(_whole_group(group, options))
+    # A folder of options, such as experiment=best_without, is a group in the group.
+    chosen = {name: told for name, told in options.items() if not sign or name.startswith(f"{option}/")}
+    if chosen:
+        return "\n".join(_whole_group(group, chosen))
+    if option not in options:
+        raise ConfigError(f"{named[0]} does not exist. {list_options(f'Options of {group}', option, options)}")
     return (folder / f"{option}.yaml").read_text(encoding="utf-8").rstrip()
 
 

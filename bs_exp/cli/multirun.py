@@ -21,7 +21,7 @@ from bs_exp.cli.early_check import check_early
 from bs_exp.cli.grid import grid, refuse, refuse_search
 from bs_exp.cli.points import is_kept
 from bs_exp.cli.run_folder import refuse_other_result
-from bs_exp.errors import ConfigError
+from bs_exp.errors import BsExpError, ConfigError
 from bs_exp.files import read_text
 from bs_exp.printable import printable
 from bs_exp.records.record import utc_now
@@ -100,12 +100,12 @@ class SweepCallback(Callback):
             refuse(jobs or [])
             if config.hydra.sweeper._target_ == _SEARCH_SWEEPER:
                 refuse_search(config, _settings(config))
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            points = None if jobs is None else tuple(job.point for job in jobs)
+            plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points, sweep_claim(config))
+            plan.write(folder)
+        except (BsExpError, HydraException, OmegaConfBaseException) as error:
             # As in on_run_start: an Exception would become a warning.
             raise SystemExit(1) from error
-        points = None if jobs is None else tuple(job.point for job in jobs)
-        plan = SweepPlan(folder.name, tuple(sys.orig_argv), utc_now(), points, sweep_claim(config))
-        plan.write(folder)
         _current.folder, _current.plan = folder, plan
         _current.compare, _current.closing = self.compare, self.closing
         if jobs is not None:

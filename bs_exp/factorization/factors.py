@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bs_exp import processes
 from bs_exp.cache import Entry
-from bs_exp.errors import DecompositionError
+from bs_exp.errors import CacheError, DecompositionError
 from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
 from bs_exp.linalg.corrections import corrections_of
 from bs_exp.linalg.decomposition import decompose, split_by_layer
@@ -106,7 +106,16 @@ def decompose_groups(
             entries |= {group: measures.workspace.cache.look_again(KIND, measures.key(group)) for group in missing}
     if count := len(entries) - len(missing):
         progress.note(f"{count} of {len(entries)} decompositions came from the cache")
-    return Decompositions({group: entry for group, entry in entries.items() if entry is not None}, measures)
+    return Decompositions({group: _there(group, entry) for group, entry in entries.items()}, measures)
+
+
+def _there(group: WeightGroup, entry: Entry | None) -> Entry:
+    if entry is None:
+        raise CacheError(
+            f"the decomposition of {group.name} was made by another process and is not in the cache: is cache.dir a "
+            "folder that all processes share, and did nobody remove files from it? Start the same command again."
+        )
+    return entry
 
 
 def stored_rank(group: WeightGroup, layout: Layout | None) -> int:

@@ -44,7 +44,11 @@ def unfused(dense: LoadedModel) -> LoadedModel:
         stack = next((m.stack for m in architecture.matrices if m.layer == layer), 0)
         matrices += _matrices(apart, path, layer, stack)
     order = {matrix: position for position, matrix in enumerate(read_roles().sites)}
-    tensors = {f"{path}.{name}" for path in architecture.fused for name, _ in _tensors(dense, path)}
+    tensors = {
+        f"{path}.{name}"
+        for path in architecture.fused
+        for name, _ in dense.module.get_submodule(path).named_parameters()
+    }
     return replace(
         dense,
         module=module,
@@ -63,10 +67,6 @@ def _provenance(dense: LoadedModel) -> dict[str, Any]:
     if "fingerprint" in provenance:  # shapes without values have none
         provenance["fingerprint"] = content_key(model=dense.fingerprint, unfused=list(dense.architecture.fused))
     return provenance
-
-
-def _tensors(dense: LoadedModel, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from dense.module.get_submodule(path).named_parameters()
 
 
 def _matrices(apart: UnfusedExperts, path: str, layer: int, stack: int) -> Iterator[WeightMatrix]:

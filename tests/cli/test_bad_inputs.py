@@ -28,6 +28,16 @@ ROOT = """
 sed=1 => does not exist | Did you mean seed? | retain_ratio
 retain_ratios=0.5 => does not exist | Did you mean retain_ratio?
 +new=3 => does not exist | Keys there
+sweep=demo => sweep does not exist. Did you mean sweeps?
+experiments=svd => experiments does not exist. Did you mean experiment?
+ratio=0.8 => Did you mean retain_ratio? Settings and groups: allocation
+output_dir=OUT => Did you mean hydra.run.dir?
+device=cuda => Did you mean model.device?
+dataset=x => Did you mean data?
+foo=1 => foo does not exist. Settings and groups: allocation
+reports x => 'reports' is no command. Did you mean report? Commands: cache, demo, estimate, export
+compress => 'compress' is no command. Commands: cache
+experiment=best_without => experiment=best_without/.. has pivoted, refit, steps
 seed=-1 => at least 0, got -1
 seed=4294967296 => at most 4294967295, got 4294967296
 seed=1.5 => '1.5' | Integer

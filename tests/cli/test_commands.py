@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,19 @@ def test_the_cache_is_pruned_and_made_again(cli: Cli, tiny: Tiny) -> None:
 def test_wrong_arguments_of_commands_end_with_their_usage(cli: Cli, arguments: tuple[str, ...]) -> None:
     done = cli(*arguments)
     assert done.status == 2 and "usage: bs-exp" in done.err
+
+
+def test_help_on_an_option_that_does_not_exist_is_refused(cli: Cli) -> None:
+    refused = cli("--help", "experiment=bset")
+    assert refused.status == 1 and "error: experiment=bset does not exist. Did you mean best?" in refused.err
+    inside = cli("--help", "experiment=best_without")
+    assert inside.status == 0 and "experiment=best_without/steps" in inside.out and "experiment=svd" not in inside.out
+
+
+def test_a_sweep_that_cannot_be_written_says_one_thing(cli: Cli, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        refused = cli("-m", *tiny, "retain_ratio=0.8,0.6", "hydra.sweep.dir=file/sweep")
+    assert refused.status == 1 and "error: Cannot write file/sweep/sweep.json" in refused.err
+    assert not [str(w.message) for w in warned if "Callback" in str(w.message)]
