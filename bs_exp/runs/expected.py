@@ -28,7 +28,7 @@ class HasShapes(Protocol):
 
 
 # Whether the windows of a calibration are known without reading its text.
-WindowsAtHand = Callable[[Calibration, PreTrainedTokenizerBase], bool]
+IsAtHand = Callable[[Calibration, PreTrainedTokenizerBase], bool]
 
 
 def is_known_early(source: ModelSource, recipe: Recipe) -> bool:
@@ -51,7 +51,7 @@ def expected_windows(
     shapes: LoadedModel,
     calibration: Calibration,
     cut: CutWindows = cut_windows,
-    at_hand: WindowsAtHand = lambda calibration, tokenizer: False,
+    at_hand: IsAtHand = lambda calibration, tokenizer: False,
 ) -> Windows:
     """The windows of a calibration.
 
