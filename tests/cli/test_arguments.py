@@ -61,7 +61,7 @@ def test_a_path_with_signs_is_refused_with_the_line_to_paste(cli: Callable[..., 
     done = cli("cache.dir=/tmp/a(b")
     assert done.status == 1 and "\"cache.dir='/tmp/a(b'\"" in done.err and "Traceback" not in done.err
     done = cli("nonsense")
-    assert done.status == 1 and "settings have the form key=value" in done.err
+    assert done.status == 1 and "Settings have the form key=value" in done.err
 
 
 def test_a_group_without_an_option_names_them(cli: Callable[..., Any]) -> None:
