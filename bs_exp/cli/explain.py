@@ -9,7 +9,9 @@ import re
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
@@ -47,6 +49,11 @@ _OTHER_WORDS = {
 }
 # What Hydra says of a list of values outside a sweep.
 _SEVERAL = re.compile(r"Ambiguous value for argument '(.+)'")
+# What OmegaConf says of a value that is no number.
+_NO_NUMBER = re.compile(r"Value '(.*)' of type '(.+)' could not be converted to (Float|Integer)")
+# Numbers as people write them: of a hundred, or with a comma for the point.
+_PER_CENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
+_COMMA = re.compile(r"(\d),(\d+)")
 _WORD = re.compile(r"[a-z_]+")
 # What Hydra reads as something else than a name.
 _NO_NAME = re.compile(r"[-+]?[\d._]+(e[-+]?\d+)?|true|false", re.IGNORECASE)
@@ -82,14 +89,23 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             keys = [str(key) for key in cause.parent_node if key not in INTERNAL_KEYS]
             if "." not in str(cause.full_key):
                 return f"{cause.key} does not exist. {_list_of_root(str(cause.key), keys)}"
-            where = "" if arguments is None else _option_of(str(cause.full_key).split(".")[0], arguments)
-            return f"{cause.full_key} does not exist{where}. {list_options('Keys there', str(cause.key), keys)}"
+            node, *inner = str(cause.full_key).split(".")
+            where = "" if arguments is None else _option_of(node, arguments)
+            elsewhere = _options_with(node, str(cause.key)) if len(inner) == 1 else ""
+            return (
+                f"{cause.full_key} does not exist{where}. {elsewhere}{list_options('Keys there', str(cause.key), keys)}"
+            )
         case ConfigCompositionException() if isinstance(cause, OmegaConfBaseException):
             return _explain(cause)
         case OmegaConfBaseException() if (refused := _refused(error)) is not None:
             return str(refused)
         case OmegaConfBaseException() if "is not Optional" in str(error):
             return f"{error.full_key} must not be null: give it a value, as in {error.full_key}=VALUE."
+        case OmegaConfBaseException() if unread := _NO_NUMBER.match(str(error)):
+            value, kind, number = unread.groups()
+            wanted = "a whole number" if number == "Integer" else "a number"
+            got = repr(value) if kind == "str" else value
+            return f"{error.full_key} must be {wanted}, got {got}.{_as_number(str(error.full_key), value)}"
         case OmegaConfBaseException():
             return f"{error.full_key}: {str(error).splitlines()[0]}."
         case OverrideParseException():
@@ -109,8 +125,10 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
                 "Without one, points run one after the other."
             )
         case HydraException() if several := _SEVERAL.search(str(error)):
-            given = several[1]
-            return f"{given} names several values. For a grid with a point for each: bs-exp --multirun (-m) {given}"
+            key, _, value = several[1].partition("=")
+            meant = _as_number(key, value)
+            grid = f"For a grid with a point for each: bs-exp --multirun (-m) {several[1]}"
+            return f"{several[1]} names several values.{meant} {grid}"
         case HydraException():
             return _group_without_option(arguments or ()) or str(error)
         case ValueError() if nameless := [argument for argument in arguments or () if argument.startswith("=")]:
@@ -136,6 +154,28 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
             return f"{type(error).__name__}: {error}"
         case _:
             return f"unexpected {type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 or debug=true shows the traceback)"
+
+
+def _as_number(key: str, value: str) -> str:
+    """How a number is written that has a comma or a per cent sign; empty for every other value."""
+    if share := _PER_CENT.fullmatch(value):
+        return f" Shares are parts of one: {key}={float(share[1]) / 100:g}."
+    if parts := _COMMA.fullmatch(value):
+        return f" For one number, with a point: {key}={parts[1]}.{parts[2]}."
+    return ""
+
+
+def _options_with(group: str, key: str) -> str:
+    """The other options of a group that have a key of their own by that name, in words; empty if none has."""
+    found = [path.stem for path in sorted((root_folder() / "conf" / group).glob("[!_]*.yaml")) if _has(path, key)]
+    return f"{', '.join(f'{group}={option}' for option in found)} {'has' if len(found) == 1 else 'have'} it. " * any(
+        found
+    )
+
+
+def _has(option: Path, key: str) -> bool:
+    written = yaml.safe_load(option.read_text(encoding="utf-8"))
+    return isinstance(written, dict) and key in written
 
 
 def _was_asked_for(error: OSError, arguments: Sequence[str]) -> bool:
@@ -228,5 +268,5 @@ def list_options(title: str, wrong: str, options: Iterable[str]) -> str:
     names = sorted(name for name in options if not name.startswith("_"))
     if not names:
         return f"{title}: none."
-    close = difflib.get_close_matches(wrong, names, n=1)
+    close = difflib.get_close_matches(wrong, names, n=1) or [name for name in names if wrong and name.endswith(wrong)]
     return (f"Did you mean {close[0]}? " if close else "") + f"{title}: {', '.join(names)}."

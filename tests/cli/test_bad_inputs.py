@@ -40,18 +40,18 @@ compress => 'compress' is no command. Commands: cache
 experiment=best_without => experiment=best_without/.. has pivoted, refit, steps
 seed=-1 => at least 0, got -1
 seed=4294967296 => at most 4294967295, got 4294967296
-seed=1.5 => '1.5' | Integer
-seed=1e400 => 'inf' | Integer
-seed=abc => 'abc' | Integer
+seed=1.5 => a whole number, got 1.5
+seed=1e400 => a whole number, got inf
+seed=abc => 'abc' | a whole number
 seed=null => must not be null | seed=VALUE
 retain_ratio=0 => above 0 and at most 1 | got 0
 retain_ratio=-0.5 => above 0 and at most 1 | got -0.5
 retain_ratio=20 => above 0 and at most 1 | got 20 | retain_ratio=0.8
 retain_ratio=inf => above 0 and at most 1 | got inf
 retain_ratio=nan => above 0 and at most 1 | got nan
-retain_ratio=abc => 'abc' | Float
+retain_ratio=abc => 'abc' | a number
 retain_ratio=null => must not be null
-retain_ratio=[1] => [1] | Float
+retain_ratio=[1] => [1] | a number
 objective=5 => a list of names, or null | got 5
 objective=[5] => a list of names, or null | got [5]
 objective=[a,a] => several different ones | got ['a', 'a']
@@ -75,7 +75,7 @@ hydra.run.dir=null => must not be null
 model=dmo => model=dmo does not exist | Did you mean demo?
 layout=null => layout=null | Options of layout: pivoted, plain
 layout= => layout= does not exist | pivoted, plain
-precision=8 => precision=8 does not exist | Options of precision: int3, int4, int8, none
+precision=8 => precision=8 does not exist. Did you mean int8? Options of precision: int3, int4, int8, none
 layout=1 => layout=1 does not exist | Options of layout: pivoted, plain
 ~model => a group needs one of its options | tiny_random
 ~layout => must be set | layout=VALUE
@@ -91,6 +91,8 @@ calibration.num_sequence=3 => does not exist | Did you mean num_sequences?
 sharing=none sharing.size=3 => does not exist in sharing=none | Keys there: none
 calibratoin.seed=3 => calibratoin does not exist | Did you mean calibration?
 retain_ratio=0.5,0.6 => --multirun
+retain_ratio=0,8 => For one number, with a point: retain_ratio=0.8 | --multirun
+experiment=best sharing.group_size=3 => does not exist in sharing=none | sharing=paper
 experiment=best,svd => experiment=best,svd names several values | bs-exp --multirun (-m) experiment=best,svd
 seed => 'seed' | key=value
 =5 => '=5' | its key is missing

@@ -32,7 +32,11 @@ ROOT = Path(__file__).parents[2]
         ("experiment=svd sharing.size=3", "error: sharing.size does not exist in sharing=none. Keys there: none."),
         ("model=dmo", "error: model=dmo does not exist. Did you mean demo?"),
         ("experiment=best_without/step", "error: experiment/best_without=step does not exist. Did you mean steps?"),
-        ("seed=abc", "error: seed: Value 'abc'"),
+        ("seed=abc", "error: seed must be a whole number, got 'abc'."),
+        (
+            "retain_ratio=80%",
+            "error: retain_ratio must be a number, got '80%'. Shares are parts of one: retain_ratio=0.8.",
+        ),
         ("objective=acc/none", "error: objective must be one of ppl/text, size/retain_ratio,"),
         ("objective=[ppl/text,size/weight]", "error: objective must be one of ppl/text, size/retain_ratio,"),
     ],
