@@ -24,7 +24,7 @@ from bs_exp import pipeline
 from bs_exp.cli.arguments import for_hydra
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.config import build_cache, build_recipe, check_root, maker
-from bs_exp.cli.explain import explain
+from bs_exp.cli.explain import INTERNAL_KEYS, explain, list_options
 from bs_exp.cli.points import plain_settings
 from bs_exp.cli.recipe_file import run_recipe
 from bs_exp.corpora.fitting import fitted
@@ -35,7 +35,7 @@ from bs_exp.evaluation.size import measure_size
 from bs_exp.models.auto_classes import AUTO_CLASSES, find_auto_class
 from bs_exp.models.checkpoint import reading
 from bs_exp.models.loading import assemble
-from bs_exp.models.processor_files import processor_files
+from bs_exp.models.processor_files import loaded_from, processor_files
 from bs_exp.models.saving import save_model
 from bs_exp.models.surgery import is_factorised, twin
 from bs_exp.models.upload import upload
@@ -59,8 +59,12 @@ Texts: TypeAlias = str | Path | Sequence[str]
 Metrics: TypeAlias = Mapping[str, Mapping[str, float | str]]
 """What `evaluate` found, of the models `dense` and `compressed`."""
 
-# The option that judges a model of each task by its own loss.
-_EVALUATIONS = {Task.CAUSAL_LM: "perplexity", Task.MASKED_LM: "encoder", Task.SEQ2SEQ_LM: "seq2seq"}
+# The option that judges a model of each task by its own loss, and its evaluator that does.
+_EVALUATIONS = {
+    Task.CAUSAL_LM: ("perplexity", "perplexity"),
+    Task.MASKED_LM: ("encoder", "masked_perplexity"),
+    Task.SEQ2SEQ_LM: ("seq2seq", "seq2seq_perplexity"),
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Takes the place of a file; the text itself is handed over.
 _IN_MEMORY = "calibration.files=[given]"
@@ -110,7 +114,9 @@ class Compression:
         README.md, where both models stand beside each other. `files` of the checkpoint that was compressed (of
         processors, and sentence-transformers' modules) are copied there.
         """
-        written = save_model(self.model, self.tokenizer, folder, files=self.files)
+        _check_metrics(metrics)
+        source = None if self.record is None else loaded_from(self.record.provenance["model"])
+        written = save_model(self.model, self.tokenizer, folder, files=self.files, source=source)
         if self.record is not None and self.recipe is not None:
             write_card(replace(self.record, metrics=dict(metrics or {})), self.recipe, written)
         return written
@@ -199,7 +205,8 @@ def compress(
     and decompositions are kept in `cache_dir`; None keeps them in memory for this call.
     Raises ConfigError for settings that do not exist or do not fit, ModelError and DataError for what cannot be read.
     """
-    _check_given(tokenizer, texts, data)
+    _check_given(model, tokenizer, texts, data)
+    overrides = _settings(overrides)
     settings = [f"experiment={preset}", f"retain_ratio={retain_ratio}", "tracking=none", *_model_settings(model)]
     if texts is not None:
         settings += ["calibration=text", _IN_MEMORY, "calibration.num_sequences=all"]
@@ -263,7 +270,8 @@ def evaluate(
     tasks: Sequence[str] = (),
     overrides: Iterable[str] = (),
 ) -> dict[str, float | str]:
-    """Metrics by name: the perplexity on each of the `texts` (`ppl/NAME`), and the accuracy on `tasks` of lm-eval.
+    """Metrics by name: the perplexity on each of the `texts` (`ppl/NAME`; of masked tokens `masked_ppl/NAME`, of an
+    encoder-decoder's targets `seq2seq_ppl/NAME`), and the accuracy on `tasks` of lm-eval.
 
     `data` adds the evaluation part of a data set, a file or a folder (`ppl/wikitext2`, `ppl/text`), which `compress`
     does not calibrate on with the same `data`.
@@ -271,6 +279,9 @@ def evaluate(
     Windows are as long as the option file says (`overrides=["evaluation.sequence_length=256"]`) or as the model's
     context, if that is shorter. Raises ConfigError if there is nothing to measure, or the model has no loss.
     """
+    if texts is not None and not isinstance(texts, Mapping):
+        raise ConfigError(f"evaluate takes texts by name, as in {{'val': texts}}, got {shown(texts)}.")
+    overrides = _settings(overrides)
     loaded = _in_memory(model, tokenizer)
     if not texts and not tasks and data is None:
         raise ConfigError(
@@ -282,7 +293,8 @@ def evaluate(
         if loaded.task not in _EVALUATIONS:
             raise ConfigError(f"{type(model).__name__} has no head, and so no perplexity: compare its hidden states.")
         corpora = {name: _corpus(given) for name, given in (texts or {}).items()}
-        chosen = [f"evaluation={_EVALUATIONS[loaded.task]}"]
+        option, evaluator = _EVALUATIONS[loaded.task]
+        chosen = [f"evaluation={option}"]
         if data is not None:
             split = _compose([_data_setting(data)])
             read = maker(split)
@@ -290,7 +302,7 @@ def evaluate(
             # The windows of the option, as on the command line; other kinds of models have their own.
             chosen = [_data_setting(data), *(chosen if loaded.task is not Task.CAUSAL_LM else [])]
         cfg = _compose([*chosen, "tracking=none", *overrides])
-        judge = maker(cfg)(f"evaluation.evaluators.{next(iter(cfg.evaluation.evaluators))}")
+        judge = maker(cfg)(f"evaluation.evaluators.{evaluator}")
         judge = fitted(replace(judge, corpora=corpora), loaded)
         judge.check(loaded)
         found |= judge.evaluate(loaded)
@@ -330,9 +342,20 @@ def strategy(option: str, **settings: Any) -> Any:
 
     Raises ConfigError for an option or a setting that does not exist.
     """
-    group = option.partition("=")[0]
-    given = [f"{group}.{name}={value}" for name, value in settings.items()]
-    return maker(_compose([option, *given]))(group)
+    group, sign, _ = option.partition("=")
+    if not sign:
+        raise ConfigError(f"strategy takes a group and one of its options, as in whitening=gram, got {option!r}.")
+    cfg = _compose([option])
+    node = cfg[group]
+    for name, value in settings.items():
+        if name not in node or name in INTERNAL_KEYS:
+            known = [str(key) for key in node if key not in INTERNAL_KEYS]
+            raise ConfigError(f"{option} has no setting {name}. {list_options('Settings', name, known)}")
+        try:
+            node[name] = value
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error, [option])) from error
+    return maker(cfg)(group)
 
 
 def _told(ranks: Sequence[int | None]) -> str:
@@ -360,8 +383,37 @@ def _as_given(cfg: DictConfig, *, in_memory: bool, texts: Texts | None) -> DictC
     return config
 
 
-def _check_given(tokenizer: object, texts: Texts | None, data: str | Path | None) -> None:
+def _settings(overrides: Iterable[str]) -> list[str]:
+    """The overrides, as a list; ConfigError for anything else, such as a single one."""
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise ConfigError(f"overrides is a list of settings, as in ['sharing.group_size=3'], got {shown(overrides)}.")
+    return list(overrides)
+
+
+def _check_metrics(metrics: object) -> None:
+    """ConfigError for metrics that the card would leave out: those of no model, or of another."""
+    if metrics is None:
+        return
+    by_model = isinstance(metrics, Mapping) and all(isinstance(found, Mapping) for found in metrics.values())
+    if not isinstance(metrics, Mapping) or not by_model or not set(metrics) <= {"dense", "compressed"}:
+        raise ConfigError(
+            "metrics holds what evaluate found of each model: {'dense': evaluate(..), 'compressed': evaluate(..)}, "
+            f"got {shown(metrics)}."
+        )
+
+
+def _check_given(model: object, tokenizer: object, texts: Texts | None, data: str | Path | None) -> None:
     """ConfigError for what is in the wrong place, or would be ignored."""
+    if not isinstance(model, PreTrainedModel | str | Path):
+        raise ConfigError(
+            "the first argument of compress is a model of Transformers, a folder or a name on the hub, got "
+            f"{type(model).__name__}."
+        )
+    if isinstance(model, PreTrainedModel) and is_factorised(model):
+        raise ModelError(
+            f"this {type(model).__name__} is compressed already: compress the dense model that it was made from, or "
+            "what bs_exp.to_dense makes of it."
+        )
     if isinstance(tokenizer, str | Path | list | tuple):
         raise ConfigError(
             f"the second argument of compress is a tokenizer, got {shown(tokenizer)}. Texts are named: texts=..."

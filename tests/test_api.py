@@ -92,6 +92,27 @@ def test_saved_and_loaded_and_judged(documents: list[str], tmp_path: Path) -> No
 def test_a_strategy_has_the_defaults_of_its_file() -> None:
     assert bs_exp.strategy("whitening=gram") == GramWhitening(ridge=1e-12)
     assert bs_exp.strategy("whitening=gram", ridge=0.5) == GramWhitening(ridge=0.5)
+    assert bs_exp.strategy("precision=int4", group_size=None).group_size is None
+    assert bs_exp.strategy("sharing=explicit", layers={"q": [[0, 1]]}).layers == {"q": ((0, 1),)}
+    with pytest.raises(ConfigError, match=r"whitening=gram has no setting rige\. Did you mean ridge\?"):
+        bs_exp.strategy("whitening=gram", rige=0.5)
+    with pytest.raises(ConfigError, match="takes a group and one of its options"):
+        bs_exp.strategy("whitening")
+
+
+@pytest.mark.parametrize(("family", "metric"), [("bert", "masked_ppl/a"), ("t5", "seq2seq_ppl/a")])
+def test_other_models_are_judged_by_their_own_loss(family: str, metric: str, documents: list[str]) -> None:
+    """And not by how like themselves they are."""
+    dense = tiny_random(family)
+    result = bs_exp.compress(
+        dense.module, dense.tokenizer, documents, preset="svd", retain_ratio=0.1, overrides=SHORT, quiet=True
+    )
+    short = ["evaluation.sequence_length=64", "evaluation.max_windows=4"]
+    before, after = (
+        bs_exp.evaluate(model, dense.tokenizer, {"a": documents}, overrides=short)
+        for model in (dense.module, result.model)
+    )
+    assert before[metric] != after[metric] and min(float(before[metric]), float(after[metric])) > 1.0
 
 
 def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: Path) -> None:
@@ -105,7 +126,11 @@ def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: P
         ),
         ((model, tokenizer, documents), {"overrides": ["sharing.size=3"]}, r"sharing\.size does not exist"),
         ((model, tokenizer, documents), {"retain_ratio": 1.5}, r"retain_ratio must be above 0 and at most 1"),
-        ((model, tokenizer, [1, 2]), {}, "texts must be a list of texts"),
+        ((model, tokenizer, [1, 2]), {}, "texts must be a list of texts, but element 0 is 1"),
+        ((model, tokenizer, 5), {}, "texts must be a list of texts, one for each document, got 5"),
+        ((model, tokenizer, {"val": "text"}), {}, r"texts must be a list of texts.* got \{val: 'text'\}"),
+        ((torch.nn.Linear(3, 3), tokenizer, documents), {}, "a model of Transformers, a folder or a name.* got Linear"),
+        ((model, tokenizer, documents), {"overrides": "layout=pivoted"}, "overrides is a list of settings"),
         ((model, tokenizer, ""), {}, "texts is an empty string"),
         ((model, tokenizer, documents), {"data": "wikitext2"}, "both name a text"),
         (("DIR", "TEXT.txt"), {}, r"the second argument of compress is a tokenizer, got 'TEXT\.txt'\. Texts are named"),
@@ -117,6 +142,33 @@ def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: P
         bs_exp.compress(model, tokenizer, ["", " "], quiet=True)
     with pytest.raises(ConfigError, match="needs texts"):
         bs_exp.evaluate(model, tokenizer)
+    with pytest.raises(ConfigError, match=r"texts by name, as in \{'val': texts\}, got \['"):
+        bs_exp.evaluate(model, tokenizer, documents)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="has a shape and no values"):
+        bs_exp.compress(tiny_random().module.to("meta"), tokenizer, documents, quiet=True)
+
+
+def test_a_generator_of_texts_is_read_once(documents: list[str]) -> None:
+    dense = tiny_random()
+    listed, generated = (
+        bs_exp.compress(dense.module, dense.tokenizer, given, overrides=SHORT, quiet=True)
+        for given in (documents, (text for text in documents))
+    )
+    assert listed.plan == generated.plan and listed.calibration["sha256"] == generated.calibration["sha256"]
+
+
+def test_nothing_is_lost_by_saving(documents: list[str], tmp_path: Path) -> None:
+    """Neither the model that was compressed, nor metrics that belong to none of the two."""
+    dense = tiny_random()
+    place = bs_exp.save_model(dense.module, dense.tokenizer, tmp_path / "dense")
+    result = bs_exp.compress(place, texts=documents, overrides=SHORT, quiet=True)
+    with pytest.raises(ConfigError, match="holds the model that this one was made from"):
+        result.save(place)
+    with pytest.raises(ConfigError, match=r"metrics holds what evaluate found of each model.* got \{ppl/a: 3.0\}"):
+        result.save(tmp_path / "new", metrics={"ppl/a": 3.0})  # type: ignore[dict-item]
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ModelError, match="is compressed already"):
+        bs_exp.compress(result.model, result.tokenizer, documents, quiet=True)
 
 
 def test_a_result_says_in_a_line_what_it_is(documents: list[str]) -> None:

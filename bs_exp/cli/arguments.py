@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 
 from bs_exp.cli.path_options import GROUPS
+from bs_exp.errors import ConfigError
 
 _FLAGS = ("-m", "--multirun")
 # A first word that stands for a setting.
@@ -36,9 +37,16 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
 def _path_quoted(argument: str) -> str:
     """`model=` and `data=` with a file or folder whose name Hydra's grammar would read otherwise, in quotes."""
     key, _, value = argument.partition("=")
+    if key in GROUPS and value.startswith("[") and not _exists(value):
+        # To Hydra a list of options, of which the last one's settings would count.
+        several = {
+            "data": "For several files: calibration=text calibration.files=[A.txt,B.txt], or their folder.",
+            "model": "For several models, a point for each: bs-exp --multirun model=A,B.",
+        }
+        raise ConfigError(f"{argument}: {key} is one of {GROUPS[key]}, or of conf/{key}, and no list. {several[key]}")
     if key not in GROUPS or _reads_as(argument, value) or not _exists(value):
         return argument
-    return f"{key}={_quote(value)}"
+    return f"{key}={in_quotes(value)}"
 
 
 def _exists(name: str) -> bool:
@@ -46,6 +54,11 @@ def _exists(name: str) -> bool:
         return Path(name).exists()
     except (OSError, ValueError):  # longer than a name can be, or with a zero byte
         return False
+
+
+def written(value: str) -> str:
+    """A value as a setting has it: in quotes where Hydra's grammar would read it otherwise."""
+    return value if _reads_as(f"key={value}", value) else in_quotes(value)
 
 
 def _reads_as(argument: str, value: str) -> bool:
@@ -61,7 +74,7 @@ def quoted(override: str) -> str | None:
     if not sign:
         return None
     is_list = value.startswith("[") and value.endswith("]")
-    inner = f"[{','.join(_quote(element) for element in value[1:-1].split(','))}]" if is_list else _quote(value)
+    inner = f"[{','.join(in_quotes(element) for element in value[1:-1].split(','))}]" if is_list else in_quotes(value)
     candidate = f"{key}={inner}"
     try:
         OverridesParser.create().parse_override(candidate)
@@ -71,7 +84,8 @@ def quoted(override: str) -> str | None:
     return shlex.quote(candidate) if set(candidate) & set('"$`\\!') else f'"{candidate}"'
 
 
-def _quote(value: str) -> str:
+def in_quotes(value: str) -> str:
+    """A value in quotes of Hydra's grammar; those that it has already are kept."""
     value = value.strip()
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]

@@ -6,6 +6,7 @@ import difflib
 import errno
 import io
 import re
+import signal
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from bs_exp import processes
 from bs_exp.cli.arguments import WORDS, quoted
 from bs_exp.cli.commands import COMMANDS
 from bs_exp.cli.conf_root import root_folder
@@ -136,7 +138,7 @@ def _explain(error: BaseException, arguments: Sequence[str] | None = None) -> st
         case ValueError() if empty := _group_without_option(arguments or ()):
             return empty
         case SystemExit():
-            return f"told to stop ({error.code})."
+            return _told_to_stop(error.code)
         case OSError() if error.filename and (error.errno in _UNWRITABLE or _was_asked_for(error, arguments or ())):
             return (
                 f"cannot write {error.filename}: {error.strerror}. Runs and caches go into ./outputs: start in a "
@@ -182,6 +184,14 @@ def _was_asked_for(error: OSError, arguments: Sequence[str]) -> bool:
     """Whether the file of an error is the folder that the arguments set for a run or a sweep, or in it."""
     folders = [value for key, _, value in (a.partition("=") for a in arguments) if key in _RUN_FOLDERS and value]
     return any(str(error.filename).startswith(folder) for folder in folders)
+
+
+def _told_to_stop(code: object) -> str:
+    """Which signal ended the process; one of several is stopped by the launcher when another of them has ended."""
+    known = {128 + number: number.name for number in signal.Signals}
+    name = known.get(code, str(code)) if isinstance(code, int) else str(code)
+    others = " Another process of this run has ended, and with it all others; its message says why."
+    return f"told to stop ({name}).{others if processes.launched() > 1 else ''}"
 
 
 def _was_interrupted(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from bs_exp.cli.arguments import written
 from bs_exp.cli.conf_root import root_folder
 from bs_exp.cli.explain import INTERNAL_KEYS
 from bs_exp.records.inputs import READ
@@ -73,12 +74,12 @@ def _without_paths(node: Any, key: str, given: list[str]) -> Any:
         case dict():
             return {k: _without_paths(v, f"{key}.{k}", given) for k, v in node.items()}
         case list() if _reads(key) and any(_is_local(value) for value in node):
-            given.append(f"{key}=[{','.join(_replaced(str(value)) for value in node)}]")
+            given.append(f"{key}=[{','.join(written(_replaced(str(value))) for value in node)}]")
             return _MISSING
         case list():
             return [_without_paths(value, key, given) for value in node]
         case str() if node == _MISSING or _is_absolute(node) or (_reads(key) and _is_local(node)):
-            value = _replaced(node)
+            value = written(_replaced(node))
             given.append(f"{key}=[{value}]" if key.endswith(".files") else f"{key}={value}")
             return _MISSING
         case _:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from bs_exp.corpora.provenance import describe
 from bs_exp.errors import ConfigError, DataError
+from bs_exp.validation import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +19,15 @@ class GivenTexts:
     joiner: str = "\n\n"
 
     def __post_init__(self) -> None:
-        if isinstance(self.texts, str) or not all(isinstance(text, str) for text in self.texts):
-            raise ConfigError("texts must be a list of texts, one for each document.")
-        object.__setattr__(self, "texts", tuple(self.texts))
+        given: object = self.texts
+        # Of a mapping Python would take the keys, and of a set any order.
+        if isinstance(given, str | bytes | Mapping | Set) or not isinstance(given, Iterable):
+            raise ConfigError(f"texts must be a list of texts, one for each document, got {shown(given)}.")
+        texts = tuple(given)  # once: it may be a generator
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ConfigError(f"texts must be a list of texts, but element {place} is {shown(text)}.")
+        object.__setattr__(self, "texts", texts)
 
     def read(self) -> tuple[str, Mapping[str, Any]]:
         """The joined documents; DataError if they are all empty."""

@@ -37,6 +37,8 @@ def fingerprint(model: PreTrainedModel) -> str:
             continue
         seen[storage] = name
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.is_meta:
+            raise ModelError(f"{name} has a shape and no values (it is on the meta device): load the model's weights.")
         for chunk in _chunks(tensor.detach()):
             if not bool(torch.isfinite(chunk).all()):
                 raise ModelError(_not_finite(name, tensor))

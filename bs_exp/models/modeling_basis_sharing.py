@@ -467,6 +467,8 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, shape: tuple[int, int]) -> Packed:
+        # Bytes with a sign: T5 casts what it hands to a layer to the dtype of its `weight`, unless that is int8.
+        codes = codes.view(torch.int8)
         parts = [None if part is None else nn.Parameter(part, requires_grad=False) for part in (codes, scale, zero)]
         return cls(cast("nn.Parameter", parts[0]), cast("nn.Parameter", parts[1]), parts[2], shape)
 
@@ -625,6 +627,14 @@ def quantized_kind(kind: type[FactorisedLinear]) -> type[QuantizedFactors]:
     return _QUANTIZED[name]
 
 
+def __getattr__(name: str) -> type[QuantizedFactors]:
+    """`QuantizedX` for a kind X of this file, made when it is asked for: so pickle finds it in a fresh process."""
+    kind = globals().get(name.removeprefix("Quantized")) if name.startswith("Quantized") else None
+    if not (isinstance(kind, type) and issubclass(kind, FactorisedLinear)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return quantized_kind(kind)
+
+
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that so many codes of so many bits take."""
     return -(-count * bits // 8)
@@ -661,7 +671,9 @@ def unpacked(packed: Packed, precision: Precision) -> Tensor:
     """The matrix that packed codes stand for, in the dtype of the scales."""
     rows, columns = packed.shape
     scale, groups = packed.scale.detach(), precision.groups(columns)
-    codes = unpack_codes(packed.codes, rows * columns, precision.bits).view(rows, columns).to(scale.dtype)
+    codes = (
+        unpack_codes(packed.codes.view(torch.uint8), rows * columns, precision.bits).view(rows, columns).to(scale.dtype)
+    )
     if packed.zero is None:
         zero = scale.new_full((1, 1), 2 ** (precision.bits - 1)).expand(rows, groups)
     else:

@@ -31,6 +31,12 @@ _PATTERNS = (
 _SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".bpe"})
 
 
+def loaded_from(provenance: Mapping[str, Any]) -> Path | None:
+    """The folder of a loaded model's checkpoint; None for one of the hub, or in memory."""
+    folder = Path(str(provenance["name"])) if provenance["source"] == "local" else None
+    return folder if folder is not None and folder.exists() else None
+
+
 def processor_files(provenance: Mapping[str, Any]) -> dict[str, Path]:
     """Files of the tokenizer and the processors of a loaded model's checkpoint, by their names inside it; with them
     those by which it is a sentence-transformers model.

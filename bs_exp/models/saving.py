@@ -35,6 +35,7 @@ def save_model(
     folder: Path | str,
     *,
     files: Mapping[str, Path] | None = None,
+    source: Path | None = None,
 ) -> Path:
     """Writes model and tokenizer into `folder`, whole or not at all, and returns its absolute path.
 
@@ -42,10 +43,15 @@ def save_model(
     installed, and with `trust_remote_code=True` anywhere, since the folder holds a copy of the modeling file. A dense
     model becomes an ordinary checkpoint. `files`, by their names in the folder, are copied beside what is written: such
     as those of the processors of the checkpoint that the model was made from. Raises ConfigError if the folder holds
-    something other than a model, SaveError if it cannot be written.
+    something other than a model, or is `source`, the checkpoint that the model was made from; SaveError if it cannot be
+    written.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder)
+    if source is not None and folder.exists() and folder.samefile(source):
+        raise ConfigError(
+            f"{folder} holds the model that this one was made from, and is not overwritten. Name another folder."
+        )
     try:
         _write(model, tokenizer, folder, files or {})
     except (OSError, SafetensorError) as error:

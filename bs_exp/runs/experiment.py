@@ -28,7 +28,7 @@ from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.sample import TEXT, TextSample
 from bs_exp.evaluation.size import measure_size
 from bs_exp.files import file_sizes
-from bs_exp.models.processor_files import processor_files
+from bs_exp.models.processor_files import loaded_from, processor_files
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
 from bs_exp.progress import Progress
@@ -281,7 +281,8 @@ class Experiment:
             return
         with recorder.progress.stage(Stage.SAVE):
             carried = processor_files(dense.provenance)
-            folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER, files=carried)
+            target, source = recorder.folder / MODEL_FOLDER, loaded_from(dense.provenance)
+            folder = save_model(compressed.module, dense.tokenizer, target, files=carried, source=source)
         files = file_sizes(folder)
         saved = sum(size for name, size in files.items() if name.endswith(".safetensors") and "/" not in name)
         recorder.update(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bs_exp import processes
 from bs_exp.errors import RecordError, TrackingError
 from bs_exp.progress import Progress
 from bs_exp.protocols import TrackedRun, Tracker
@@ -103,7 +104,9 @@ class Recorder:
         status = Status.FAILED if isinstance(error, Exception) else Status.INTERRUPTED
         try:
             self.update(status=status, finished=utc_now(), error=self._describe(error))
-            error.add_note(f"Recorded in {self.folder / FILE_NAME}")
+            # What helps the first process writes into a folder that goes with it.
+            if processes.is_first():
+                error.add_note(f"Recorded in {self.folder / FILE_NAME}")
         except RecordError as unwritten:  # what ended the run matters more than the record of it
             error.add_note(str(unwritten))
 

@@ -276,8 +276,8 @@ class Trainer:
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             raise CalibrationError(
-                f"{self.name}: the {what} is {value}. Lower update.learning_rate (now "
-                f"{self.settings.learning_rate:g}), raise update.warmup, or load the model in another dtype "
+                f"{self.name}: the {what} is {value}. Lower learning_rate (now "
+                f"{self.settings.learning_rate:g}), raise warmup, or load the model in another dtype "
                 "(model.dtype=float32 or bfloat16); update=none leaves the factors as they are."
             )
 

@@ -33,6 +33,12 @@ class UpdateChain:
                     f"updates.{name}.every_round must be false: a chain is applied once, after the last round. Use the "
                     "update on its own, or without every_round."
                 )
+            # Adapters that are not merged are no part of the factors, which is all that the next update takes over.
+            if getattr(update, "merge", True) is False and name != list(self.updates)[-1]:
+                raise ConfigError(
+                    f"updates.{name}.merge must be true, or {name} the last of the chain: the update behind it starts "
+                    "from the factors alone, so that adapters beside them would be lost."
+                )
         if not self.updates:
             raise ConfigError("updates is empty: name some, or use update=none.")
 

@@ -74,12 +74,12 @@ class GradientCorrection:
         if self.windows is not None and self.windows < processes.count():
             raise ConfigError(
                 f"windows must be at least {processes.count()}, one for each process, got {self.windows}. Raise "
-                "update.windows, or start fewer processes."
+                "windows, or start fewer processes."
             )
         if self.holdout and len(data.windows.ids) < 2:
             raise DataError(
                 f"update=gradient_correction needs at least 2 calibration windows, one of them held out, got "
-                f"{len(data.windows.ids)}. Raise calibration.num_sequences, or set update.holdout=0."
+                f"{len(data.windows.ids)}. Raise calibration.num_sequences, or set holdout=0."
             )
 
     def apply(

@@ -255,6 +255,6 @@ def _summary(report: Mapping[str, Any]) -> str:
     if after >= before:
         return (
             f"lora: {steps} steps did not lower the held-out loss of {before:.4g} nats per token, so the factors stay "
-            "as they were (try another update.learning_rate)"
+            "as they were (try another learning_rate)"
         )
     return f"lora: held-out loss {before:.4g} -> {after:.4g} nats per token, adapters of step {report['best_step']}"

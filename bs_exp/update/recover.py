@@ -249,7 +249,7 @@ def _summary(report: Mapping[str, Any], measured: str) -> str:
     if after >= before:
         return (
             f"recovery: {steps} steps did not lower the held-out {name} of {before:.4g}{unit}, so the factors "
-            "stay as they were (try a lower update.learning_rate)"
+            "stay as they were (try a lower learning_rate)"
         )
     return (
         f"recovery: held-out {name} {before:.4g} -> {after:.4g}{unit}, factors of step {report['best_step']} of {steps}"

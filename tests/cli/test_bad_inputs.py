@@ -34,6 +34,8 @@ ratio=0.8 => Did you mean retain_ratio? Settings and groups: allocation
 output_dir=OUT => Did you mean hydra.run.dir?
 device=cuda => Did you mean model.device?
 dataset=x => Did you mean data?
+data=[A.txt,B.txt] => and no list | calibration.files=[A.txt,B.txt]
+model=[A,B] => and no list | --multirun model=A,B
 foo=1 => foo does not exist. Settings and groups: allocation
 reports x => 'reports' is no command. Did you mean report? Commands: cache, demo, estimate, export
 compress => 'compress' is no command. Commands: cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from bs_exp.errors import ModelError
 from bs_exp.evaluation.size import stored_bytes
@@ -147,8 +149,30 @@ def test_corrections_biases_and_conv1d(
     torch.testing.assert_close(logits_of(whole), expected, rtol=1e-4, atol=1e-4)
     assert all(p.requires_grad for p in whole.parameters())
     half = loaded.half()  # scales follow, codes stay
-    assert {p.dtype for p in half.parameters()} == {torch.float16, torch.uint8}
+    assert {p.dtype for p in half.parameters()} == {torch.float16, torch.int8, torch.uint8}
     torch.testing.assert_close(logits_of(half).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_t5_whose_blocks_ask_for_the_dtype_of_a_weight(dense: Dense, tmp_path: Path) -> None:
+    """It casts what it hands to `wo` to the dtype of its weight, but for int8."""
+    model = dense("t5")
+    module = quantized(model, PlainLayout(), Precision(8, None, True))
+    ids = torch.arange(12).view(2, 6)
+    expected = module(input_ids=ids, labels=ids).logits
+    close = model.module(input_ids=ids, labels=ids).logits
+    assert expected.isfinite().all() and not torch.equal(expected, close)
+    save_model(module, model.tokenizer, tmp_path / "model")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded(input_ids=ids, labels=ids).logits, expected)
+
+
+def test_a_model_in_few_bits_is_pickled(dense: Dense, tmp_path: Path) -> None:
+    module = quantized(dense("llama"), PivotedLayout(), Precision(4, 5, False))
+    torch.save(module, tmp_path / "model.pt")
+    code = "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=False).state_dict(), sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt", tmp_path / "state.pt"], check=True)
+    state = torch.load(tmp_path / "state.pt")
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
 @LAYOUTS

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bs_exp import strategy
 from bs_exp.errors import ConfigError
 from bs_exp.models.surgery import find_factors
 from bs_exp.models.tiny import tiny_random
@@ -54,6 +55,14 @@ def test_an_empty_chain_is_refused() -> None:
     for nothing in ({}, {"first": None}):
         with pytest.raises(ConfigError, match="updates is empty"):
             UpdateChain(updates=nothing)  # type: ignore[arg-type]
+
+
+def test_adapters_that_are_not_merged_come_last() -> None:
+    """The update behind them starts from the factors, so that adapters beside these would be gone without a word."""
+    lora = strategy("update=lora", merge=False)
+    assert UpdateChain(updates={"first": NoUpdate(), "last": lora}).updates["last"] is lora
+    with pytest.raises(ConfigError, match=r"updates\.first\.merge must be true, or first the last of the chain"):
+        UpdateChain(updates={"first": lora, "second": NoUpdate()})
 
 
 def test_null_leaves_an_update_out_and_a_value_is_none() -> None:

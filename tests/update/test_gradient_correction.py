@@ -98,7 +98,7 @@ def test_what_cannot_work_is_said_before_any_work() -> None:
     data = Tokens().data()
     with pytest.raises(ConfigError, match="needs logits"):
         CORRECTION.check(replace(tiny_random("bert"), task=Task.ENCODER), data)
-    with pytest.raises(DataError, match=r"at least 2 calibration windows.*update.holdout=0"):
+    with pytest.raises(DataError, match=r"at least 2 calibration windows.*set holdout=0"):
         CORRECTION.check(tiny_random(), replace(data, windows=replace(data.windows, ids=IDS[:1])))
     with pytest.raises(ConfigError, match=r"updates.it.every_round must be false"):
         UpdateChain(updates={"it": replace(CORRECTION, every_round=True)})
