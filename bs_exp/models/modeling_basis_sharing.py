@@ -1167,6 +1167,8 @@ class BasisSharingQuantizer(HfQuantizer):
     arranged_by: Any = None
     # The files of weights that the model is loaded from.
     files_read: tuple[str, ...] = ()
+    # What `save_pretrained` was given to save in place of the model's own tensors, while it saves.
+    given_state: Mapping[str, Tensor] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if int(transformers.__version__.split(".")[0]) < 5:
@@ -1374,7 +1376,10 @@ class BasisSharingQuantizer(HfQuantizer):
         """What is saved: every tensor under the name that stays, so that a shared basis is there once.
 
         Transformers would look for the names of all ties in those of all tensors: minutes with hundreds of experts.
+        It also drops the tensors that `save_pretrained(state_dict=...)` was given, which are used here.
         """
+        if self.given_state is not None:
+            return dict(self.given_state), {}
         held, ties = model.state_dict(keep_vars=True), self._ties(model)
         again = {name for name, owner in ties.items() if name in held and held[name] is held.get(owner)}
         return {name: tensor for name, tensor in model.state_dict().items() if name not in again}, {}
@@ -1423,13 +1428,15 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, folder / f"{REMOTE_MODULE}.py")
         model.config.auto_map = auto_map(model)
+    model.hf_quantizer.given_state = state_dict
     try:
         with _checksums(model):
             save(model, save_directory, is_main_process, state_dict, **kwargs)
     finally:
+        model.hf_quantizer.given_state = None
         if not own_code:
             del model.config.auto_map
-    _complete_config(folder)
+    complete_config(folder)
     if push_to_hub:
         _push(folder, token=kwargs.get("token"), tags=model.model_tags, **hub)
 
@@ -1549,8 +1556,11 @@ _BLOCK = 2**20
 _WEIGHTS_FILE = "transformers_weights"
 
 
-def _complete_config(folder: Path) -> None:
-    """Checksums into config.json, and a word for who lacks the plug-in."""
+def complete_config(folder: Path) -> None:
+    """Checksums of all weights in the folder into config.json, and a word for who lacks the plug-in.
+
+    To be done again where files of weights are written after the model itself was saved.
+    """
     path = folder / _CONFIG_FILE
     found = {file.name: _file_checksum(file) for file in sorted(folder.glob("model*.safetensors"))}
     data = json.loads(path.read_text(encoding="utf-8"))

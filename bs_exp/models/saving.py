@@ -19,8 +19,10 @@ from bs_exp.errors import ConfigError, SaveError
 from bs_exp.files import remove_scratch, scratch_prefix
 from bs_exp.models.adapters import has_adapters, save_adapters, without_adapters
 from bs_exp.models.mapped import release
+from bs_exp.models.modeling_basis_sharing import complete_config
 from bs_exp.models.offload import lies_in_files
 from bs_exp.models.processor_files import copy_missing
+from bs_exp.models.surgery import is_factorised
 
 _CONFIG = "config.json"
 # Of a model that is not in memory.
@@ -98,6 +100,8 @@ def _write_weights(model: PreTrainedModel, folder: Path) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if is_factorised(model):
+        complete_config(folder)
 
 
 def check_replaceable(folder: Path) -> None:

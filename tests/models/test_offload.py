@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from bs_exp.cache import Cache
 from bs_exp.calibration.gather import ACCUMULATORS, gather
@@ -27,7 +29,7 @@ from bs_exp.models.surgery import find_factors
 from bs_exp.models.tiny import ENCODER_DECODERS, ENCODERS, FAMILIES, tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
-from bs_exp.testing.models import recipe
+from bs_exp.testing.models import recipe, same, values
 from bs_exp.types import CalibrationData, LoadedModel, Statistic, TokenWindows
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
@@ -102,6 +104,7 @@ def test_compressed_and_saved_as_in_memory(family: str, tmp_path: Path) -> None:
         assert lies_in_files(compressed.module) is (offload == "disk")
         folder = save_model(compressed.module, dense.tokenizer, tmp_path / f"{offload}-saved")
         weights[offload] = load_file(folder / "model.safetensors")
+        assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
         assert json.loads((folder / "config.json").read_text())["quantization_config"]["groups"]
     assert weights["none"].keys() == weights["disk"].keys()
     assert all(torch.equal(weights["none"][name], weights["disk"][name]) for name in weights["none"])
@@ -114,6 +117,22 @@ def test_a_large_model_is_saved_in_shards(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     for offload in ("none", "disk"):
         assert loaded(tmp_path / "saved", offload).fingerprint == dense.fingerprint
+
+
+def test_a_large_compressed_model_is_saved_in_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor once, and no file with all of them beside: each with its checksum."""
+    monkeypatch.setattr("bs_exp.models.saving._SHARD", "20KB")
+    dense = loaded(saved(tmp_path / "dense"))
+    compressed = compress(dense, recipe(NoUpdate()), Workspace(Cache(tmp_path / "cache"), QUIET)).module
+    folder = save_model(compressed, dense.tokenizer, tmp_path / "saved")
+    files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
+    names = [name for held in files.values() for name in held]
+    assert len(files) > 2 and all(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in files)
+    assert len(names) == len(set(names))
+    kept = json.loads((folder / "config.json").read_text())["quantization_config"]["crc32"]
+    assert set(kept) == {"config.json", *files}
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert same(values(again), values(compressed))
 
 
 def test_files_are_let_go_with_the_model(tmp_path: Path) -> None:
