@@ -45,7 +45,7 @@ smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
 	  calibration.num_sequences=8 calibration.sequence_length=64 $(ARGS)
 
 test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "$(MARKERS)" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(MARKERS)" $(ARGS)
 
 test-vllm: $(VLLM_INSTALLED)  ## serve compressed models with vLLM, in an environment of its own (about 15 minutes)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serving $(ARGS)
