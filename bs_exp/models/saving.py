@@ -49,11 +49,7 @@ def save_model(
     written.
     """
     folder = Path(folder).absolute()
-    check_replaceable(folder)
-    if source is not None and folder.exists() and folder.samefile(source):
-        raise ConfigError(
-            f"{folder} holds the model that this one was made from, and is not overwritten. Name another folder."
-        )
+    check_replaceable(folder, source)
     try:
         _write(model, tokenizer, folder, files or {})
     except (OSError, SafetensorError) as error:
@@ -104,8 +100,13 @@ def _write_weights(model: PreTrainedModel, folder: Path) -> None:
         complete_config(folder)
 
 
-def check_replaceable(folder: Path) -> None:
-    """ConfigError if `folder` exists and is neither a model folder nor empty."""
+def check_replaceable(folder: Path, source: Path | None = None) -> None:
+    """ConfigError if `folder` exists and is neither a model folder nor empty, or is that of the `source` model."""
+    if source is not None and folder.exists() and folder.samefile(source):
+        raise ConfigError(
+            f"{folder} holds the model that is compressed, and is not overwritten. Name another folder "
+            "(hydra.run.dir=DIR)."
+        )
     if folder.exists() and not (folder.is_dir() and ((folder / _CONFIG).exists() or not any(folder.iterdir()))):
         raise ConfigError(
             f"{folder} exists and is no model folder, so it is not overwritten. Name another folder or remove it."

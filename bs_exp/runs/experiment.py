@@ -143,6 +143,8 @@ class Experiment:
             self._expect(None, recorder)
         dense = self._load(recorder)
         self.cache.model = str(dense.provenance.get("name", self.cache.model))
+        if self.save_model:
+            check_replaceable(recorder.folder / MODEL_FOLDER, loaded_from(dense.provenance))
         judge = Judge(self.evaluators, self.dense, recorder, self.cache).fitted(dense)
         judge.check(dense)
         if not known:
