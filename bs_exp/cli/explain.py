@@ -169,10 +169,9 @@ def _as_number(key: str, value: str) -> str:
 
 def _options_with(group: str, key: str) -> str:
     """The other options of a group that have a key of their own by that name, in words; empty if none has."""
-    found = [path.stem for path in sorted((root_folder() / "conf" / group).glob("[!_]*.yaml")) if _has(path, key)]
-    return f"{', '.join(f'{group}={option}' for option in found)} {'has' if len(found) == 1 else 'have'} it. " * any(
-        found
-    )
+    options = sorted((root_folder() / "conf" / group).glob("[!_]*.yaml"))
+    found = [f"{group}={path.stem}" for path in options if _has(path, key)]
+    return f"{', '.join(found)} {'has' if len(found) == 1 else 'have'} it. " if found else ""
 
 
 def _has(option: Path, key: str) -> bool:

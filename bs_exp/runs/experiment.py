@@ -283,8 +283,7 @@ class Experiment:
             return
         with recorder.progress.stage(Stage.SAVE):
             carried = processor_files(dense.provenance)
-            target, source = recorder.folder / MODEL_FOLDER, loaded_from(dense.provenance)
-            folder = save_model(compressed.module, dense.tokenizer, target, files=carried, source=source)
+            folder = save_model(compressed.module, dense.tokenizer, recorder.folder / MODEL_FOLDER, files=carried)
         files = file_sizes(folder)
         saved = sum(size for name, size in files.items() if name.endswith(".safetensors") and "/" not in name)
         recorder.update(
