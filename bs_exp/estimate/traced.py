@@ -17,6 +17,7 @@ from bs_exp.calibration.gather import ACCUMULATORS, gather, passes
 from bs_exp.calibration.group_statistics import gram_dtype
 from bs_exp.calibration.statistics import Accumulator, Loss
 from bs_exp.calibration.walk import is_large
+from bs_exp.collector import collector_paused
 from bs_exp.errors import ModelError
 from bs_exp.estimate.ledger import Ledger, Work
 from bs_exp.estimate.shapes import first_blocks, repeated
@@ -152,10 +153,13 @@ class Tracer:
         step = repeated(self.dense, self.groups)
         if step is None:
             return found(self.dense, self.groups)
-        one, two = (
-            found(first_blocks(self.dense, depth), [group for group in self.groups if group.blocks[-1] < depth])
-            for depth in (2 * step, 3 * step)
-        )
+        # What is in a cycle lives until the collector comes by. If it did so in one of the two alone, their difference
+        # would be taken for that of a block, and multiplied by all of them.
+        with collector_paused():
+            one, two = (
+                found(first_blocks(self.dense, depth), [group for group in self.groups if group.blocks[-1] < depth])
+                for depth in (2 * step, 3 * step)
+            )
         steps = len(self.dense.architecture.blocks) / step - 3
         more = {kind: steps * (size - one.stored[kind]) for kind, size in two.stored.items()}
         stored = two.stored + Counter({kind: round(size) for kind, size in more.items()})

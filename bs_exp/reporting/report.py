@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bs_exp.collector import collector_paused
 from bs_exp.errors import RecordError
 from bs_exp.files import read_text, remove_leftovers, write_file
 from bs_exp.reporting import cost, papers, ranks, results, runs, settings, table
@@ -45,20 +44,9 @@ class PageOfRun:
         return write_report([folder], folder / "report").folder
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Records and tables are trees of many small objects: to look for cycles among them, again and again, takes longer
-    the more a process holds besides, and finds none."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@_collector_paused()
+# Records and tables are trees of many small objects: to look for cycles among them, again and again, takes longer the
+# more a process holds besides, and finds none.
+@collector_paused()
 def write_report(folders: Sequence[Path], out: Path) -> Written:
     """Page, Markdown, CSV and figures of all records below the folders; RecordError if there is none."""
     study = arrange(collect(folders))
@@ -77,7 +65,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Written:
     return Written(out, _write(files, out), study)
 
 
-@_collector_paused()
+@collector_paused()
 def write_figures(folders: Sequence[Path], out: Path) -> Written:
     """The figures alone; RecordError if there is no record."""
     study = arrange(collect(folders))
