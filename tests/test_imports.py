@@ -27,7 +27,7 @@ STRATEGIES = (
 KNOW_HYDRA = {"bs_exp.search.space", "bs_exp.__main__", "bs_exp.api"}
 # From the ground up: a room may import rooms of earlier floors only (and its own files).
 FLOORS = (
-    {"cache_folder", "errors", "files", "printable", "types"},
+    {"cache_folder", "collector", "errors", "files", "printable", "types"},
     {"cache", "identity", "linalg", "processes", "progress", "source_code", "validation"},
     {"records", "workspace"},
     {"contracts", "protocols"},
