@@ -62,6 +62,26 @@ def cholesky_whitener(
     return lower.mul_(scale[:, None]).mT.contiguous(), shift * scale.square()
 
 
+def solve_definite(matrix: Float[Tensor, "d d"], right: Float[Tensor, "d columns"]) -> Float[Tensor, "d columns"]:
+    """The solution X of `matrix X = right` for a symmetric matrix without negative eigenvalues, in its dtype.
+
+    By Cholesky factorisation; where the matrix has no full rank to the digits of its dtype, the X of least norm, scaled
+    to a unit diagonal, without the directions in which there is nothing.
+    """
+    scale = matrix.diagonal().clamp_min(0.0).sqrt()
+    scale = scale.where(scale > 0.0, 1.0)
+    unit = matrix / scale[:, None] / scale
+    unit = (unit + unit.mT) / 2.0
+    lower, info = torch.linalg.cholesky_ex(unit)
+    resolution = torch.finfo(matrix.dtype).eps * len(matrix)
+    if int(info) == 0 and float(lower.diagonal().min()) ** 2 > resolution:
+        return torch.cholesky_solve(right / scale[:, None], lower) / scale[:, None]
+    values, vectors = torch.linalg.eigh(unit)
+    inverse = torch.where(values > resolution * values[-1].clamp_min(1.0), 1.0 / values, 0.0)
+    solved: Tensor = vectors @ (inverse[:, None] * (vectors.mT @ (right / scale[:, None])))
+    return solved / scale[:, None]
+
+
 def _scale(gram: Float[Tensor, "d d"], of: str) -> Float[Tensor, " d"]:
     """Roots of the diagonal, with the mean in place of zeros; DecompositionError if the Gram is not finite, or zero."""
     if not bool(gram.isfinite().all()):

@@ -8,24 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp import processes
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
-from bs_exp.errors import ConfigError, DataError
 from bs_exp.linalg.cholesky import damped_root
 from bs_exp.linalg.decomposition import needs_left_root
 from bs_exp.linalg.gradient_step import corrected_factors
 from bs_exp.models.architecture import weight_of
-from bs_exp.models.fingerprint import fingerprint
-from bs_exp.models.model_inputs import feeder
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
-from bs_exp.training.objectives import TokenLoss
 from bs_exp.types import CalibrationData, LoadedModel, Metric, PlannedGroup, RankPlan, Statistic
+from bs_exp.update.calibration_loss import as_loaded, check_windows, drawn, own_loss, shared_out
 from bs_exp.validation import check_at_least, check_number, check_seed, check_share
 from bs_exp.workspace import Workspace
 
@@ -71,16 +67,7 @@ class GradientCorrection:
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """ConfigError for a model without a loss, DataError if there are too few windows to hold some out."""
         check_gatherable(dense, data, {"update=gradient_correction": {Statistic.LOSS_GRADIENT}})
-        if self.windows is not None and self.windows < processes.count():
-            raise ConfigError(
-                f"windows must be at least {processes.count()}, one for each process, got {self.windows}. Raise "
-                "windows, or start fewer processes."
-            )
-        if self.holdout and len(data.windows.ids) < 2:
-            raise DataError(
-                f"update=gradient_correction needs at least 2 calibration windows, one of them held out, got "
-                f"{len(data.windows.ids)}. Raise calibration.num_sequences, or set holdout=0."
-            )
+        check_windows(KIND, windows=self.windows, holdout=self.holdout, data=data)
 
     def apply(
         self,
@@ -100,7 +87,7 @@ class GradientCorrection:
         if self.holdout:
             kept, held = hold_out(len(training.ids), self.holdout, self.seed)
             training, held_out = part_of(data.windows, kept, name="corrected on"), data.windows.ids[held]
-        history = [self._loss(compressed, dense, data, held_out)]
+        history = [own_loss(compressed, dense, data, held_out)]
         best = self._stored(compressed, dense, groups)
         for number in range(self.corrections):
             gathered = len(workspace.cache.made)
@@ -108,7 +95,7 @@ class GradientCorrection:
             processes.same_values(compressed, unlike=dense.module)
             # Statistics of a model that is gone.
             workspace.cache.drop(workspace.cache.made[gathered:])
-            history.append(self._loss(compressed, dense, data, held_out))
+            history.append(own_loss(compressed, dense, data, held_out))
             if not len(held_out) or history[-1] < min(history[:-1]):
                 best = self._stored(compressed, dense, groups)
         for factors in best:
@@ -135,15 +122,10 @@ class GradientCorrection:
         workspace: Workspace,
     ) -> None:
         """One correction of all groups, from statistics of the model as it is."""
-        provenance = {**dense.provenance, "fingerprint": fingerprint(compressed)}
-        source = replace(dense, module=compressed, provenance=provenance)
-        grams = calibrate(source, _shared_out(data), needs={Statistic.GRAM}, workspace=workspace)
-        drawn = data
-        if self.windows is not None and self.windows < len(data.windows.ids):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            chosen = torch.randperm(len(data.windows.ids), generator=generator)[: self.windows].sort().values
-            drawn = replace(data, windows=part_of(data.windows, chosen, name=f"drawn for correction {number}"))
-        gradients = calibrate(source, _shared_out(drawn), needs={Statistic.LOSS_GRADIENT}, workspace=workspace)
+        source = as_loaded(compressed, dense)
+        grams = calibrate(source, shared_out(data), needs={Statistic.GRAM}, workspace=workspace)
+        chosen = shared_out(drawn(data, self.windows, seed=self.seed, number=number))
+        gradients = calibrate(source, chosen, needs={Statistic.LOSS_GRADIENT}, workspace=workspace)
         for planned in workspace.progress.track(groups, label="correcting", total=len(groups)):
             candidate = self._corrected(compressed, dense, planned, grams, gradients)
             exchange_factors(compressed, dense.architecture, candidate, workspace.cache.folder)
@@ -180,20 +162,3 @@ class GradientCorrection:
     ) -> list[StoredFactors]:
         """All factors as they are; whoever exchanges them puts new Parameters in their place."""
         return [factors_of(compressed, dense.architecture, planned.group) for planned in groups]
-
-    @torch.no_grad()
-    def _loss(self, compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, ids: Tensor) -> float:
-        """The model's own loss on windows, in nats per predicted token; 0 without any."""
-        objective = TokenLoss(module=compressed, feeder=feeder(dense, data.windows.feeding), autocast=False)
-        parts = ids.split(data.batch_size) if len(ids) else ()
-
-        def measured() -> float:
-            return sum(float(objective(part.to(dense.device), training=False)) for part in parts) / max(len(ids), 1)
-
-        return processes.from_first(measured)
-
-
-def _shared_out(data: CalibrationData) -> CalibrationData:
-    """The windows in batches that are small enough to leave one for every process."""
-    share = len(data.windows.ids) // processes.count()
-    return replace(data, batch_size=max(1, min(data.batch_size, share)))

@@ -1,0 +1,86 @@
+"""Steps of a group's factors against the natural gradient of the loss, whose curvature is a Kronecker product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bs_exp.linalg.cholesky import solve_definite
+from bs_exp.linalg.decomposition import split_by_layer
+from bs_exp.linalg.scaling import balanced
+from bs_exp.types import SharedFactors, WeightGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """The curvature of the loss by the weights of a group, `H (x) G_i` for layer i, as upper roots of both factors.
+
+    `inputs` S has `S^T S = H`, `outputs[i]` R_i has `R_i^T R_i = G_i`; a layer of which no output reaches the loss has
+    none. Kronecker factors: Martens and Grosse (1503.05671), section 3.
+    """
+
+    inputs: Float[Tensor, "d_in d_in"]
+    outputs: Mapping[int, Float[Tensor, "d_out d_out"]]
+
+    @property
+    def gram(self) -> Float[Tensor, "d_in d_in"]:
+        """H."""
+        return self.inputs.mT @ self.inputs
+
+
+def natural_gradient(
+    group: WeightGroup, gradient: Float[Tensor, "d_in columns"], curvature: Curvature
+) -> Float[Tensor, "d_in columns"]:
+    """`H^-1 D_i G_i^-1` for every layer's block `D_i` of the gradient; zero for a layer without curvature."""
+    by_inputs = torch.cholesky_solve(gradient, curvature.inputs, upper=True)
+    found = []
+    for layer, block in zip(group.layers, by_inputs.split(group.d_out, dim=1), strict=True):
+        root = curvature.outputs.get(layer)
+        found.append(torch.zeros_like(block) if root is None else torch.cholesky_solve(block.mT, root, upper=True).mT)
+    return torch.cat(found, dim=1)
+
+
+def basis_direction(
+    factors: SharedFactors, direction: Float[Tensor, "d_in columns"], curvature: Curvature
+) -> Float[Tensor, "d_in rank"]:
+    """`sum_i d_i G_i C_i^T (sum_i C_i G_i C_i^T)^-1`: the basis of the least error `sum_i ||S (d_i - B' C_i) R_i^T||`.
+
+    It is what a shared basis, with coefficients `C_i` as they are, can do for a `direction` `[d_1 .. d_n]`.
+    """
+    group = factors.group
+    reached = direction.new_zeros(group.d_in, factors.rank)
+    among = direction.new_zeros(factors.rank, factors.rank)
+    for layer, block in zip(group.layers, direction.split(group.d_out, dim=1), strict=True):
+        root = curvature.outputs.get(layer)
+        if root is not None:
+            own = factors.coefficients[layer] @ root.mT
+            reached += block @ root.mT @ own.mT
+            among += own @ own.mT
+    return solve_definite(among, reached.mT).mT
+
+
+def stepped(
+    factors: SharedFactors,
+    direction: Float[Tensor, "d_in columns"],
+    basis_step: Float[Tensor, "d_in rank"],
+    gram: Float[Tensor, "d_in d_in"],
+    length: float,
+) -> SharedFactors:
+    """Factors of the same rank for `B C - length * direction`, without a decomposition; corrections stay as they are.
+
+    The basis moves by `basis_step`, then the coefficients are those of the least error in the metric of the inputs
+    `gram` H: one half-step each of alternating least squares from the present factors, which to first order in `length`
+    is the best approximation of this rank.
+    """
+    group = factors.group
+    coefficients = torch.cat([factors.coefficients[layer] for layer in group.layers], dim=1)
+    basis = factors.basis - length * basis_step
+    weighted = (gram @ basis).mT
+    wanted = (weighted @ factors.basis) @ coefficients - length * (weighted @ direction)
+    basis_t, new = balanced(basis.mT, solve_definite(weighted @ basis, wanted))
+    found = split_by_layer(group, basis_t, new)
+    return SharedFactors(group, found.basis, found.coefficients, factors.corrections)

@@ -1,0 +1,268 @@
+"""Factors follow the natural gradient of the model's own loss, a few steps of measured length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bs_exp import processes
+from bs_exp.cache import Entry, content_key
+from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
+from bs_exp.corpora.sampling import hold_out
+from bs_exp.corpora.windows import part_of
+from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.natural_gradient import Curvature, basis_direction, natural_gradient, stepped
+from bs_exp.models.surgery import exchange_factors, factors_of
+from bs_exp.protocols import StoredFactors
+from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, Task, WeightGroup
+from bs_exp.update.calibration_loss import as_loaded, check_windows, drawn, own_loss, shared_out
+from bs_exp.validation import check_at_least, check_number, check_seed, check_share
+from bs_exp.workspace import Workspace
+
+KIND = "natural_gradient"
+# A length is halved so often at most, until the held-out loss falls: 2^-16 of a first step changes nothing.
+_HALVINGS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalGradient:
+    """`steps` times: all factors move together, against the natural gradient of the model's own loss.
+
+    At the compressed weights W, D is the gradient of the loss on `windows` windows (drawn by `seed` and the number of
+    the step; None: all), per predicted token, H the Gram of a group's inputs and `G_i` that of the gradients at layer
+    i's outputs, damped by `ridge` and `damping` (shares of their diagonals). The direction is `H^-1 D_i G_i^-1`, plus b
+    times the direction before, b being Polak and Ribiere's (`<D, n> - <D', n>` by `<D', n'>`, with n the natural
+    gradient, D' and n' those of the step before; at least 0). Factors of the same rank follow it without a
+    decomposition: the basis moves, and the coefficients are fitted to the moved product by least squares in H.
+
+    The length is measured: from `first_length`, later from twice the last one, it is halved for as long as that lowers
+    the loss on a share `holdout` of the windows, which give no gradient. Where no length lowers it, the update ends.
+    Every step so lowers the held-out loss, and there is no learning rate; `first_length` only says where the search
+    begins. A model without a loss of its own keeps its factors, which a note says.
+
+    Amari (1998), natural gradient; its Kronecker factors: Martens and Grosse (1503.05671); conjugate directions: Polak
+    and Ribiere (1969).
+    """
+
+    steps: int
+    windows: int | None
+    ridge: float
+    damping: float
+    holdout: float
+    first_length: float
+    seed: int
+
+    reads_windows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_at_least(1, steps=self.steps, windows=self.windows)
+        check_number(0.0, ridge=self.ridge, damping=self.damping)
+        check_number(0.0, first_length=self.first_length)
+        check_share(holdout=self.holdout)
+        check_seed(self.seed)
+
+    def check(self, dense: LoadedModel, data: CalibrationData) -> None:
+        """DataError if there are too few windows to hold some out, ConfigError if there are fewer than processes."""
+        if dense.task is Task.ENCODER:
+            return
+        check_gatherable(dense, data, {f"update={KIND}": {Statistic.LOSS_GRADIENT}})
+        check_windows(KIND, windows=self.windows, holdout=self.holdout, data=data)
+
+    def apply(
+        self,
+        compressed: PreTrainedModel,
+        dense: LoadedModel,
+        plan: RankPlan,
+        data: CalibrationData,
+        workspace: Workspace,
+    ) -> Mapping[str, Any]:
+        """Moves the factors in place; reports the cost, the lengths, and the held-out loss after every step, in nats
+        per token."""
+        groups = [planned.group for planned in plan.groups if planned.rank is not None]
+        without = "there are no factors to move" if not groups else None
+        if dense.task is Task.ENCODER:
+            without = "this model has no loss of its own"
+        if without:
+            workspace.progress.note(f"natural gradient: {without}")
+            return {"strategy": KIND, "steps": 0, "seconds": 0.0}
+        start = time.perf_counter()
+        kept, held = hold_out(len(data.windows.ids), self.holdout, self.seed)
+        descent = _Descent(
+            compressed,
+            dense,
+            groups,
+            replace(data, windows=part_of(data.windows, kept, name="with gradients")),
+            data.windows.ids[held],
+            workspace,
+        )
+        history, lengths, length = [descent.loss()], [], self.first_length
+        for number in range(self.steps):
+            descent.turn(self, number)
+            found = descent.search(length, history[-1])
+            processes.same_values(compressed, unlike=dense.module)
+            if found is None:
+                break
+            length, loss = found
+            history.append(loss)
+            lengths.append(length)
+            length *= 2.0
+        descent.forget()
+        report = {
+            "strategy": KIND,
+            "steps": len(lengths),
+            "lengths": lengths,
+            "held_out_loss": history,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        workspace.progress.note(
+            f"natural gradient: held-out loss {history[0]:.4f} -> {history[-1]:.4f} nats per token in {len(lengths)} "
+            f"of {self.steps} steps"
+        )
+        return report
+
+
+@dataclass(eq=False)
+class _Descent:
+    """The factors on their way: what they move along now, and what that depends on from the step before."""
+
+    compressed: PreTrainedModel
+    dense: LoadedModel
+    groups: Sequence[WeightGroup]
+    data: CalibrationData
+    held_out: Tensor
+    workspace: Workspace
+    _ridge: float = 0.0
+    _grams: CalibrationStats | None = None
+    _directions: Mapping[WeightGroup, Entry] = field(default_factory=dict)
+    _product: float = 0.0  # of gradient and natural gradient
+    _made: int = 0  # entries of the cache in front of those of this step
+
+    def loss(self) -> float:
+        """The held-out loss of the model as it is, in nats per predicted token."""
+        return own_loss(self.compressed, self.dense, self.data, self.held_out)
+
+    @torch.no_grad()
+    def turn(self, settings: NaturalGradient, number: int) -> None:
+        """Finds the direction at the factors as they are; what the cache holds of the step before goes."""
+        cache, before = self.workspace.cache, self._made
+        self._made = len(cache.made)
+        source = as_loaded(self.compressed, self.dense)
+        data = shared_out(drawn(self.data, settings.windows, seed=settings.seed, number=number))
+        needs = {Statistic.GRAM, Statistic.OUTPUT_GRAM, Statistic.LOSS_GRADIENT}
+        stats = calibrate(source, data, needs=needs, workspace=self.workspace)
+        key = content_key(step=number, statistics=statistics_key(source, data), settings=asdict(settings))
+        natural: dict[WeightGroup, Entry] = {}
+        product = crossed = 0.0
+        for group in self.workspace.progress.track(self.groups, label="natural gradients", total=len(self.groups)):
+            gradient = _gradient(stats, group, self._device)
+            step = natural_gradient(group, gradient, self._curvature(stats, settings, group))
+            product += float((gradient * step).sum())
+            if group in self._directions:
+                crossed += float((self._read(self._directions[group], "gradient") * step).sum())
+            natural[group] = self._store("natural_gradient", key, group, step=step)
+        share = max(0.0, (product - crossed) / self._product) if self._product > 0.0 else 0.0
+        directions = {}
+        for group in self.groups:
+            direction = self._read(natural[group], "step")
+            if share:
+                direction = direction + share * self._read(self._directions[group], "direction")
+            present = self._present(group)
+            directions[group] = self._store(
+                "direction",
+                key,
+                group,
+                direction=direction,
+                gradient=_gradient(stats, group, self._device),
+                basis=basis_direction(
+                    present.layout.restore(present), direction, self._curvature(stats, settings, group)
+                ),
+            )
+        if self._directions:
+            cache.drop(cache.made[before : self._made])
+        self._ridge, self._grams, self._directions, self._product = settings.ridge, stats, directions, product
+
+    @torch.no_grad()
+    def search(self, length: float, loss: float) -> tuple[float, float] | None:
+        """Moves the factors by the best of `length` and its halves; that and its loss, None if none is below `loss`."""
+        start = {group: self._present(group) for group in self.groups}
+        best: tuple[float, float] | None = None
+        for _ in range(_HALVINGS):
+            self._move(start, length)
+            found = self.loss()
+            if found < (loss if best is None else best[1]):
+                best = (length, found)
+            elif best is not None:
+                break
+            length /= 2.0
+        self._move(start, 0.0 if best is None else best[0])
+        return best
+
+    def forget(self) -> None:
+        """What the cache holds of the last step goes."""
+        self.workspace.cache.drop(self.workspace.cache.made[self._made :])
+
+    def _move(self, start: Mapping[WeightGroup, StoredFactors], length: float) -> None:
+        for stored in start.values():
+            moved = self._moved(stored, length) if length else stored
+            exchange_factors(self.compressed, self.dense.architecture, moved, self.workspace.cache.folder)
+
+    def _moved(self, stored: StoredFactors, length: float) -> StoredFactors:
+        group, entry = stored.group, self._directions[stored.group]
+        assert self._grams is not None
+        gram = _gram(self._grams, group, self._device)
+        gram.diagonal().mul_(1.0 + self._ridge)
+        stored = stored.on(self._device)
+        plain = stored.layout.restore(stored)
+        found = stepped(plain, self._read(entry, "direction"), self._read(entry, "basis"), gram, length)
+        return stored.layout.arrange(found).in_dtype(stored.basis.dtype)
+
+    def _present(self, group: WeightGroup) -> StoredFactors:
+        """The factors of a group; whoever exchanges them puts new Parameters in their place."""
+        return factors_of(self.compressed, self.dense.architecture, group)
+
+    def _curvature(self, stats: CalibrationStats, settings: NaturalGradient, group: WeightGroup) -> Curvature:
+        found = stats.of(group, self._device)
+        assert found.output_grams is not None
+        inputs = _gram(stats, group, self._device)
+        predictions = found.predictions or found.tokens
+        return Curvature(
+            inputs=cholesky_whitener(inputs, ridge=settings.ridge)[0],
+            outputs={
+                layer: cholesky_whitener(total / predictions, ridge=settings.damping, of="output gradients")[0]
+                for layer, total in found.output_grams.items()
+                if bool(total.any())
+            },
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self.dense.device
+
+    def _store(self, kind: str, key: str, group: WeightGroup, **tensors: Tensor) -> Entry:
+        """Tensors in fp32: they take as much as the dense weights."""
+        found = {name: tensor.float().cpu() for name, tensor in tensors.items()}
+        return self.workspace.cache.store(kind, content_key(key=key, group=asdict(group)), found)
+
+    def _read(self, entry: Entry, name: str) -> Tensor:
+        return entry.tensor(name).to(self._device).double()
+
+
+def _gram(stats: CalibrationStats, group: WeightGroup, device: torch.device) -> Tensor:
+    """Of a group's inputs, per token, averaged over its layers."""
+    found = stats.of(group, device)
+    assert found.gram is not None
+    per_token: Tensor = found.gram / (found.tokens * group.size)
+    return per_token
+
+
+def _gradient(stats: CalibrationStats, group: WeightGroup, device: torch.device) -> Tensor:
+    """Of a group's weights, per predicted token."""
+    found = stats.of(group, device).loss_gradient
+    assert found is not None
+    return found
