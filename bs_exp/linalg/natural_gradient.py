@@ -44,6 +44,15 @@ def natural_gradient(
     return torch.cat(found, dim=1)
 
 
+def conjugate_share(product: float, crossed: float, before: float | None) -> float:
+    """The share of the direction before in the next one: Polak and Ribiere's, at least 0; 0 for the first step.
+
+    `product` is `<D, n>`, of gradient and natural gradient, `crossed` `<D', n>` with the gradient before, and `before`
+    `<D', n'>`.
+    """
+    return max(0.0, (product - crossed) / before) if before else 0.0
+
+
 def basis_direction(
     factors: SharedFactors, direction: Float[Tensor, "d_in columns"], curvature: Curvature
 ) -> Float[Tensor, "d_in rank"]:

@@ -16,13 +16,14 @@ from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
+from bs_exp.errors import DataError
 from bs_exp.linalg.cholesky import cholesky_whitener
-from bs_exp.linalg.natural_gradient import Curvature, basis_direction, natural_gradient, stepped
+from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, Task, WeightGroup
 from bs_exp.update.calibration_loss import as_loaded, check_windows, drawn, own_loss, shared_out
-from bs_exp.validation import check_at_least, check_number, check_seed, check_share
+from bs_exp.validation import check_at_least, check_number, check_positive, check_seed, check_share
 from bs_exp.workspace import Workspace
 
 KIND = "natural_gradient"
@@ -63,7 +64,7 @@ class NaturalGradient:
     def __post_init__(self) -> None:
         check_at_least(1, steps=self.steps, windows=self.windows)
         check_number(0.0, ridge=self.ridge, damping=self.damping)
-        check_number(0.0, first_length=self.first_length)
+        check_positive(first_length=self.first_length)
         check_share(holdout=self.holdout)
         check_seed(self.seed)
 
@@ -71,8 +72,14 @@ class NaturalGradient:
         """DataError if there are too few windows to hold some out, ConfigError if there are fewer than processes."""
         if dense.task is Task.ENCODER:
             return
+        if len(data.windows.ids) < 2:
+            raise DataError(
+                f"update={KIND} needs at least 2 calibration windows, one of them held out, got "
+                f"{len(data.windows.ids)}. Raise calibration.num_sequences, or use another update, such as "
+                "update=mixed_refit."
+            )
         check_gatherable(dense, data, {f"update={KIND}": {Statistic.LOSS_GRADIENT}})
-        check_windows(KIND, windows=self.windows, holdout=self.holdout, data=data)
+        check_windows(KIND, windows=self.windows, holdout=0.0, data=data)
 
     def apply(
         self,
@@ -140,7 +147,7 @@ class _Descent:
     _ridge: float = 0.0
     _grams: CalibrationStats | None = None
     _directions: Mapping[WeightGroup, Entry] = field(default_factory=dict)
-    _product: float = 0.0  # of gradient and natural gradient
+    _product: float | None = None  # of gradient and natural gradient
     _made: int = 0  # entries of the cache in front of those of this step
 
     def loss(self) -> float:
@@ -166,7 +173,7 @@ class _Descent:
             if group in self._directions:
                 crossed += float((self._read(self._directions[group], "gradient") * step).sum())
             natural[group] = self._store("natural_gradient", key, group, step=step)
-        share = max(0.0, (product - crossed) / self._product) if self._product > 0.0 else 0.0
+        share = conjugate_share(product, crossed, self._product)
         directions = {}
         for group in self.groups:
             direction = self._read(natural[group], "step")

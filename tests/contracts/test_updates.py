@@ -30,6 +30,8 @@ ROWS = [
     f"update=refine_blocks {TRAINING.format('update')}",
     f"update=refine_blocks update.start=anchored update.trained=factors {TRAINING.format('update')}",
     "update=gradient_correction update.corrections=1 update.holdout=0.0",
+    "update=natural_gradient update.steps=1",
+    "update=refit_natural update.updates.natural.steps=1",
     "update=lens",
     f"update=refit_recover {TRAINING.format('update.updates.recover')}",
 ]

@@ -127,6 +127,7 @@ def test_inputs_are_told_apart_by_token(dense: LoadedModel) -> None:
         ("update=refine_blocks update.steps=2", None),
         ("update=refine_blocks update.steps=0 update.start=anchored", "refinement: 24 matrices of routed experts keep"),
         ("update=gradient_correction update.corrections=1", None),
+        ("update=natural_gradient update.steps=1", None),
         ("update=recover update.steps=2", None),
         ("update=lora update.steps=2 update.rank=2", None),
     ],

@@ -1,0 +1,131 @@
+"""Every step is the formula on the true gradient, lowers the held-out loss, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bs_exp.cache import Cache
+from bs_exp.calibration.site_inputs import inputs_of
+from bs_exp.corpora.sampling import hold_out
+from bs_exp.errors import ConfigError, DataError
+from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.natural_gradient import Curvature, basis_direction, natural_gradient, stepped
+from bs_exp.models.architecture import module_of
+from bs_exp.models.surgery import factors_of, to_dense
+from bs_exp.models.tiny import tiny_random
+from bs_exp.pipeline import compress
+from bs_exp.progress import Progress
+from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
+from bs_exp.types import Task
+from bs_exp.update.natural_gradient import NaturalGradient
+from bs_exp.update.none import NoUpdate
+from bs_exp.workspace import Workspace
+
+DESCENT = NaturalGradient(steps=3, windows=8, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.25, seed=0)
+IDS = Tokens().windows(None).ids
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: object) -> None:
+    """Oracle: autograd, inputs and output gradients of an ordinary model that holds the products."""
+    dense = tiny_random(layers=2)
+    dense.module.double()
+    one = recipe(replace(DESCENT, steps=1, windows=None), layout)
+    cut = compress(dense, replace(one, update=NoUpdate()), Workspace(Cache(None), QUIET))
+    made = compress(dense, one, Workspace(Cache(None), QUIET))
+    [length] = made.update["lengths"]
+    ids = IDS[hold_out(len(IDS), DESCENT.holdout, DESCENT.seed)[0]]
+    plain = to_dense(cut.module)
+    gradients: dict[str, Tensor] = {}
+    for matrix in dense.architecture.matrices:
+        module_of(plain, matrix).register_full_backward_hook(
+            lambda _, inputs, outputs, name=matrix.module: gradients.__setitem__(name, outputs[0].flatten(0, -2))
+        )
+    with inputs_of(plain, {m.module: m.module for m in dense.architecture.matrices}) as seen:
+        logits = plain(ids).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    predictions = ids.numel() - len(ids)
+    for planned in made.plan.groups:
+        group = planned.group
+        matrices = [dense.architecture.by_position[group.matrix, layer] for layer in group.layers]
+        inputs = torch.cat([seen[matrix.module].detach() for matrix in matrices])
+        gram = inputs.mT @ inputs / len(inputs)
+        outputs = {
+            m.layer: cholesky_whitener(gradients[m.module].mT @ gradients[m.module] / predictions, ridge=1.0)[0]
+            for m in matrices
+        }
+        curvature = Curvature(cholesky_whitener(gram, ridge=0.01)[0], outputs)
+        gradient = torch.cat([module_of(plain, matrix).weight.grad.T for matrix in matrices], dim=1) / predictions
+        direction = natural_gradient(group, gradient, curvature)
+        stored = factors_of(cut.module, dense.architecture, group)
+        start = stored.layout.restore(stored)
+        wanted = stepped(start, direction, basis_direction(start, direction, curvature), curvature.gram, length)
+        stored = factors_of(made.module, dense.architecture, group)
+        found = stored.layout.restore(stored)
+        for layer in group.layers:
+            # Gradients and directions are kept in fp32.
+            product = found.basis @ found.coefficients[layer]
+            moved = product - start.basis @ start.coefficients[layer]
+            expected = wanted.basis @ wanted.coefficients[layer] - start.basis @ start.coefficients[layer]
+            torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_every_step_lowers_the_held_out_loss() -> None:
+    dense = tiny_random()
+    made = updated(dense, DESCENT)
+    losses, lengths = made.update["held_out_loss"], made.update["lengths"]
+    assert made.update["steps"] == len(lengths) == len(losses) - 1 == 3
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
+    held = IDS[hold_out(len(IDS), DESCENT.holdout, DESCENT.seed)[1]]
+    with torch.no_grad():
+        assert float(made.module(held, labels=held).loss) == pytest.approx(losses[-1], rel=1e-5)
+    again = updated(dense, DESCENT)
+    assert same(values(made.module), values(again.module))
+
+
+def test_directions_depend_on_those_before() -> None:
+    dense = tiny_random()
+    first, both = (updated(dense, replace(DESCENT, steps=steps)) for steps in (1, 2))
+    assert first.update["held_out_loss"] == both.update["held_out_loss"][:2]
+    start = updated(dense, NoUpdate())
+    assert not same(values(first.module), values(start.module))
+
+
+def test_nothing_of_it_stays_in_the_cache(tmp_path: object) -> None:
+    dense = tiny_random()
+    found = {}
+    for steps in (1, 3):
+        cache = Cache(tmp_path / str(steps), keep_rounds=False)  # type: ignore[operator]
+        updated(dense, replace(DESCENT, steps=steps), cache)
+        found[steps] = sorted(path.parent.name for path in cache.folder.rglob("*.safetensors"))  # type: ignore[union-attr]
+    assert found[1] == found[3]
+    assert not {"direction", "natural_gradient", "loss_gradient"} & set(found[3])
+
+
+def test_where_nothing_helps_the_factors_stay() -> None:
+    dense = tiny_random()
+    # No length at which the factors would hold anything finite.
+    made = updated(dense, replace(DESCENT, first_length=1e30))
+    assert made.update["steps"] == 0
+    assert same(values(made.module), values(updated(dense, NoUpdate()).module))
+
+
+def test_a_model_without_a_loss_keeps_its_factors_and_a_note_says_so() -> None:
+    dense = replace(tiny_random("bert"), task=Task.ENCODER)
+    progress = Progress(quiet=True)
+    made = compress(dense, recipe(DESCENT), Workspace(Cache(None), progress))
+    assert made.update["steps"] == 0
+    assert "natural gradient: this model has no loss of its own" in progress.notes
+
+
+def test_what_cannot_work_is_said_before_any_work() -> None:
+    data = Tokens().data()
+    with pytest.raises(DataError, match=r"at least 2 calibration windows.*update=mixed_refit"):
+        DESCENT.check(tiny_random(), replace(data, windows=replace(data.windows, ids=IDS[:1])))
+    for wrong in ({"steps": 0}, {"windows": 0}, {"ridge": -1.0}, {"damping": -1.0}, {"first_length": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            replace(DESCENT, **wrong)
