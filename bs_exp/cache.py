@@ -211,8 +211,11 @@ class Cache:
 
         Nothing goes if rounds are kept; `keep_rounds="auto"` keeps those of up to 1 GiB.
         """
-        if self.keeps(self._bytes(names)):
-            return
+        if not self.keeps(self._bytes(names)):
+            self.discard(names)
+
+    def discard(self, names: Collection[str]) -> None:
+        """Removes entries (KIND/KEY) that nobody will ask for again, but for those that others use."""
         if self.folder is None:
             for name in names:
                 kind, _, key = name.partition("/")

@@ -436,6 +436,25 @@ class UpdatesRounds(Update, Protocol):
     def every_round(self) -> bool: ...
 
 
+@runtime_checkable
+class UpdatesInSteps(Update, Protocol):
+    """An update that gathers statistics of the model anew in every step: an estimate counts these passes."""
+
+    @property
+    def gathers(self) -> frozenset[Statistic]: ...
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are at most."""
+
+    @property
+    def windows(self) -> int | None:
+        """How many windows a step reads; None: all."""
+
+    def instead(self, dense: LoadedModel) -> Update | None:
+        """The update that this model gets in its place, if it gets another."""
+
+
 class Precision(Protocol):
     """Stores the matrices that were compressed in fewer bits, after all else is done to them.
 

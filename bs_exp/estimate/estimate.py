@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,10 +26,11 @@ from bs_exp.models.block_stream import Waiting
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.outputs import logits_of
 from bs_exp.pipeline import Recipe, adapted, probes_of, seen_by
-from bs_exp.protocols import MeasuredAllocation, SharingProblem
+from bs_exp.protocols import MeasuredAllocation, SharingProblem, Update, UpdatesInSteps
 from bs_exp.records.stages import Stage
 from bs_exp.sharing.none import singles
 from bs_exp.types import Activations, LoadedModel, Task
+from bs_exp.update.chain import UpdateChain
 
 WINDOWS, STATES, WAITING_FACTORS, SAVED = "tokenisation", "hidden_states", "factors without a name", "saved model"
 # Bytes of a tensor's entry in the header of a saved model.
@@ -36,6 +38,8 @@ _TENSOR = 120
 # Workspaces of BLAS and of threads, and modules that are imported late: measured on runs of small models.
 _LIBRARIES = 10**8
 EVALUATE = "evaluate"
+# What the cache holds of an update that gathers statistics in every step.
+STEPS = "steps of the update"
 # Bytes that a tokenizer takes for each character of a text that it reads as a whole: measured on 2.1 million of them.
 _TOKENISING = 180
 # Of what is saved from files, one shard of at most so many bytes is in memory.
@@ -206,7 +210,7 @@ class _Estimator:
             unknown.append(f"{type(recipe.schedule).__name__}: {rounds.told}, as losses will have it; counted are most")
         self._load(dense)
         self._rounds(dense, rounds.ratios)
-        self._update(rounds.ratios[-1])
+        self._update(recipe.update, rounds.ratios[-1])
         self._save(dense)
         self._evaluate(dense)
         return Estimate(
@@ -339,9 +343,17 @@ class _Estimator:
         # Backward, the gradients of all batches are there as well.
         return round((total + once if backward else once) * one_batch)
 
-    def _update(self, ratio: float) -> None:
+    def _update(self, update: Update, ratio: float) -> None:
+        if isinstance(update, UpdateChain) and not update.is_traceable:
+            for each in update.kept.values():
+                self._update(each, ratio)
+            return
+        if isinstance(update, UpdatesInSteps):
+            other = update.instead(self.tracer.dense)
+            self._steps(update, ratio) if other is None else self._update(other, ratio)
+            return
         batches = self.windows.batches if self.windows is not None else 1
-        found = self.tracer.updating(self.recipe.update, ratio, batches)
+        found = self.tracer.updating(update, ratio, batches)
         factors = self._compressed(ratio)
         if found is None or self.windows is None:
             self._stage(Stage.UPDATE, Work(), factors=factors)
@@ -352,6 +364,30 @@ class _Estimator:
                 self._stage(Stage.UPDATE, work, factors=factors)
         self.forward += found.forward
         self.backward += found.backward
+
+    def _steps(self, update: UpdatesInSteps, ratio: float) -> None:
+        """The passes of an update that gathers statistics in every step; what it computes of them is not counted."""
+        windows = self.windows
+        assert windows is not None
+        share = min(1.0, (update.windows or windows.count) / windows.count)
+        factors = self._compressed(ratio)
+        stored: Counter[str] = Counter()
+        for gathered in self._gathered(update.gathers):
+            batches = max(1.0, windows.batches * share)
+            self._stage(
+                Stage.UPDATE,
+                gathered.work.times(batches * update.steps),
+                factors=factors,
+                host=round(share * self._waiting(gathered)),
+            )
+            # Passes are those over all windows.
+            self.forward += math.ceil(share * update.steps * gathered.forward)
+            self.backward += math.ceil(share * update.steps * gathered.backward)
+            stored += gathered.stored
+        if self.cache.folder is not None:
+            # Beside the statistics, in fp32: a direction, and the direction and the gradient of the step before.
+            dense = sum(group.parameters for group in self.tracer.groups)
+            self.disk[STEPS] = sum(stored.values()) + 3 * 4 * dense
 
     def _waiting_in_streams(self, found: Pass) -> int:
         """Hidden states of the batches that were not traced, in an update that walks through the blocks itself."""

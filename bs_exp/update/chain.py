@@ -43,21 +43,22 @@ class UpdateChain:
             raise ConfigError("updates is empty: name some, or use update=none.")
 
     @property
-    def _kept(self) -> Mapping[str, Update]:
+    def kept(self) -> Mapping[str, Update]:
+        """The updates, by name, without null ones."""
         return {name: update for name, update in self.updates.items() if update is not None}
 
     @property
     def reads_windows(self) -> bool:
         """Whether one of the updates reads the calibration windows."""
-        return any(update.reads_windows for update in self._kept.values())
+        return any(update.reads_windows for update in self.kept.values())
 
     @property
     def is_traceable(self) -> bool:
         """Whether all of the updates are."""
-        return all(getattr(update, "is_traceable", False) for update in self._kept.values())
+        return all(getattr(update, "is_traceable", False) for update in self.kept.values())
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
-        for update in self._kept.values():
+        for update in self.kept.values():
             update.check(dense, data)
 
     def apply(
@@ -70,6 +71,6 @@ class UpdateChain:
     ) -> Mapping[str, Any]:
         """What each update reports, by its name."""
         report = {}
-        for name, update in self._kept.items():
+        for name, update in self.kept.items():
             report[name] = dict(update.apply(compressed, dense, plan, data, workspace))
         return {"strategy": "chain", **report}

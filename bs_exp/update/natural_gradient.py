@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,19 +14,23 @@ from transformers import PreTrainedModel
 from bs_exp import processes
 from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
+from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
-from bs_exp.errors import DataError
+from bs_exp.errors import ConfigError, DataError
+from bs_exp.identity import identity
 from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
 from bs_exp.models.surgery import exchange_factors, factors_of
-from bs_exp.protocols import StoredFactors
+from bs_exp.protocols import StoredFactors, Update
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, Task, WeightGroup
 from bs_exp.update.calibration_loss import as_loaded, check_windows, drawn, own_loss, shared_out
-from bs_exp.validation import check_at_least, check_number, check_positive, check_seed, check_share
+from bs_exp.update.none import NoUpdate
+from bs_exp.validation import check_at_least, check_number, check_positive, check_seed, check_share, is_plain, shown
 from bs_exp.workspace import Workspace
 
 KIND = "natural_gradient"
+_NATURAL, _DIRECTION = "natural_step", "direction"
 # A length is halved so often at most, until the held-out loss falls: 2^-16 of a first step changes nothing.
 _HALVINGS = 16
 
@@ -45,7 +49,7 @@ class NaturalGradient:
     The length is measured: from `first_length`, later from twice the last one, it is halved for as long as that lowers
     the loss on a share `holdout` of the windows, which give no gradient. Where no length lowers it, the update ends.
     Every step so lowers the held-out loss, and there is no learning rate; `first_length` only says where the search
-    begins. A model without a loss of its own keeps its factors, which a note says.
+    begins. A model without a loss of its own gets the update `otherwise` instead, or with None keeps its factors.
 
     Amari (1998), natural gradient; its Kronecker factors: Martens and Grosse (1503.05671); conjugate directions: Polak
     and Ribiere (1969).
@@ -58,8 +62,12 @@ class NaturalGradient:
     holdout: float
     first_length: float
     seed: int
+    otherwise: Update | None = None
 
     reads_windows: ClassVar[bool] = True
+    gathers: ClassVar[frozenset[Statistic]] = frozenset(
+        {Statistic.GRAM, Statistic.OUTPUT_GRAM, Statistic.LOSS_GRADIENT}
+    )
 
     def __post_init__(self) -> None:
         check_at_least(1, steps=self.steps, windows=self.windows)
@@ -67,10 +75,23 @@ class NaturalGradient:
         check_positive(first_length=self.first_length)
         check_share(holdout=self.holdout)
         check_seed(self.seed)
+        if self.otherwise is not None:
+            if is_plain(self.otherwise):
+                raise ConfigError(
+                    f"otherwise must be an update with its _target_, or null, got {shown(self.otherwise)}."
+                )
+            check_members("update", self.otherwise)
+
+    def instead(self, dense: LoadedModel) -> Update | None:
+        """The update that the model gets in place of this one, having no loss of its own; None if it has one."""
+        if dense.task is not Task.ENCODER:
+            return None
+        return self.otherwise or NoUpdate()
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """DataError if there are too few windows to hold some out, ConfigError if there are fewer than processes."""
-        if dense.task is Task.ENCODER:
+        if (other := self.instead(dense)) is not None:
+            other.check(dense, data)
             return
         if len(data.windows.ids) < 2:
             raise DataError(
@@ -78,7 +99,7 @@ class NaturalGradient:
                 f"{len(data.windows.ids)}. Raise calibration.num_sequences, or use another update, such as "
                 "update=mixed_refit."
             )
-        check_gatherable(dense, data, {f"update={KIND}": {Statistic.LOSS_GRADIENT}})
+        check_gatherable(dense, data, {f"update={KIND}": self.gathers})
         check_windows(KIND, windows=self.windows, holdout=0.0, data=data)
 
     def apply(
@@ -92,11 +113,13 @@ class NaturalGradient:
         """Moves the factors in place; reports the cost, the lengths, and the held-out loss after every step, in nats
         per token."""
         groups = [planned.group for planned in plan.groups if planned.rank is not None]
-        without = "there are no factors to move" if not groups else None
-        if dense.task is Task.ENCODER:
-            without = "this model has no loss of its own"
-        if without:
-            workspace.progress.note(f"natural gradient: {without}")
+        if (other := self.instead(dense)) is not None:
+            workspace.progress.note(
+                f"natural gradient: this model has no loss of its own; {type(other).__name__} instead"
+            )
+            return dict(other.apply(compressed, dense, plan, data, workspace))
+        if not groups:
+            workspace.progress.note("natural gradient: there are no factors to move")
             return {"strategy": KIND, "steps": 0, "seconds": 0.0}
         start = time.perf_counter()
         kept, held = hold_out(len(data.windows.ids), self.holdout, self.seed)
@@ -134,6 +157,13 @@ class NaturalGradient:
         return report
 
 
+class _Stored(NamedTuple):
+    """An entry of the cache, and its name there."""
+
+    name: str
+    entry: Entry
+
+
 @dataclass(eq=False)
 class _Descent:
     """The factors on their way: what they move along now, and what that depends on from the step before."""
@@ -145,8 +175,8 @@ class _Descent:
     held_out: Tensor
     workspace: Workspace
     _ridge: float = 0.0
-    _grams: CalibrationStats | None = None
-    _directions: Mapping[WeightGroup, Entry] = field(default_factory=dict)
+    _stats: CalibrationStats | None = None
+    _directions: Mapping[WeightGroup, _Stored] = field(default_factory=dict)
     _product: float | None = None  # of gradient and natural gradient
     _made: int = 0  # entries of the cache in front of those of this step
 
@@ -157,22 +187,21 @@ class _Descent:
     @torch.no_grad()
     def turn(self, settings: NaturalGradient, number: int) -> None:
         """Finds the direction at the factors as they are; what the cache holds of the step before goes."""
-        cache, before = self.workspace.cache, self._made
-        self._made = len(cache.made)
+        self._drop(but=(Statistic.LOSS_GRADIENT, _DIRECTION))
+        before, self._made = self._made, len(self.workspace.cache.made)
         source = as_loaded(self.compressed, self.dense)
         data = shared_out(drawn(self.data, settings.windows, seed=settings.seed, number=number))
-        needs = {Statistic.GRAM, Statistic.OUTPUT_GRAM, Statistic.LOSS_GRADIENT}
-        stats = calibrate(source, data, needs=needs, workspace=self.workspace)
-        key = content_key(step=number, statistics=statistics_key(source, data), settings=asdict(settings))
-        natural: dict[WeightGroup, Entry] = {}
+        stats = calibrate(source, data, needs=settings.gathers, workspace=self.workspace)
+        key = content_key(step=number, statistics=statistics_key(source, data), settings=identity(settings))
+        natural: dict[WeightGroup, _Stored] = {}
         product = crossed = 0.0
         for group in self.workspace.progress.track(self.groups, label="natural gradients", total=len(self.groups)):
             gradient = _gradient(stats, group, self._device)
             step = natural_gradient(group, gradient, self._curvature(stats, settings, group))
             product += float((gradient * step).sum())
-            if group in self._directions:
-                crossed += float((self._read(self._directions[group], "gradient") * step).sum())
-            natural[group] = self._store("natural_gradient", key, group, step=step)
+            if self._stats is not None:
+                crossed += float((_gradient(self._stats, group, self._device) * step).sum())
+            natural[group] = self._store(_NATURAL, key, group, step=step)
         share = conjugate_share(product, crossed, self._product)
         directions = {}
         for group in self.groups:
@@ -180,19 +209,12 @@ class _Descent:
             if share:
                 direction = direction + share * self._read(self._directions[group], "direction")
             present = self._present(group)
-            directions[group] = self._store(
-                "direction",
-                key,
-                group,
-                direction=direction,
-                gradient=_gradient(stats, group, self._device),
-                basis=basis_direction(
-                    present.layout.restore(present), direction, self._curvature(stats, settings, group)
-                ),
-            )
-        if self._directions:
-            cache.drop(cache.made[before : self._made])
-        self._ridge, self._grams, self._directions, self._product = settings.ridge, stats, directions, product
+            basis = basis_direction(present.layout.restore(present), direction, self._curvature(stats, settings, group))
+            directions[group] = self._store(_DIRECTION, key, group, direction=direction, basis=basis)
+            self.workspace.cache.discard([natural[group].name])
+        self.workspace.cache.discard([stored.name for stored in self._directions.values()])
+        self.workspace.cache.drop(self.workspace.cache.made[before : self._made])
+        self._ridge, self._stats, self._directions, self._product = settings.ridge, stats, directions, product
 
     @torch.no_grad()
     def search(self, length: float, loss: float) -> tuple[float, float] | None:
@@ -212,7 +234,13 @@ class _Descent:
 
     def forget(self) -> None:
         """What the cache holds of the last step goes."""
-        self.workspace.cache.drop(self.workspace.cache.made[self._made :])
+        self._drop(but=(_DIRECTION,))
+        self.workspace.cache.discard([stored.name for stored in self._directions.values()])
+
+    def _drop(self, *, but: Collection[str]) -> None:
+        """What the cache holds of this step goes, but for some kinds."""
+        cache = self.workspace.cache
+        cache.drop([name for name in cache.made[self._made :] if name.partition("/")[0] not in but])
 
     def _move(self, start: Mapping[WeightGroup, StoredFactors], length: float) -> None:
         for stored in start.values():
@@ -220,13 +248,13 @@ class _Descent:
             exchange_factors(self.compressed, self.dense.architecture, moved, self.workspace.cache.folder)
 
     def _moved(self, stored: StoredFactors, length: float) -> StoredFactors:
-        group, entry = stored.group, self._directions[stored.group]
-        assert self._grams is not None
-        gram = _gram(self._grams, group, self._device)
+        group, direction = stored.group, self._directions[stored.group]
+        assert self._stats is not None
+        gram = _gram(self._stats, group, self._device)
         gram.diagonal().mul_(1.0 + self._ridge)
         stored = stored.on(self._device)
         plain = stored.layout.restore(stored)
-        found = stepped(plain, self._read(entry, "direction"), self._read(entry, "basis"), gram, length)
+        found = stepped(plain, self._read(direction, "direction"), self._read(direction, "basis"), gram, length)
         return stored.layout.arrange(found).in_dtype(stored.basis.dtype)
 
     def _present(self, group: WeightGroup) -> StoredFactors:
@@ -251,13 +279,14 @@ class _Descent:
     def _device(self) -> torch.device:
         return self.dense.device
 
-    def _store(self, kind: str, key: str, group: WeightGroup, **tensors: Tensor) -> Entry:
-        """Tensors in fp32: they take as much as the dense weights."""
+    def _store(self, kind: str, key: str, group: WeightGroup, **tensors: Tensor) -> _Stored:
+        """Tensors in fp32, of which each takes as much as the dense weights, or as a basis."""
+        own = content_key(key=key, group=asdict(group))
         found = {name: tensor.float().cpu() for name, tensor in tensors.items()}
-        return self.workspace.cache.store(kind, content_key(key=key, group=asdict(group)), found)
+        return _Stored(f"{kind}/{own}", self.workspace.cache.store(kind, own, found))
 
-    def _read(self, entry: Entry, name: str) -> Tensor:
-        return entry.tensor(name).to(self._device).double()
+    def _read(self, stored: _Stored, name: str) -> Tensor:
+        return stored.entry.tensor(name).to(self._device).double()
 
 
 def _gram(stats: CalibrationStats, group: WeightGroup, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ ROWS = [
     f"update=refine_blocks update.start=anchored update.trained=factors {TRAINING.format('update')}",
     "update=gradient_correction update.corrections=1 update.holdout=0.0",
     "update=natural_gradient update.steps=1",
-    "update=refit_natural update.updates.natural.steps=1",
+    f"update=natural_recover update.updates.natural.steps=1 {TRAINING.format('update.updates.recover')}",
     "update=lens",
     f"update=refit_recover {TRAINING.format('update.updates.recover')}",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,18 +21,25 @@ from bs_exp.models.surgery import factors_of, to_dense
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
+from bs_exp.protocols import Layout
 from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 from bs_exp.types import Task
 from bs_exp.update.natural_gradient import NaturalGradient
 from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace
+from tests.support.options import strategy
 
 DESCENT = NaturalGradient(steps=3, windows=8, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.25, seed=0)
 IDS = Tokens().windows(None).ids
 
 
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad.T
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: object) -> None:
+def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: Layout) -> None:
     """Oracle: autograd, inputs and output gradients of an ordinary model that holds the products."""
     dense = tiny_random(layers=2)
     dense.module.double()
@@ -41,10 +50,12 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: o
     ids = IDS[hold_out(len(IDS), DESCENT.holdout, DESCENT.seed)[0]]
     plain = to_dense(cut.module)
     gradients: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, outputs: gradients.__setitem__(name, outputs[0].flatten(0, -2))
+
     for matrix in dense.architecture.matrices:
-        module_of(plain, matrix).register_full_backward_hook(
-            lambda _, inputs, outputs, name=matrix.module: gradients.__setitem__(name, outputs[0].flatten(0, -2))
-        )
+        module_of(plain, matrix).register_full_backward_hook(keep(matrix.module))
     with inputs_of(plain, {m.module: m.module for m in dense.architecture.matrices}) as seen:
         logits = plain(ids).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
@@ -59,7 +70,7 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: o
             for m in matrices
         }
         curvature = Curvature(cholesky_whitener(gram, ridge=0.01)[0], outputs)
-        gradient = torch.cat([module_of(plain, matrix).weight.grad.T for matrix in matrices], dim=1) / predictions
+        gradient = torch.cat([_gradient(module_of(plain, matrix).weight) for matrix in matrices], dim=1) / predictions
         direction = natural_gradient(group, gradient, curvature)
         stored = factors_of(cut.module, dense.architecture, group)
         start = stored.layout.restore(stored)
@@ -95,15 +106,15 @@ def test_directions_depend_on_those_before() -> None:
     assert not same(values(first.module), values(start.module))
 
 
-def test_nothing_of_it_stays_in_the_cache(tmp_path: object) -> None:
+def test_nothing_of_it_stays_in_the_cache(tmp_path: Path) -> None:
     dense = tiny_random()
     found = {}
     for steps in (1, 3):
-        cache = Cache(tmp_path / str(steps), keep_rounds=False)  # type: ignore[operator]
+        cache = Cache(tmp_path / str(steps), keep_rounds=False)
         updated(dense, replace(DESCENT, steps=steps), cache)
-        found[steps] = sorted(path.parent.name for path in cache.folder.rglob("*.safetensors"))  # type: ignore[union-attr]
+        found[steps] = sorted(path.parent.name for path in (tmp_path / str(steps)).rglob("*.safetensors"))
     assert found[1] == found[3]
-    assert not {"direction", "natural_gradient", "loss_gradient"} & set(found[3])
+    assert not {"direction", "natural_step", "loss_gradient"} & set(found[3])
 
 
 def test_where_nothing_helps_the_factors_stay() -> None:
@@ -114,18 +125,24 @@ def test_where_nothing_helps_the_factors_stay() -> None:
     assert same(values(made.module), values(updated(dense, NoUpdate()).module))
 
 
-def test_a_model_without_a_loss_keeps_its_factors_and_a_note_says_so() -> None:
+@pytest.mark.parametrize("otherwise", [None, "update=mixed_refit"])
+def test_a_model_without_a_loss_gets_another_update(otherwise: str | None) -> None:
     dense = replace(tiny_random("bert"), task=Task.ENCODER)
+    other = strategy(otherwise) if otherwise else None
     progress = Progress(quiet=True)
-    made = compress(dense, recipe(DESCENT), Workspace(Cache(None), progress))
-    assert made.update["steps"] == 0
-    assert "natural gradient: this model has no loss of its own" in progress.notes
+    made = compress(dense, recipe(replace(DESCENT, otherwise=other)), Workspace(Cache(None), progress))
+    wanted = updated(dense, other or NoUpdate())
+    assert same(values(made.module), values(wanted.module))
+    told = f"natural gradient: this model has no loss of its own; {'Refit' if other else 'NoUpdate'} instead"
+    assert told in progress.notes
 
 
 def test_what_cannot_work_is_said_before_any_work() -> None:
     data = Tokens().data()
     with pytest.raises(DataError, match=r"at least 2 calibration windows.*update=mixed_refit"):
         DESCENT.check(tiny_random(), replace(data, windows=replace(data.windows, ids=IDS[:1])))
+    with pytest.raises(ConfigError, match="otherwise must be an update"):
+        replace(DESCENT, otherwise=5)  # type: ignore[arg-type]
     for wrong in ({"steps": 0}, {"windows": 0}, {"ridge": -1.0}, {"damping": -1.0}, {"first_length": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(DESCENT, **wrong)
