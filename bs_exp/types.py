@@ -285,7 +285,8 @@ class CalibrationData:
     """The windows on which statistics are gathered, and how many of them the model reads at once.
 
     `activations` says where hidden states wait between the blocks of a model that is walked through; `probes` what is
-    probed where a statistic is made of probes.
+    probed where a statistic is made of probes. With a model `towards`, the loss of labels is replaced by the KL
+    divergence from its predictions, at the same tokens.
 
     Made once, before the first stage. A recipe that reads no text has none.
     """
@@ -294,6 +295,7 @@ class CalibrationData:
     batch_size: int
     activations: Activations = "auto"
     probes: Probes = Probes()
+    towards: LoadedModel | None = None
 
     @property
     def batches(self) -> tuple[Int[Tensor, "batch length"], ...]:

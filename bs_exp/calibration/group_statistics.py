@@ -194,6 +194,7 @@ def statistics_key(model: LoadedModel, data: CalibrationData) -> str:
         feeding=feeding,
         batch_size=data.batch_size,
         **({"processes": processes.count()} if processes.count() > 1 else {}),
+        **({"towards": data.towards.fingerprint} if data.towards is not None else {}),
     )
 
 

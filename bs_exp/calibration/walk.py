@@ -25,6 +25,7 @@ from bs_exp.models.kept_states import KeptStates, kept_states
 from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import Examples, Feeder, Inputs, feeder, hidden_states, unlabelled
 from bs_exp.models.offload import check_whole_backward, is_offloaded
+from bs_exp.models.outputs import logits_of
 from bs_exp.progress import Progress
 from bs_exp.types import CalibrationData, LoadedModel
 
@@ -204,8 +205,9 @@ class _Run:
             for ids in self._tracked():
                 examples = self._examples(ids)
                 with torch.enable_grad():
+                    [target] = self._targets([examples])
                     outputs = self._outputs(examples.inputs)
-                    for loss, more in self._losses(examples, outputs):
+                    for loss, more in self._losses(examples, outputs, target):
                         loss.backward(retain_graph=more)
 
     def forward(self, blocks: Blocks) -> Iterator[int]:
@@ -287,11 +289,11 @@ class _Run:
                     states.append([keep(blocks.run(layer, before)) for before in states[-1]])
                 release(states[-2])
         gradients = []
-        for each, last in zip(examples, states.pop(), strict=True):
+        for each, last, target in zip(examples, states.pop(), self._targets(examples), strict=True):
             with torch.enable_grad():
                 last = _leaf(last, self._model.device)
                 outputs = blocks.hidden(each.inputs, last) if self._probes else blocks.logits(each.inputs, last)
-                gradients.append([_back(last, *pass_) for pass_ in self._losses(each, outputs)])
+                gradients.append([_back(last, *pass_) for pass_ in self._losses(each, outputs, target)])
         for layer in reversed(range(min(self._layers, default=len(blocks)), len(blocks))):
             with Hooks() as hooks, blocks.resident(layer):
                 if layer in self._layers:
@@ -334,7 +336,15 @@ class _Run:
         module = self._model.module
         return hidden_states(module, inputs) if self._probes else module(**inputs).logits
 
-    def _losses(self, examples: Examples, outputs: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    def _targets(self, examples: Sequence[Examples]) -> Iterator[Tensor | None]:
+        """The logits that the loss compares with, if it is a divergence."""
+        towards = self._data.towards
+        if towards is None or self._watch.loss != "sum":
+            yield from (None for _ in examples)
+            return
+        yield from logits_of(towards, [each.inputs for each in examples])
+
+    def _losses(self, examples: Examples, outputs: Tensor, target: Tensor | None) -> Iterator[tuple[Tensor, bool]]:
         """What goes backward, and whether the same graph is gone through again after it."""
         loss = self._watch.loss
         assert loss is not None
@@ -345,6 +355,8 @@ class _Run:
                     yield each, number < probes.count
             case "sampled" | "top_k":
                 yield drawn_loss(examples, outputs, among=MOST_PROBABLE if loss == "top_k" else None), False
+            case "sum" if target is not None:
+                yield examples.divergence(outputs, target), False
             case _:
                 yield examples.loss(outputs, reduction=loss), False
 

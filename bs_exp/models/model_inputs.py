@@ -57,6 +57,17 @@ class Examples:
         predicted = self.labels != IGNORED
         return functional.cross_entropy(logits[predicted].float(), self.labels[predicted], reduction=reduction)
 
+    def divergence(
+        self,
+        logits: Float[Tensor, "windows positions vocabulary"],
+        target: Float[Tensor, "windows positions vocabulary"],
+    ) -> Tensor:
+        """`KL(softmax(target) || softmax(logits))` in nats, summed over the predicted tokens, in fp32."""
+        predicted = self.labels != IGNORED
+        # Whoever asks for logits in inference mode gets tensors that no graph may keep.
+        found, wanted = (each[predicted].float().log_softmax(-1) for each in (logits, target.clone()))
+        return functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
 
 class Feeder(Protocol):
     """Turns windows of token ids into inputs and labels for models of one task, on the device of the ids."""

@@ -1,4 +1,4 @@
-"""The model's own loss on calibration windows, and the windows that are drawn for one correction after another."""
+"""The loss of a model on calibration windows, and the windows that are drawn for one correction after another."""
 
 from __future__ import annotations
 
@@ -52,21 +52,27 @@ def shared_out(data: CalibrationData) -> CalibrationData:
     return replace(data, batch_size=max(1, min(data.batch_size, share)))
 
 
-def own_loss(
+def calibration_loss(
     compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, ids: Int[Tensor, "windows length"]
 ) -> float:
-    """The model's own loss on windows, in nats per predicted token; 0 without any."""
+    """The loss of a model on windows, in nats per predicted token; 0 without any.
+
+    That of the labels; where the data have a model `towards` which to go, the KL divergence from its predictions.
+    """
     if not len(ids):
         return 0.0
     feed = feeder(dense, data.windows.feeding)
 
     def measured() -> float:
         examples = [feed.examples(part.to(dense.device)) for part in ids.split(data.batch_size)]
-        found = logits_of(replace(dense, module=compressed), [each.inputs for each in examples])
-        total = sum(
-            float(each.loss(logits, reduction="mean")) * len(logits)
-            for each, logits in zip(examples, found, strict=True)
-        )
-        return total / len(ids)
+        inputs = [each.inputs for each in examples]
+        found = logits_of(replace(dense, module=compressed), inputs)
+        if data.towards is None:
+            losses = (each.loss(logits, reduction="sum") for each, logits in zip(examples, found, strict=True))
+        else:
+            targets = logits_of(data.towards, inputs)
+            losses = (each.divergence(*pair) for each, *pair in zip(examples, found, targets, strict=True))
+        predictions = len(ids) * feed.predictions(ids.shape[1])
+        return sum(map(float, losses)) / predictions
 
     return processes.from_first(measured)

@@ -21,7 +21,7 @@ from bs_exp.models.architecture import weight_of
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, Metric, PlannedGroup, RankPlan, Statistic
-from bs_exp.update.calibration_loss import as_loaded, check_windows, drawn, own_loss, shared_out
+from bs_exp.update.calibration_loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
 from bs_exp.validation import check_at_least, check_number, check_seed, check_share
 from bs_exp.workspace import Workspace
 
@@ -87,7 +87,7 @@ class GradientCorrection:
         if self.holdout:
             kept, held = hold_out(len(training.ids), self.holdout, self.seed)
             training, held_out = part_of(data.windows, kept, name="corrected on"), data.windows.ids[held]
-        history = [own_loss(compressed, dense, data, held_out)]
+        history = [calibration_loss(compressed, dense, data, held_out)]
         best = self._stored(compressed, dense, groups)
         for number in range(self.corrections):
             gathered = len(workspace.cache.made)
@@ -95,7 +95,7 @@ class GradientCorrection:
             processes.same_values(compressed, unlike=dense.module)
             # Statistics of a model that is gone.
             workspace.cache.drop(workspace.cache.made[gathered:])
-            history.append(own_loss(compressed, dense, data, held_out))
+            history.append(calibration_loss(compressed, dense, data, held_out))
             if not len(held_out) or history[-1] < min(history[:-1]):
                 best = self._stored(compressed, dense, groups)
         for factors in best:

@@ -1,4 +1,4 @@
-"""Factors follow the natural gradient of the model's own loss, a few steps of measured length."""
+"""Factors follow the natural gradient of a loss of the model, a few steps of measured length."""
 
 from __future__ import annotations
 
@@ -24,37 +24,50 @@ from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors, Update
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, Task, WeightGroup
-from bs_exp.update.calibration_loss import as_loaded, check_windows, drawn, own_loss, shared_out
+from bs_exp.update.calibration_loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
 from bs_exp.update.none import NoUpdate
-from bs_exp.validation import check_at_least, check_number, check_positive, check_seed, check_share, is_plain, shown
+from bs_exp.validation import (
+    check_at_least,
+    check_choice,
+    check_number,
+    check_positive,
+    check_seed,
+    check_share,
+    is_plain,
+    shown,
+)
 from bs_exp.workspace import Workspace
 
 KIND = "natural_gradient"
+LOSSES = ("divergence", "labels")
 _NATURAL, _DIRECTION = "natural_step", "direction"
-# A length is halved so often at most, until the held-out loss falls: 2^-16 of a first step changes nothing.
-_HALVINGS = 16
+# So often a quarter of the length is tried, until the held-out loss falls: 4^-10 of a first step changes nothing.
+_QUARTERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class NaturalGradient:
-    """`steps` times: all factors move together, against the natural gradient of the model's own loss.
+    """`steps` times: all factors move together, against the natural gradient of a loss of the model.
 
-    At the compressed weights W, D is the gradient of the loss on `windows` windows (drawn by `seed` and the number of
-    the step; None: all), per predicted token, H the Gram of a group's inputs and `G_i` that of the gradients at layer
-    i's outputs, damped by `ridge` and `damping` (shares of their diagonals). The direction is `H^-1 D_i G_i^-1`, plus b
-    times the direction before, b being Polak and Ribiere's (`<D, n> - <D', n>` by `<D', n'>`, with n the natural
-    gradient, D' and n' those of the step before; at least 0). Factors of the same rank follow it without a
-    decomposition: the basis moves, and the coefficients are fitted to the moved product by least squares in H.
+    `loss` is the KL divergence from the dense model's predictions (`divergence`), which is least at the dense model, or
+    the model's own loss on the text (`labels`), which goes on to fit the text of calibration. At the compressed weights
+    W, D is the gradient of the loss on `windows` windows (drawn by `seed` and the number of the step; None: all), per
+    predicted token, H the Gram of a group's inputs and `G_i` that of the gradients at layer i's outputs, damped by
+    `ridge` and `damping` (shares of their diagonals). The direction is `H^-1 D_i G_i^-1`, plus b times the direction
+    before, b being Polak and Ribiere's (`<D, n> - <D', n>` by `<D', n'>`, with n the natural gradient, D' and n' those
+    of the step before; at least 0). Factors of the same rank follow it without a decomposition: the basis moves, and
+    the coefficients are fitted to the moved product by least squares in H.
 
-    The length is measured: from `first_length`, later from twice the last one, it is halved for as long as that lowers
-    the loss on a share `holdout` of the windows, which give no gradient. Where no length lowers it, the update ends.
-    Every step so lowers the held-out loss, and there is no learning rate; `first_length` only says where the search
-    begins. A model without a loss of its own gets the update `otherwise` instead, or with None keeps its factors.
+    The length is measured: the search for the least loss on a share `holdout` of the windows, which give no gradient,
+    begins at `first_length`, later at the last one. Where no length lowers that loss, the update ends. Every step so
+    lowers the held-out loss, and there is no learning rate. A model without a loss of its own gets the update
+    `otherwise` instead, or with None keeps its factors.
 
     Amari (1998), natural gradient; its Kronecker factors: Martens and Grosse (1503.05671); conjugate directions: Polak
     and Ribiere (1969).
     """
 
+    loss: str
     steps: int
     windows: int | None
     ridge: float
@@ -70,6 +83,7 @@ class NaturalGradient:
     )
 
     def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
         check_at_least(1, steps=self.steps, windows=self.windows)
         check_number(0.0, ridge=self.ridge, damping=self.damping)
         check_positive(first_length=self.first_length)
@@ -123,6 +137,7 @@ class NaturalGradient:
             return {"strategy": KIND, "steps": 0, "seconds": 0.0}
         start = time.perf_counter()
         kept, held = hold_out(len(data.windows.ids), self.holdout, self.seed)
+        data = replace(data, towards=dense if self.loss == "divergence" else None)
         descent = _Descent(
             compressed,
             dense,
@@ -141,7 +156,6 @@ class NaturalGradient:
             length, loss = found
             history.append(loss)
             lengths.append(length)
-            length *= 2.0
         descent.forget()
         report = {
             "strategy": KIND,
@@ -176,13 +190,14 @@ class _Descent:
     workspace: Workspace
     _ridge: float = 0.0
     _stats: CalibrationStats | None = None
+    _gradients: CalibrationStats | None = None  # of the step before, as long as the next one is sought
     _directions: Mapping[WeightGroup, _Stored] = field(default_factory=dict)
     _product: float | None = None  # of gradient and natural gradient
     _made: int = 0  # entries of the cache in front of those of this step
 
     def loss(self) -> float:
         """The held-out loss of the model as it is, in nats per predicted token."""
-        return own_loss(self.compressed, self.dense, self.data, self.held_out)
+        return calibration_loss(self.compressed, self.dense, self.data, self.held_out)
 
     @torch.no_grad()
     def turn(self, settings: NaturalGradient, number: int) -> None:
@@ -199,8 +214,8 @@ class _Descent:
             gradient = _gradient(stats, group, self._device)
             step = natural_gradient(group, gradient, self._curvature(stats, settings, group))
             product += float((gradient * step).sum())
-            if self._stats is not None:
-                crossed += float((_gradient(self._stats, group, self._device) * step).sum())
+            if self._gradients is not None:
+                crossed += float((_gradient(self._gradients, group, self._device) * step).sum())
             natural[group] = self._store(_NATURAL, key, group, step=step)
         share = conjugate_share(product, crossed, self._product)
         directions = {}
@@ -215,22 +230,37 @@ class _Descent:
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
         self.workspace.cache.drop(self.workspace.cache.made[before : self._made])
         self._ridge, self._stats, self._directions, self._product = settings.ridge, stats, directions, product
+        kind = Statistic.LOSS_GRADIENT
+        self._gradients = replace(stats, entries={kind: stats.entries[kind]})
 
     @torch.no_grad()
     def search(self, length: float, loss: float) -> tuple[float, float] | None:
-        """Moves the factors by the best of `length` and its halves; that and its loss, None if none is below `loss`."""
+        """Moves the factors by the best length found from `length` on; that and its loss, None if none is below `loss`.
+
+        A quarter of the length is tried until the loss falls, then halves of that for as long as it falls further, or
+        else twice.
+        """
         start = {group: self._present(group) for group in self.groups}
-        best: tuple[float, float] | None = None
-        for _ in range(_HALVINGS):
-            self._move(start, length)
-            found = self.loss()
-            if found < (loss if best is None else best[1]):
-                best = (length, found)
-            elif best is not None:
+        losses: dict[float, float] = {}
+
+        def lowers(length: float, than: float) -> bool:
+            if length not in losses:
+                self._move(start, length)
+                losses[length] = self.loss()
+            return losses[length] < than
+
+        for _ in range(_QUARTERS):
+            if lowers(length, loss):
                 break
-            length /= 2.0
-        self._move(start, 0.0 if best is None else best[0])
-        return best
+            length /= 4.0
+        else:
+            self._move(start, 0.0)
+            return None
+        for factor in (0.5, 2.0):
+            while lowers(factor * length, losses[length]):
+                length *= factor
+        self._move(start, length)
+        return length, losses[length]
 
     def forget(self) -> None:
         """What the cache holds of the last step goes."""

@@ -29,7 +29,9 @@ from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace
 from tests.support.options import strategy
 
-DESCENT = NaturalGradient(steps=3, windows=8, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.25, seed=0)
+DESCENT = NaturalGradient(
+    loss="labels", steps=3, windows=8, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.25, seed=0
+)
 IDS = Tokens().windows(None).ids
 
 
