@@ -39,7 +39,7 @@ model=[A,B] => and no list | --multirun model=A,B
 foo=1 => foo does not exist. Settings and groups: allocation
 reports x => 'reports' is no command. Did you mean report? Commands: cache, demo, estimate, export
 compress => 'compress' is no command. Commands: cache
-experiment=best_without => experiment=best_without/.. has pivoted, refit, steps
+experiment=best_without => experiment=best_without/.. has natural_gradient, pivoted, steps
 seed=-1 => at least 0, got -1
 seed=4294967296 => at most 4294967295, got 4294967296
 seed=1.5 => a whole number, got 1.5

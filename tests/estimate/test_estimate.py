@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
 from bs_exp.estimate import traced
-from bs_exp.estimate.estimate import FACTORS, SAVED, Estimate, Place, Windows, estimate
+from bs_exp.estimate.estimate import FACTORS, SAVED, STEPS, Estimate, Place, Windows, estimate
 from bs_exp.estimate.ledger import _DECOMPOSITIONS
 from bs_exp.estimate.traced import Traced
 from bs_exp.files import file_sizes
@@ -33,8 +34,9 @@ from bs_exp.schedule.adaptive_steps import AdaptiveSteps
 from bs_exp.schedule.single import SingleRound
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.adjacent import AdjacentSharing
-from bs_exp.sharing.none import NoSharing
+from bs_exp.sharing.none import NoSharing, singles
 from bs_exp.types import GroupStatistics, LoadedModel, Metric, Statistic
+from bs_exp.update.natural_gradient import NaturalGradient
 from bs_exp.update.none import NoUpdate
 from bs_exp.update.refit import Refit
 from bs_exp.whitening.gram import GramWhitening
@@ -257,3 +259,20 @@ def test_no_cycles_are_collected_between_traces_that_are_compared(
     monkeypatch.setattr(traced, "first_blocks", first_blocks)
     estimate(tiny_random("llama", layers=12), BEST, windows(BEST), Cache(tmp_path), HOST, save_model=True)
     assert len(collecting) > 2 and not any(collecting) and gc.isenabled()
+
+
+def test_steps_of_an_update_are_counted(tmp_path: Path) -> None:
+    """Passes over the windows that its steps read, and what the cache holds of them meanwhile."""
+    dense = tiny_random("llama", layers=4)
+    update = NaturalGradient(
+        loss="labels", steps=3, windows=4, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.1, seed=0
+    )
+    recipe = dataclasses.replace(SVD_LLM, update=update)
+    found, without = (estimate(dense, each, windows(each), Cache(tmp_path), HOST) for each in (recipe, SVD_LLM))
+    count = windows(recipe).count
+    assert found.backward == math.ceil(3 * 4 / count) and without.backward == 0
+    assert found.forward > without.forward
+    targeted = sum(group.parameters for group in singles(dense.architecture))
+    assert found.disk[STEPS] > 4 * 4 * targeted  # a gradient of this step, and three tensors in fp32 beside it
+    assert found.stages["update"].host_bytes > without.stages["update"].host_bytes
+    assert not found.unknown
