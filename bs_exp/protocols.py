@@ -451,8 +451,12 @@ class UpdatesInSteps(Update, Protocol):
     def windows(self) -> int | None:
         """How many windows a step reads; None: all."""
 
-    def instead(self, dense: LoadedModel) -> Update | None:
-        """The update that this model gets in its place, if it gets another."""
+    @property
+    def otherwise(self) -> Update | None:
+        """What models get that it does not serve; None: nothing."""
+
+    def serves(self, dense: LoadedModel) -> bool:
+        """Whether the model can have this update."""
 
 
 class Precision(Protocol):

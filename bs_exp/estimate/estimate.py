@@ -349,8 +349,10 @@ class _Estimator:
                 self._update(each, ratio)
             return
         if isinstance(update, UpdatesInSteps):
-            other = update.instead(self.tracer.dense)
-            self._steps(update, ratio) if other is None else self._update(other, ratio)
+            if update.serves(self.tracer.dense):
+                self._steps(update, ratio)
+            elif update.otherwise is not None:
+                self._update(update.otherwise, ratio)
             return
         batches = self.windows.batches if self.windows is not None else 1
         found = self.tracer.updating(update, ratio, batches)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bs_exp import processes
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable
+from bs_exp.calibration.loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.linalg.cholesky import damped_root
@@ -21,7 +22,6 @@ from bs_exp.models.architecture import weight_of
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, Metric, PlannedGroup, RankPlan, Statistic
-from bs_exp.update.calibration_loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
 from bs_exp.validation import check_at_least, check_number, check_seed, check_share
 from bs_exp.workspace import Workspace
 

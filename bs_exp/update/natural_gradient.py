@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bs_exp import processes
 from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
+from bs_exp.calibration.loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
 from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
@@ -24,8 +25,6 @@ from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors, Update
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, Task, WeightGroup
-from bs_exp.update.calibration_loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
-from bs_exp.update.none import NoUpdate
 from bs_exp.validation import (
     check_at_least,
     check_choice,
@@ -96,16 +95,15 @@ class NaturalGradient:
                 )
             check_members("update", self.otherwise)
 
-    def instead(self, dense: LoadedModel) -> Update | None:
-        """The update that the model gets in place of this one, having no loss of its own; None if it has one."""
-        if dense.task is not Task.ENCODER:
-            return None
-        return self.otherwise or NoUpdate()
+    def serves(self, dense: LoadedModel) -> bool:
+        """Whether the model has a loss; another gets the update `otherwise`."""
+        return dense.task is not Task.ENCODER
 
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """DataError if there are too few windows to hold some out, ConfigError if there are fewer than processes."""
-        if (other := self.instead(dense)) is not None:
-            other.check(dense, data)
+        if not self.serves(dense):
+            if self.otherwise is not None:
+                self.otherwise.check(dense, data)
             return
         if len(data.windows.ids) < 2:
             raise DataError(
@@ -127,11 +125,11 @@ class NaturalGradient:
         """Moves the factors in place; reports the cost, the lengths, and the held-out loss after every step, in nats
         per token."""
         groups = [planned.group for planned in plan.groups if planned.rank is not None]
-        if (other := self.instead(dense)) is not None:
-            workspace.progress.note(
-                f"natural gradient: this model has no loss of its own; {type(other).__name__} instead"
-            )
-            return dict(other.apply(compressed, dense, plan, data, workspace))
+        if not self.serves(dense):
+            other = self.otherwise
+            told = "its factors stay" if other is None else f"{type(other).__name__} instead"
+            workspace.progress.note(f"natural gradient: this model has no loss of its own; {told}")
+            return {} if other is None else dict(other.apply(compressed, dense, plan, data, workspace))
         if not groups:
             workspace.progress.note("natural gradient: there are no factors to move")
             return {"strategy": KIND, "steps": 0, "seconds": 0.0}

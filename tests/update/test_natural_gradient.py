@@ -135,7 +135,7 @@ def test_a_model_without_a_loss_gets_another_update(otherwise: str | None) -> No
     made = compress(dense, recipe(replace(DESCENT, otherwise=other)), Workspace(Cache(None), progress))
     wanted = updated(dense, other or NoUpdate())
     assert same(values(made.module), values(wanted.module))
-    told = f"natural gradient: this model has no loss of its own; {'Refit' if other else 'NoUpdate'} instead"
+    told = f"natural gradient: this model has no loss of its own; {'Refit instead' if other else 'its factors stay'}"
     assert told in progress.notes
 
 
