@@ -105,9 +105,10 @@ class NaturalGradient:
             if self.otherwise is not None:
                 self.otherwise.check(dense, data)
             return
-        if len(data.windows.ids) < 2:
+        least = processes.count() + 1
+        if len(data.windows.ids) < least:
             raise DataError(
-                f"update={KIND} needs at least 2 calibration windows, one of them held out, got "
+                f"update={KIND} needs at least {least} calibration windows, one of them held out, got "
                 f"{len(data.windows.ids)}. Raise calibration.num_sequences, or use another update, such as "
                 "update=mixed_refit."
             )
