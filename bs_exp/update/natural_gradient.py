@@ -194,6 +194,9 @@ class _Descent:
     _product: float | None = None  # of gradient and natural gradient
     _made: int = 0  # entries of the cache in front of those of this step
 
+    def __post_init__(self) -> None:
+        self._made = len(self.workspace.cache.made)
+
     def loss(self) -> float:
         """The held-out loss of the model as it is, in nats per predicted token."""
         return calibration_loss(self.compressed, self.dense, self.data, self.held_out)
@@ -222,7 +225,7 @@ class _Descent:
             direction = self._read(natural[group], "step")
             if share:
                 direction = direction + share * self._read(self._directions[group], "direction")
-            present = self._present(group)
+            present = self._present(group).on(self._device)
             basis = basis_direction(present.layout.restore(present), direction, self._curvature(stats, settings, group))
             directions[group] = self._store(_DIRECTION, key, group, direction=direction, basis=basis)
             self.workspace.cache.discard([natural[group].name])
