@@ -221,7 +221,7 @@ class Cache:
                 kind, _, key = name.partition("/")
                 self._memory.pop((kind, key), None)
         else:
-            remove(self.folder, set(names), lease=self._lease)
+            remove(self.folder, names, lease=self._lease)
 
     def keeps(self, nbytes: int) -> bool:
         """Whether a round of so many bytes is kept when it has ended."""

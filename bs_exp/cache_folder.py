@@ -77,6 +77,14 @@ class Lease:
             os.write(self._descriptor, f"{name}\n".encode())
         self._names.add(name)
 
+    def give_up(self, names: Collection[str]) -> None:
+        """Notes that entries are not needed any more. The caller holds the lock of the folder."""
+        if given := self._names & set(names):
+            self._names -= given
+            os.ftruncate(self._descriptor, 0)
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            os.write(self._descriptor, "".join(f"{name}\n" for name in self._names).encode())
+
     def close(self) -> None:
         """Ends the lease: others may remove what it held. It also ends with the object, and with the process."""
         self._end()
@@ -90,15 +98,24 @@ def _end(path: Path, descriptor: int, owner: int) -> None:
 
 
 def remove(folder: Path, names: Collection[str], *, lease: Lease | None = None) -> int:
-    """Removes entries (KIND/KEY) that no process uses, apart from the owner of `lease`; the bytes that this freed.
+    """Removes entries (KIND/KEY) that no process uses, the owner of `lease` no more; the bytes that this freed.
 
-    Nothing is removed where files cannot be locked (Windows).
+    Where several processes used an entry, the last one that gives it up removes it. Nothing is removed where files
+    cannot be locked (Windows).
     """
     if fcntl is None or not folder.is_dir():
         return 0
+    freed = 0
     with _locked(folder):
-        used = _in_use(folder, lease)
-        return sum(_unlink(file) for file in cache_files(folder) if file.name in names and file.name not in used)
+        if lease is not None:
+            lease.give_up(names)
+        for name in set(names) - _in_use(folder, lease):
+            path = folder / f"{name}{SUFFIX}"
+            with suppress(FileNotFoundError):
+                size = path.lstat().st_size
+                path.unlink()
+                freed += size
+    return freed
 
 
 def prune(folder: Path, most_bytes: int, *, lease: Lease | None = None) -> tuple[int, int]:

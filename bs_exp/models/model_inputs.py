@@ -63,10 +63,13 @@ class Examples:
         target: Float[Tensor, "windows positions vocabulary"],
     ) -> Tensor:
         """`KL(softmax(target) || softmax(logits))` in nats, summed over the predicted tokens, in fp32."""
-        predicted = self.labels != IGNORED
-        # Whoever asks for logits in inference mode gets tensors that no graph may keep.
-        found, wanted = (each[predicted].float().log_softmax(-1) for each in (logits, target.clone()))
-        return functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        total = torch.zeros((), device=logits.device)
+        # Window by window: several arrays of tokens by vocabulary are needed at once.
+        for labels, found, wanted in zip(self.labels, logits, target, strict=True):
+            predicted = labels != IGNORED
+            log_q, log_p = (each[predicted].float().log_softmax(-1) for each in (found, wanted))
+            total = total + functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        return total
 
 
 class Feeder(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,13 +19,13 @@ from bs_exp.calibration.loss import as_loaded, calibration_loss, check_windows, 
 from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
-from bs_exp.errors import ConfigError, DataError
+from bs_exp.errors import ConfigError, DataError, DecompositionError
 from bs_exp.identity import identity
 from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors, Update
-from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Statistic, Task, WeightGroup
+from bs_exp.types import CalibrationData, GroupStatistics, LoadedModel, RankPlan, Statistic, Task, WeightGroup
 from bs_exp.validation import (
     check_at_least,
     check_choice,
@@ -105,11 +106,11 @@ class NaturalGradient:
             if self.otherwise is not None:
                 self.otherwise.check(dense, data)
             return
-        least = processes.count() + 1
-        if len(data.windows.ids) < least:
+        count, others = len(data.windows.ids), processes.count()
+        if count < 2 or len(hold_out(count, self.holdout, self.seed)[0]) < others:
             raise DataError(
-                f"update={KIND} needs at least {least} calibration windows, one of them held out, got "
-                f"{len(data.windows.ids)}. Raise calibration.num_sequences, or use another update, such as "
+                f"update={KIND} needs windows to hold out ({self.holdout:g} of them, 1 or more) and {others} besides, "
+                f"one for each process, got {count}. Raise calibration.num_sequences, or use another update, such as "
                 "update=mixed_refit."
             )
         check_gatherable(dense, data, {f"update={KIND}": self.gathers})
@@ -146,16 +147,25 @@ class NaturalGradient:
             workspace,
         )
         history, lengths, length = [descent.loss()], [], self.first_length
-        for number in range(self.steps):
-            descent.turn(self, number)
-            found = descent.search(length, history[-1])
-            processes.same_values(compressed, unlike=dense.module)
-            if found is None:
-                break
-            length, loss = found
-            history.append(loss)
-            lengths.append(length)
-        descent.forget()
+        try:
+            for number in range(self.steps):
+                found = None
+                # What is left of the direction before may lead uphill on other windows: then without it.
+                while found is None:
+                    conjugate = descent.turn(self, number)
+                    found = descent.search(length, history[-1])
+                    if found is None and not conjugate:
+                        break
+                    if found is None:
+                        descent.forget()
+                processes.same_values(compressed, unlike=dense.module)
+                if found is None:
+                    break
+                length, loss = found
+                history.append(loss)
+                lengths.append(length)
+        finally:
+            descent.forget()
         report = {
             "strategy": KIND,
             "steps": len(lengths),
@@ -188,7 +198,7 @@ class _Descent:
     held_out: Tensor
     workspace: Workspace
     _ridge: float = 0.0
-    _stats: CalibrationStats | None = None
+    _grams: CalibrationStats | None = None
     _gradients: CalibrationStats | None = None  # of the step before, as long as the next one is sought
     _directions: Mapping[WeightGroup, _Stored] = field(default_factory=dict)
     _product: float | None = None  # of gradient and natural gradient
@@ -202,14 +212,20 @@ class _Descent:
         return calibration_loss(self.compressed, self.dense, self.data, self.held_out)
 
     @torch.no_grad()
-    def turn(self, settings: NaturalGradient, number: int) -> None:
-        """Finds the direction at the factors as they are; what the cache holds of the step before goes."""
+    def turn(self, settings: NaturalGradient, number: int) -> bool:
+        """Finds the direction at the factors as they are; what the cache holds of the step before goes.
+
+        Whether the direction before has a share in it.
+        """
         self._drop(but=(Statistic.LOSS_GRADIENT, _DIRECTION))
+        self._grams = None
         before, self._made = self._made, len(self.workspace.cache.made)
         source = as_loaded(self.compressed, self.dense)
         data = shared_out(drawn(self.data, settings.windows, seed=settings.seed, number=number))
         stats = calibrate(source, data, needs=settings.gathers, workspace=self.workspace)
-        key = content_key(step=number, statistics=statistics_key(source, data), settings=identity(settings))
+        # Every process has its own entries, which it alone removes.
+        own = {"process": processes.rank()} if processes.count() > 1 else {}
+        key = content_key(step=number, statistics=statistics_key(source, data), settings=identity(settings), **own)
         natural: dict[WeightGroup, _Stored] = {}
         product = crossed = 0.0
         for group in self.workspace.progress.track(self.groups, label="natural gradients", total=len(self.groups)):
@@ -231,9 +247,9 @@ class _Descent:
             self.workspace.cache.discard([natural[group].name])
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
         self.workspace.cache.drop(self.workspace.cache.made[before : self._made])
-        self._ridge, self._stats, self._directions, self._product = settings.ridge, stats, directions, product
-        kind = Statistic.LOSS_GRADIENT
-        self._gradients = replace(stats, entries={kind: stats.entries[kind]})
+        self._ridge, self._directions, self._product = settings.ridge, directions, product
+        self._grams, self._gradients = _only(stats, Statistic.GRAM), _only(stats, Statistic.LOSS_GRADIENT)
+        return share > 0.0
 
     @torch.no_grad()
     def search(self, length: float, loss: float) -> tuple[float, float] | None:
@@ -247,8 +263,11 @@ class _Descent:
 
         def lowers(length: float, than: float) -> bool:
             if length not in losses:
-                self._move(start, length)
-                losses[length] = self.loss()
+                try:
+                    self._move(start, length)
+                    losses[length] = self.loss()
+                except DecompositionError:  # factors that the dtype cannot hold
+                    losses[length] = math.inf
             return losses[length] < than
 
         for _ in range(_QUARTERS):
@@ -265,9 +284,12 @@ class _Descent:
         return length, losses[length]
 
     def forget(self) -> None:
-        """What the cache holds of the last step goes."""
+        """What there is of the last step goes, in the cache, too; the next one follows the natural gradient alone."""
         self._drop(but=(_DIRECTION,))
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
+        self._made = len(self.workspace.cache.made)
+        self._grams = self._gradients = self._product = None
+        self._directions = {}
 
     def _drop(self, *, but: Collection[str]) -> None:
         """What the cache holds of this step goes, but for some kinds."""
@@ -281,8 +303,8 @@ class _Descent:
 
     def _moved(self, stored: StoredFactors, length: float) -> StoredFactors:
         group, direction = stored.group, self._directions[stored.group]
-        assert self._stats is not None
-        gram = _gram(self._stats, group, self._device)
+        assert self._grams is not None
+        gram = _gram(self._grams.of(group, self._device))
         gram.diagonal().mul_(1.0 + self._ridge)
         stored = stored.on(self._device)
         plain = stored.layout.restore(stored)
@@ -294,12 +316,11 @@ class _Descent:
         return factors_of(self.compressed, self.dense.architecture, group)
 
     def _curvature(self, stats: CalibrationStats, settings: NaturalGradient, group: WeightGroup) -> Curvature:
-        found = stats.of(group, self._device)
+        found = _only(stats, Statistic.GRAM, Statistic.OUTPUT_GRAM).of(group, self._device)
         assert found.output_grams is not None
-        inputs = _gram(stats, group, self._device)
         predictions = found.predictions or found.tokens
         return Curvature(
-            inputs=cholesky_whitener(inputs, ridge=settings.ridge)[0],
+            inputs=cholesky_whitener(_gram(found), ridge=settings.ridge)[0],
             outputs={
                 layer: cholesky_whitener(total / predictions, ridge=settings.damping, of="output gradients")[0]
                 for layer, total in found.output_grams.items()
@@ -321,16 +342,20 @@ class _Descent:
         return stored.entry.tensor(name).to(self._device).double()
 
 
-def _gram(stats: CalibrationStats, group: WeightGroup, device: torch.device) -> Tensor:
+def _only(stats: CalibrationStats, *kinds: Statistic) -> CalibrationStats:
+    """Some of the statistics: nobody reads the others."""
+    return replace(stats, entries={kind: stats.entries[kind] for kind in kinds})
+
+
+def _gram(found: GroupStatistics) -> Tensor:
     """Of a group's inputs, per token, averaged over its layers."""
-    found = stats.of(group, device)
     assert found.gram is not None
-    per_token: Tensor = found.gram / (found.tokens * group.size)
+    per_token: Tensor = found.gram / (found.tokens * found.group.size)
     return per_token
 
 
 def _gradient(stats: CalibrationStats, group: WeightGroup, device: torch.device) -> Tensor:
     """Of a group's weights, per predicted token."""
-    found = stats.of(group, device).loss_gradient
+    found = _only(stats, Statistic.LOSS_GRADIENT).of(group, device).loss_gradient
     assert found is not None
     return found

@@ -138,7 +138,7 @@ def test_a_model_without_a_loss_gets_another_update(otherwise: str | None) -> No
 
 def test_what_cannot_work_is_said_before_any_work() -> None:
     data = Tokens().data()
-    with pytest.raises(DataError, match=r"at least 2 calibration windows.*update=mixed_refit"):
+    with pytest.raises(DataError, match=r"one for each process, got 1.*update=mixed_refit"):
         DESCENT.check(tiny_random(), replace(data, windows=replace(data.windows, ids=IDS[:1])))
     with pytest.raises(ConfigError, match="otherwise must be an update"):
         replace(DESCENT, otherwise=5)  # type: ignore[arg-type]
