@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,9 +14,12 @@ from bs_exp import processes
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.fingerprint import fingerprint
-from bs_exp.models.model_inputs import feeder
+from bs_exp.models.model_inputs import Examples, feeder
 from bs_exp.models.outputs import logits_of
 from bs_exp.types import CalibrationData, LoadedModel
+
+# Logits that are kept: 256 MB in fp32.
+_KEPT_NUMBERS = 2**26
 
 
 def check_windows(update: str, *, windows: int | None, holdout: float, data: CalibrationData) -> None:
@@ -52,27 +56,41 @@ def shared_out(data: CalibrationData) -> CalibrationData:
     return replace(data, batch_size=max(1, min(data.batch_size, share)))
 
 
-def calibration_loss(
-    compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, ids: Int[Tensor, "windows length"]
-) -> float:
-    """The loss of a model on windows, in nats per predicted token; 0 without any.
+class CalibrationLoss:
+    """The loss of models on some windows, in nats per predicted token; 0 without any.
 
-    That of the labels; where the data have a model `towards` which to go, the KL divergence from its predictions.
+    That of the labels; where the data have a model `towards` which to go, the KL divergence from its predictions. Its
+    logits are kept from one call to the next if they are few.
     """
-    if not len(ids):
-        return 0.0
-    feed = feeder(dense, data.windows.feeding)
 
-    def measured() -> float:
-        examples = [feed.examples(part.to(dense.device)) for part in ids.split(data.batch_size)]
-        inputs = [each.inputs for each in examples]
-        found = logits_of(replace(dense, module=compressed), inputs)
-        if data.towards is None:
+    def __init__(self, dense: LoadedModel, data: CalibrationData, ids: Int[Tensor, "windows length"]) -> None:
+        self._dense = dense
+        self._data = data
+        self._ids = ids
+        self._kept: list[Tensor] | None = None
+
+    def __call__(self, compressed: PreTrainedModel) -> float:
+        return processes.from_first(lambda: self._measured(compressed)) if len(self._ids) else 0.0
+
+    def _measured(self, compressed: PreTrainedModel) -> float:
+        feed = feeder(self._dense, self._data.windows.feeding)
+        examples = [feed.examples(part.to(self._dense.device)) for part in self._ids.split(self._data.batch_size)]
+        found = logits_of(replace(self._dense, module=compressed), [each.inputs for each in examples])
+        if self._data.towards is None:
             losses = (each.loss(logits, reduction="sum") for each, logits in zip(examples, found, strict=True))
         else:
-            targets = logits_of(data.towards, inputs)
+            targets = self._targets(self._data.towards, examples)
             losses = (each.divergence(*pair) for each, *pair in zip(examples, found, targets, strict=True))
-        predictions = len(ids) * feed.predictions(ids.shape[1])
+        predictions = len(self._ids) * feed.predictions(self._ids.shape[1])
         return sum(map(float, losses)) / predictions
 
-    return processes.from_first(measured)
+    def _targets(self, towards: LoadedModel, examples: Sequence[Examples]) -> Iterable[Tensor]:
+        if self._kept is not None:
+            return self._kept
+        found = logits_of(towards, [each.inputs for each in examples])
+        positions = sum(each.labels.numel() for each in examples)
+        vocabulary = int(getattr(towards.module.config, "vocab_size", _KEPT_NUMBERS))
+        if positions * vocabulary > _KEPT_NUMBERS:
+            return found
+        self._kept = list(found)
+        return self._kept

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bs_exp import processes
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable
-from bs_exp.calibration.loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
+from bs_exp.calibration.loss import CalibrationLoss, as_loaded, check_windows, drawn, shared_out
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.linalg.cholesky import damped_root
@@ -87,7 +87,8 @@ class GradientCorrection:
         if self.holdout:
             kept, held = hold_out(len(training.ids), self.holdout, self.seed)
             training, held_out = part_of(data.windows, kept, name="corrected on"), data.windows.ids[held]
-        history = [calibration_loss(compressed, dense, data, held_out)]
+        loss = CalibrationLoss(dense, data, held_out)
+        history = [loss(compressed)]
         best = self._stored(compressed, dense, groups)
         for number in range(self.corrections):
             gathered = len(workspace.cache.made)
@@ -95,7 +96,7 @@ class GradientCorrection:
             processes.same_values(compressed, unlike=dense.module)
             # Statistics of a model that is gone.
             workspace.cache.drop(workspace.cache.made[gathered:])
-            history.append(calibration_loss(compressed, dense, data, held_out))
+            history.append(loss(compressed))
             if not len(held_out) or history[-1] < min(history[:-1]):
                 best = self._stored(compressed, dense, groups)
         for factors in best:

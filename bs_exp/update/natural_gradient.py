@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bs_exp import processes
 from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
-from bs_exp.calibration.loss import as_loaded, calibration_loss, check_windows, drawn, shared_out
+from bs_exp.calibration.loss import CalibrationLoss, as_loaded, check_windows, drawn, shared_out
 from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
@@ -143,7 +143,7 @@ class NaturalGradient:
             dense,
             groups,
             replace(data, windows=part_of(data.windows, kept, name="with gradients")),
-            data.windows.ids[held],
+            CalibrationLoss(dense, data, data.windows.ids[held]),
             workspace,
         )
         history, lengths, length = [descent.loss()], [], self.first_length
@@ -195,7 +195,7 @@ class _Descent:
     dense: LoadedModel
     groups: Sequence[WeightGroup]
     data: CalibrationData
-    held_out: Tensor
+    held_out: CalibrationLoss
     workspace: Workspace
     _ridge: float = 0.0
     _grams: CalibrationStats | None = None
@@ -209,7 +209,7 @@ class _Descent:
 
     def loss(self) -> float:
         """The held-out loss of the model as it is, in nats per predicted token."""
-        return calibration_loss(self.compressed, self.dense, self.data, self.held_out)
+        return self.held_out(self.compressed)
 
     @torch.no_grad()
     def turn(self, settings: NaturalGradient, number: int) -> bool:
