@@ -368,28 +368,28 @@ class _Estimator:
         self.backward += found.backward
 
     def _steps(self, update: UpdatesInSteps, ratio: float) -> None:
-        """The passes of an update that gathers statistics in every step; what it computes of them is not counted."""
+        """The passes of an update that gathers statistics in every step, and what it keeps from one to the next."""
         windows = self.windows
         assert windows is not None
         share = min(1.0, (update.windows or windows.count) / windows.count)
-        factors = self._compressed(ratio)
-        stored: Counter[str] = Counter()
-        for gathered in self._gathered(update.gathers):
-            batches = max(1.0, windows.batches * share)
+        found = list(self._gathered(update.gathers))
+        # Beside the statistics, in fp32: a direction, and the direction and the gradient of the step before.
+        kept = sum(sum(each.stored.values()) for each in found)
+        kept += 3 * 4 * sum(group.parameters for group in self.tracer.groups)
+        for each in found:
             self._stage(
                 Stage.UPDATE,
-                gathered.work.times(batches * update.steps),
-                factors=factors,
-                host=round(share * self._waiting(gathered)),
+                each.work.times(max(1.0, windows.batches * share) * update.steps),
+                factors=self._compressed(ratio),
+                host=round(share * self._waiting(each)) + (kept if self.cache.folder is None else 0),
             )
             # Passes are those over all windows.
-            self.forward += math.ceil(share * update.steps * gathered.forward)
-            self.backward += math.ceil(share * update.steps * gathered.backward)
-            stored += gathered.stored
+            self.forward += math.ceil(share * update.steps * each.forward)
+            self.backward += math.ceil(share * update.steps * each.backward)
         if self.cache.folder is not None:
-            # Beside the statistics, in fp32: a direction, and the direction and the gradient of the step before.
-            dense = sum(group.parameters for group in self.tracer.groups)
-            self.disk[STEPS] = sum(stored.values()) + 3 * 4 * dense
+            self.disk[STEPS] = kept
+        told = "counted are its passes over windows, not what it makes of them, nor its trials"
+        self.tracer.unknown.append(f"{type(update).__name__}: {told}")
 
     def _waiting_in_streams(self, found: Pass) -> int:
         """Hidden states of the batches that were not traced, in an update that walks through the blocks itself."""
