@@ -274,8 +274,11 @@ def test_steps_of_an_update_are_counted(tmp_path: Path) -> None:
     assert found.forward > without.forward
     targeted = sum(group.parameters for group in singles(dense.architecture))
     assert found.disk[STEPS] > 4 * 4 * targeted  # a gradient of this step, and three tensors in fp32 beside it
-    assert found.stages["update"].host_bytes > without.stages["update"].host_bytes
     [told] = found.unknown
     assert told.startswith("NaturalGradient: counted are its passes over windows")
-    in_memory, without = (estimate(dense, each, windows(each), Cache(None), HOST) for each in (recipe, SVD_LLM))
-    assert in_memory.stages["update"].host_bytes > without.stages["update"].host_bytes + 4 * 4 * targeted
+    in_memory = estimate(dense, recipe, windows(recipe), Cache(None), HOST)
+    # Against another stage of the same estimate: what the process itself takes changes from one to the next.
+    above, beside = (
+        each.stages["update"].host_bytes - each.stages["tokenise"].host_bytes for each in (in_memory, found)
+    )
+    assert above - beside == found.disk[STEPS]
