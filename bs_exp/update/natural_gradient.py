@@ -260,9 +260,12 @@ class _Descent:
         """
         start = {group: self._present(group) for group in self.groups}
         losses: dict[float, float] = {}
+        last = 0.0
 
         def lowers(length: float, than: float) -> bool:
+            nonlocal last
             if length not in losses:
+                last = length
                 try:
                     self._move(start, length)
                     losses[length] = self.loss()
@@ -280,7 +283,8 @@ class _Descent:
         for factor in (0.5, 2.0):
             while lowers(factor * length, losses[length]):
                 length *= factor
-        self._move(start, length)
+        if length != last:
+            self._move(start, length)
         return length, losses[length]
 
     def forget(self) -> None:
