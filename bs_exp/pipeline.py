@@ -29,7 +29,7 @@ from bs_exp.factorization.factors import decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.identity import identity
 from bs_exp.models.experts import unfused
-from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.plan_score import Comparison, PlanScore, check_measurable
 from bs_exp.precision.none import ModelPrecision
@@ -304,8 +304,7 @@ def compress(
             _updated(module, dense, whole, recipe.update, plan, data, workspace)
         workspace.cache.drop(workspace.cache.made[start_of_round:])
         start_of_round = len(workspace.cache.made)
-        current = replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
-        measures = _measures(dense, current, data, recipe, recipe.round_needs, workspace)
+        measures = _measures(dense, as_loaded(module, dense), data, recipe, recipe.round_needs, workspace)
     report = _updated(module, dense, whole, recipe.update, plan, data, workspace)
     stored: Mapping[str, Any] = {}
     if not isinstance(recipe.precision, ModelPrecision):

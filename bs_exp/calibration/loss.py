@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from bs_exp import processes
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import Examples, feeder
 from bs_exp.models.outputs import logits_of
 from bs_exp.types import CalibrationData, LoadedModel
@@ -34,11 +33,6 @@ def check_windows(update: str, *, windows: int | None, holdout: float, data: Cal
             f"update={update} needs at least 2 calibration windows, one of them held out, got "
             f"{len(data.windows.ids)}. Raise calibration.num_sequences, or set holdout=0."
         )
-
-
-def as_loaded(compressed: PreTrainedModel, dense: LoadedModel) -> LoadedModel:
-    """The compressed model as it is now, for gathering statistics: known by its own fingerprint."""
-    return replace(dense, module=compressed, provenance={**dense.provenance, "fingerprint": fingerprint(compressed)})
 
 
 def drawn(data: CalibrationData, windows: int | None, *, seed: int, number: int) -> CalibrationData:

@@ -27,7 +27,7 @@ _FIRST = ("experiment", "model", "data")
 _USAGE = """\
 bs-exp: low-rank compression of language models by sharing; dense and compressed, side by side.
 
-  bs-exp model=DIR data=FILE retain_ratio=0.8 save_model=true    one run: compress a model of your own, and judge it
+  bs-exp model=DIR data=FILE retain_ratio=0.8 save_model=true    one run: your own model, or model=ORG/NAME of the hub
   bs-exp -m experiment=svd_llm,best retain_ratio=0.8,0.6,0.5     a grid; the same command goes on where it stopped
   bs-exp demo                                                    four methods on the embedded model, and a table
   bs-exp sweeps=table_perplexity model=demo                      a table or figure that is ready: {sweeps}"""
@@ -97,15 +97,11 @@ def _group(group: str, default: str | None, width: int) -> Iterator[str]:
     if len(options) > _MOST_LINES and group != _IN_FULL:
         shown = ", ".join(name + "*" * (name == default) for name in options)
         yield from wrap(shown, width, initial_indent=f"{group:<12}", subsequent_indent=" " * 12, break_on_hyphens=False)
-        if group in GROUPS:
-            yield f"{'':<12}or {GROUPS[group]}"
         return
     longest = max(map(len, options)) + 1
     for number, (name, told) in enumerate(options.items()):
         start = f"{group if number == 0 else '':<12}{name + '*' * (name == default):<{longest}}  "
         yield start + shorten(told, width - len(start), placeholder=" ...")
-    if group in GROUPS:
-        yield f"{'':<12}or {GROUPS[group]}"
 
 
 def _whole_group(group: str, options: dict[str, str]) -> Iterator[str]:

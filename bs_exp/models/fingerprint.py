@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,12 +13,18 @@ from transformers import PreTrainedModel
 
 from bs_exp.errors import ModelError
 from bs_exp.models.mapped import release
+from bs_exp.types import LoadedModel
 
 _FORMAT = b"bs_exp model fingerprint 1"
 _CHUNK = 1 << 24  # elements: a model of 7B parameters is never copied as a whole
 
 # Settings that say where a model is stored and what wrote it, but do not change what it computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "_commit_hash", "architectures", "auto_map")
+
+
+def as_loaded(module: PreTrainedModel, dense: LoadedModel) -> LoadedModel:
+    """A model made from `dense`, as it is now, for gathering statistics: known by its own fingerprint."""
+    return replace(dense, module=module, provenance={**dense.provenance, "fingerprint": fingerprint(module)})
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -18,7 +18,7 @@ from bs_exp.calibration.rare_experts import lacking, mean_gram
 from bs_exp.errors import CalibrationError
 from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
-from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.model_inputs import feeder
 from bs_exp.types import CalibrationData, LoadedModel, Statistic, WeightGroup, WeightMatrix
@@ -110,9 +110,7 @@ def pass_statistics(
     compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, workspace: Workspace
 ) -> CalibrationStats:
     """Grams of the inputs of all matrices of the compressed model, by one pass."""
-    provenance = {**dense.provenance, "fingerprint": fingerprint(compressed)}
-    source = replace(dense, module=compressed, provenance=provenance)
-    return calibrate(source, data, needs={Statistic.GRAM}, workspace=workspace)
+    return calibrate(as_loaded(compressed, dense), data, needs={Statistic.GRAM}, workspace=workspace)
 
 
 def group_gram(stats: CalibrationStats | None, group: WeightGroup, device: torch.device) -> Tensor:

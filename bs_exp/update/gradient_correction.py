@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from bs_exp import processes
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable
-from bs_exp.calibration.loss import CalibrationLoss, as_loaded, check_windows, drawn, shared_out
+from bs_exp.calibration.loss import CalibrationLoss, check_windows, drawn, shared_out
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.linalg.cholesky import damped_root
 from bs_exp.linalg.decomposition import needs_left_root
 from bs_exp.linalg.gradient_step import corrected_factors
 from bs_exp.models.architecture import weight_of
+from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors
 from bs_exp.types import CalibrationData, LoadedModel, Metric, PlannedGroup, RankPlan, Statistic

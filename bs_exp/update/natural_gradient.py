@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bs_exp import processes
 from bs_exp.cache import Entry, content_key
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
-from bs_exp.calibration.loss import CalibrationLoss, as_loaded, check_windows, drawn, shared_out
+from bs_exp.calibration.loss import CalibrationLoss, check_windows, drawn, shared_out
 from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
@@ -23,6 +23,7 @@ from bs_exp.errors import ConfigError, DataError, DecompositionError
 from bs_exp.identity import identity
 from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
+from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import StoredFactors, Update
 from bs_exp.types import CalibrationData, GroupStatistics, LoadedModel, RankPlan, Statistic, Task, WeightGroup

@@ -19,7 +19,7 @@ from bs_exp.calibration.rare_experts import wanted_tokens
 from bs_exp.errors import CalibrationError, ConfigError
 from bs_exp.linalg.least_squares import InputPairs, closed_form_beta, refit_coefficients, squared_loss
 from bs_exp.models.architecture import weight_of
-from bs_exp.models.fingerprint import fingerprint
+from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.mapped import release
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.offload import is_offloaded
@@ -139,8 +139,7 @@ class Refit:
         """All layers from the Grams of one pass, of which one group's are in memory if the cache has a folder."""
         source = work.dense
         if self.inputs == "compressed":
-            provenance = {**source.provenance, "fingerprint": fingerprint(work.compressed)}
-            source = replace(source, module=work.compressed, provenance=provenance)
+            source = as_loaded(work.compressed, source)
         stats = calibrate(source, data, needs={Statistic.GRAM}, workspace=workspace)
         for group in workspace.progress.track(groups, label="refitting", total=len(groups)):
             device = work.device(group)
