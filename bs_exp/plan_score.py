@@ -19,10 +19,10 @@ from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.errors import ConfigError
 from bs_exp.factorization.factors import Decompositions
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.models.divergence import kl_divergence, precise, rows_at_once
 from bs_exp.models.model_inputs import IGNORED, Inputs, check_has_logits, feeder, hidden_states
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.protocols import PlanObjective
-from bs_exp.training.objectives import kl_divergence, precise, rows_at_once
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Task, TokenWindows, WeightGroup
 from bs_exp.workspace import Workspace
 

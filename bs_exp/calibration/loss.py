@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp import processes
+from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import Examples, feeder
@@ -21,17 +22,24 @@ from bs_exp.types import CalibrationData, LoadedModel
 _KEPT_NUMBERS = 2**26
 
 
-def check_windows(update: str, *, windows: int | None, holdout: float, data: CalibrationData) -> None:
-    """ConfigError if a correction draws fewer windows than there are processes, DataError if none can be held out."""
-    if windows is not None and windows < processes.count():
+def check_windows(
+    update: str, *, windows: int | None, holdout: float, seed: int, data: CalibrationData, otherwise: str
+) -> None:
+    """ConfigError if a correction draws fewer windows than there are processes, DataError if fewer than these are left
+    besides those that are held out (none with `holdout` 0); the message ends with what to do `otherwise`."""
+    least, count = processes.count(), len(data.windows.ids)
+    if windows is not None and windows < least:
         raise ConfigError(
-            f"windows must be at least {processes.count()}, one for each process, got {windows}. Raise "
-            "windows, or start fewer processes."
+            f"windows must be at least {least}, one for each process, got {windows}. Raise windows, or start fewer "
+            "processes."
         )
-    if holdout and len(data.windows.ids) < 2:
+    if not holdout:
+        return
+    if count < 2 or len(hold_out(count, holdout, seed)[0]) < least:
         raise DataError(
-            f"update={update} needs at least 2 calibration windows, one of them held out, got "
-            f"{len(data.windows.ids)}. Raise calibration.num_sequences, or set holdout=0."
+            f"update={update} needs at least 2 calibration windows, one of them held out, and with holdout={holdout:g} "
+            f"as many that are not as there are processes ({least}), got {count}. Raise calibration.num_sequences, or "
+            f"{otherwise}."
         )
 
 

@@ -26,11 +26,6 @@ class Curvature:
     inputs: Float[Tensor, "d_in d_in"]
     outputs: Mapping[int, Float[Tensor, "d_out d_out"]]
 
-    @property
-    def gram(self) -> Float[Tensor, "d_in d_in"]:
-        """H."""
-        return self.inputs.mT @ self.inputs
-
 
 def natural_gradient(
     group: WeightGroup, gradient: Float[Tensor, "d_in columns"], curvature: Curvature

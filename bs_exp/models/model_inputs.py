@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.architecture import trunks
+from bs_exp.models.divergence import kl_divergence
 from bs_exp.types import Feeding, LoadedModel, Target, Task
 from bs_exp.validation import check_choice, check_seed
 
@@ -62,14 +63,9 @@ class Examples:
         logits: Float[Tensor, "windows positions vocabulary"],
         target: Float[Tensor, "windows positions vocabulary"],
     ) -> Tensor:
-        """`KL(softmax(target) || softmax(logits))` in nats, summed over the predicted tokens, in fp32."""
-        total = torch.zeros((), device=logits.device)
-        # Window by window: several arrays of tokens by vocabulary are needed at once.
-        for labels, found, wanted in zip(self.labels, logits, target, strict=True):
-            predicted = labels != IGNORED
-            log_q, log_p = (each[predicted].float().log_softmax(-1) for each in (found, wanted))
-            total = total + functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        return total
+        """`KL(softmax(target) || softmax(logits))` in nats, summed over the predicted tokens."""
+        predicted = self.labels != IGNORED
+        return kl_divergence(logits[predicted], target[predicted])
 
 
 class Feeder(Protocol):

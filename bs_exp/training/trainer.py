@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bs_exp.cache import Entry
 from bs_exp.errors import CalibrationError
-from bs_exp.training.objectives import Objective, precise
+from bs_exp.models.divergence import precise
+from bs_exp.training.objectives import Objective
 from bs_exp.training.optimizers import ADAMW, OptimizerSettings, make_optimizer, state_names
 from bs_exp.training.settings import TrainerSettings, draw_batches, rate_factor
 from bs_exp.workspace import Workspace

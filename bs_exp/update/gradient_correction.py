@@ -68,7 +68,9 @@ class GradientCorrection:
     def check(self, dense: LoadedModel, data: CalibrationData) -> None:
         """ConfigError for a model without a loss, DataError if there are too few windows to hold some out."""
         check_gatherable(dense, data, {"update=gradient_correction": {Statistic.LOSS_GRADIENT}})
-        check_windows(KIND, windows=self.windows, holdout=self.holdout, data=data)
+        check_windows(
+            KIND, windows=self.windows, holdout=self.holdout, seed=self.seed, data=data, otherwise="set holdout=0"
+        )
 
     def apply(
         self,

@@ -19,7 +19,7 @@ from bs_exp.calibration.loss import CalibrationLoss, check_windows, drawn, share
 from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
-from bs_exp.errors import ConfigError, DataError, DecompositionError
+from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.identity import identity
 from bs_exp.linalg.cholesky import cholesky_whitener
 from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
@@ -88,7 +88,8 @@ class NaturalGradient:
         check_at_least(1, steps=self.steps, windows=self.windows)
         check_number(0.0, ridge=self.ridge, damping=self.damping)
         check_positive(first_length=self.first_length)
-        check_share(holdout=self.holdout)
+        # Without held-out windows no length can be measured.
+        check_share(above=0.0, holdout=self.holdout)
         check_seed(self.seed)
         if self.otherwise is not None:
             if is_plain(self.otherwise):
@@ -107,15 +108,15 @@ class NaturalGradient:
             if self.otherwise is not None:
                 self.otherwise.check(dense, data)
             return
-        count, others = len(data.windows.ids), processes.count()
-        if count < 2 or len(hold_out(count, self.holdout, self.seed)[0]) < others:
-            raise DataError(
-                f"update={KIND} needs windows to hold out ({self.holdout:g} of them, 1 or more) and {others} besides, "
-                f"one for each process, got {count}. Raise calibration.num_sequences, or use another update, such as "
-                "update=mixed_refit."
-            )
         check_gatherable(dense, data, {f"update={KIND}": self.gathers})
-        check_windows(KIND, windows=self.windows, holdout=0.0, data=data)
+        check_windows(
+            KIND,
+            windows=self.windows,
+            holdout=self.holdout,
+            seed=self.seed,
+            data=data,
+            otherwise="use another update, such as update=mixed_refit",
+        )
 
     def apply(
         self,

@@ -22,11 +22,11 @@ from bs_exp.errors import ConfigError
 from bs_exp.identity import own_code
 from bs_exp.models.block_stream import BlockStream, Waiting
 from bs_exp.models.blocks import Blocks
+from bs_exp.models.divergence import precise
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
 from bs_exp.models.offload import keep_changes
 from bs_exp.models.surgery import block_parameters, find_factors, own_parameters
-from bs_exp.training.objectives import precise
 from bs_exp.training.optimizers import OptimizerSettings
 from bs_exp.training.settings import TrainerSettings, split_windows
 from bs_exp.training.trainer import Trainer, trainable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bs_exp.training.objectives import kl_divergence
+from bs_exp.models.divergence import kl_divergence
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 20, 1000], ids=["rows", "pairs of rows, the last alone", "whole"])

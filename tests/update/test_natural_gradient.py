@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bs_exp import processes
 from bs_exp.cache import Cache
 from bs_exp.calibration.site_inputs import inputs_of
 from bs_exp.corpora.sampling import hold_out
@@ -24,6 +25,7 @@ from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.testing.models import LAYOUTS, QUIET, Tokens, recipe, same, updated, values
 from bs_exp.types import Task
+from bs_exp.update.gradient_correction import GradientCorrection
 from bs_exp.update.natural_gradient import NaturalGradient
 from bs_exp.update.none import NoUpdate
 from bs_exp.workspace import Workspace
@@ -76,7 +78,13 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: L
         direction = natural_gradient(group, gradient, curvature)
         stored = factors_of(cut.module, dense.architecture, group)
         start = stored.layout.restore(stored)
-        wanted = stepped(start, direction, basis_direction(start, direction, curvature), curvature.gram, length)
+        wanted = stepped(
+            start,
+            direction,
+            basis_direction(start, direction, curvature),
+            curvature.inputs.mT @ curvature.inputs,
+            length,
+        )
         stored = factors_of(made.module, dense.architecture, group)
         found = stored.layout.restore(stored)
         for layer in group.layers:
@@ -138,10 +146,37 @@ def test_a_model_without_a_loss_gets_another_update(otherwise: str | None) -> No
 
 def test_what_cannot_work_is_said_before_any_work() -> None:
     data = Tokens().data()
-    with pytest.raises(DataError, match=r"one for each process, got 1.*update=mixed_refit"):
+    with pytest.raises(DataError, match=r"at least 2 calibration windows.*got 1.*update=mixed_refit"):
         DESCENT.check(tiny_random(), replace(data, windows=replace(data.windows, ids=IDS[:1])))
     with pytest.raises(ConfigError, match="otherwise must be an update"):
         replace(DESCENT, otherwise=5)  # type: ignore[arg-type]
-    for wrong in ({"steps": 0}, {"windows": 0}, {"ridge": -1.0}, {"damping": -1.0}, {"first_length": 0.0}):
+    for wrong in (
+        {"steps": 0},
+        {"windows": 0},
+        {"ridge": -1.0},
+        {"damping": -1.0},
+        {"first_length": 0.0},
+        {"holdout": 0.0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             replace(DESCENT, **wrong)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        replace(DESCENT, holdout=0.5),
+        GradientCorrection(corrections=1, windows=None, ridge=1e-9, holdout=0.5, every_round=False, seed=0),
+    ],
+    ids=lambda update: type(update).__name__,
+)
+def test_every_process_needs_a_window_that_is_not_held_out(
+    update: NaturalGradient | GradientCorrection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer, one process would have no batch, and the others would wait for it."""
+    data = Tokens(batch_size=1).data()
+    few, enough = (replace(data, windows=replace(data.windows, ids=IDS[:count])) for count in (5, 8))
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with pytest.raises(DataError, match=r"as there are processes \(4\), got 5\. Raise calibration.num_sequences"):
+        update.check(tiny_random(), few)
+    update.check(tiny_random(), enough)
