@@ -55,26 +55,16 @@ def test_seven_ratios_cost_hardly_more_than_one(cli: Cli, tiny: Tiny, tmp_path: 
 
 
 @pytest.mark.slow
-def test_seven_ratios_take_at_most_half_as_long_again_as_the_first(
-    cli: Cli, tiny: Tiny, texts: Path, tmp_path: Path
-) -> None:
-    """By the timings in the records, evaluation aside; on a model whose calibration is no noise."""
-    text = tmp_path / "long.txt"
-    text.write_text(" ".join([(texts / "A.txt").read_text()] * 8))
-    ours = ("model=", "calibration.files=", "calibration.sequence_length=")
-    done = cli(
-        *(setting for setting in tiny if not setting.startswith(ours)),
-        "model=demo", f"calibration.files=[{text}]", "calibration.sequence_length=256",
-        "retain_ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", "hydra.sweep.dir=sweep", "-m",
-    )  # fmt: skip
+def test_the_report_says_what_seven_ratios_cost(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    """From the timings in the records. How long they may take is ``bs_exp.benchmarks.real_size``'s to measure."""
+    done = cli(*tiny, "retain_ratio=0.9,0.8,0.7,0.6,0.5,0.4,0.3", "hydra.sweep.dir=sweep", "-m")
     assert done.status == 0, done.err
     compress = [record.timings["compress"] for record in _records(tmp_path / "sweep")]
-    assert sum(compress) <= 1.5 * compress[0]
     (section,) = arrange(collect([tmp_path / "sweep"])).sections
     (cost,) = shared_costs(section.series[0])
     assert (cost.points, cost.first.ratio) == (7, 0.9)
     assert cost.all_seconds >= sum(compress)
-    assert cost.times <= 1.5
+    assert cost.times == cost.all_seconds / cost.first_seconds
     (table,) = (table for table in cost_tables(section, "m1") if table.key == "m1-shared")
     assert [cell.text for cell in table.rows[0].cells[-2:]] == [f"{cost.times:.2f}", "nothing"]
 
