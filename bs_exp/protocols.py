@@ -260,6 +260,14 @@ class Layout(Protocol):
         """
 
 
+@runtime_checkable
+class ArrangesAlike(Layout, Protocol):
+    """A layout that finds a place for factors sooner where it has found one for others that are close to them."""
+
+    def arrange_like(self, factors: SharedFactors, stored: StoredFactors) -> StoredFactors:
+        """As `arrange`, with what `stored` keeps beside its factors if that serves, too; both are of the same rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanObjective:
     """How a plan is measured, on the outputs of the model compressed by it; lower is better.

@@ -33,7 +33,12 @@ class PivotedLayout:
         return rank * (group.d_in + group.columns - rank) + bits + group.correction_parameters
 
     def arrange(self, factors: SharedFactors) -> StoredFactors:
-        form = pivoted_form(factors)
+        return self._stored(factors, pivoted_form(factors))
+
+    def arrange_like(self, factors: SharedFactors, stored: StoredFactors) -> StoredFactors:
+        return self._stored(factors, pivoted_form(factors, _pivots(stored)))
+
+    def _stored(self, factors: SharedFactors, form: PivotedForm) -> StoredFactors:
         return StoredFactors(
             self,
             factors.group,
@@ -44,8 +49,7 @@ class PivotedLayout:
         )
 
     def restore(self, stored: StoredFactors) -> SharedFactors:
-        pivots = unpack_bits(stored.kept["pivots"], _features(stored.group))
-        plain = plain_form(stored.group, PivotedForm(stored.basis, stored.coefficients, pivots))
+        plain = plain_form(stored.group, PivotedForm(stored.basis, stored.coefficients, _pivots(stored)))
         return replace(plain, corrections=stored.corrections).double()
 
     def with_coefficients(self, stored: StoredFactors, coefficients: Mapping[int, Tensor]) -> StoredFactors:
@@ -53,6 +57,10 @@ class PivotedLayout:
             return replace(stored, coefficients={**stored.coefficients, **coefficients})
         # The coefficients of a single matrix hold the identity, so other columns may become pivots.
         return self.arrange(replace(self.restore(stored), coefficients=coefficients))
+
+
+def _pivots(stored: StoredFactors) -> Tensor:
+    return unpack_bits(stored.kept["pivots"], _features(stored.group))
 
 
 def _features(group: WeightGroup) -> int:

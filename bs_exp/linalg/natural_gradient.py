@@ -67,24 +67,41 @@ def basis_direction(
     return solve_definite(among, reached.mT).mT
 
 
-def stepped(
-    factors: SharedFactors,
-    direction: Float[Tensor, "d_in columns"],
-    basis_step: Float[Tensor, "d_in rank"],
-    gram: Float[Tensor, "d_in d_in"],
-    length: float,
-) -> SharedFactors:
-    """Factors of the same rank for `B C - length * direction`, without a decomposition; corrections stay as they are.
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Factors of one rank for `B C - length * direction`, whatever the length, without a decomposition.
 
-    The basis moves by `basis_step`, then the coefficients are those of the least error in the metric of the inputs
-    `gram` H: one half-step each of alternating least squares from the present factors, which to first order in `length`
-    is the best approximation of this rank.
+    The basis moves by `basis_step`, then the coefficients are those of the least error in the metric of the inputs: one
+    half-step each of alternating least squares from the present factors, which to first order in the length is the best
+    approximation of this rank. Both sides of the normal equations, `among` and `wanted`, are polynomials of the second
+    degree in the length, of which these are the terms.
     """
-    group = factors.group
-    coefficients = torch.cat([factors.coefficients[layer] for layer in group.layers], dim=1)
-    basis = factors.basis - length * basis_step
-    weighted = (gram @ basis).mT
-    wanted = (weighted @ factors.basis) @ coefficients - length * (weighted @ direction)
-    basis_t, new = balanced(basis.mT, solve_definite(weighted @ basis, wanted))
-    found = split_by_layer(group, basis_t, new)
-    return SharedFactors(group, found.basis, found.coefficients, factors.corrections)
+
+    factors: SharedFactors
+    basis_step: Float[Tensor, "d_in rank"]
+    among: Float[Tensor, "3 rank rank"]
+    wanted: Float[Tensor, "3 rank columns"]
+
+    @classmethod
+    def through(
+        cls,
+        factors: SharedFactors,
+        direction: Float[Tensor, "d_in columns"],
+        basis_step: Float[Tensor, "d_in rank"],
+        gram: Float[Tensor, "d_in d_in"],
+    ) -> Line:
+        """The line from these factors on; `gram` is that of the inputs."""
+        columns = torch.cat([factors.coefficients[layer] for layer in factors.group.layers], dim=1)
+        basis, step = (gram @ factors.basis).mT, (gram @ basis_step).mT
+        mixed = step @ factors.basis
+        among = torch.stack([basis @ factors.basis, -(mixed + mixed.mT), step @ basis_step])
+        wanted = torch.stack([among[0] @ columns, -(mixed @ columns + basis @ direction), step @ direction])
+        return cls(factors, basis_step, among, wanted)
+
+    def at(self, length: float) -> SharedFactors:
+        """The factors there; corrections stay as they are."""
+        powers = self.among.new_tensor([1.0, length, length**2])
+        among, wanted = (torch.tensordot(powers, terms, dims=1) for terms in (self.among, self.wanted))
+        basis = self.factors.basis - length * self.basis_step
+        found = split_by_layer(self.factors.group, *balanced(basis.mT, solve_definite(among, wanted)))
+        return SharedFactors(self.factors.group, found.basis, found.coefficients, self.factors.corrections)

@@ -55,8 +55,8 @@ class Examples:
 
     def loss(self, logits: Float[Tensor, "windows positions vocabulary"], *, reduction: str) -> Tensor:
         """Cross entropy of the predicted tokens in nats, in fp32; `reduction` is that of `cross_entropy`."""
-        predicted = self.labels != IGNORED
-        return functional.cross_entropy(logits[predicted].float(), self.labels[predicted], reduction=reduction)
+        chosen = logits.flatten(0, -2).index_select(0, self._predicted)  # its gradient is made faster than a mask's
+        return functional.cross_entropy(chosen.float(), self.labels.flatten()[self._predicted], reduction=reduction)
 
     def divergence(
         self,
@@ -64,8 +64,11 @@ class Examples:
         target: Float[Tensor, "windows positions vocabulary"],
     ) -> Tensor:
         """`KL(softmax(target) || softmax(logits))` in nats, summed over the predicted tokens."""
-        predicted = self.labels != IGNORED
-        return kl_divergence(logits[predicted], target[predicted])
+        return kl_divergence(logits, target, tokens=self._predicted)
+
+    @property
+    def _predicted(self) -> Int[Tensor, " tokens"]:
+        return (self.labels != IGNORED).flatten().nonzero()[:, 0]
 
 
 class Feeder(Protocol):

@@ -145,17 +145,30 @@ def own_parameters(
 def exchange_factors(
     model: PreTrainedModel, architecture: Architecture, factors: StoredFactors, folder: Path | None = None
 ) -> None:
-    """Puts other factors in place of a group's, of the same rank and in the same layout; biases stay the Parameters
-    they are. In place of factors that lie in files come some in files without names in `folder`."""
-    quantizer: Any = model.hf_quantizer
-    entries = quantizer.quantization_config.groups
-    members = [architecture.by_position[factors.group.matrix, layer].module for layer in factors.group.layers]
-    position = next(i for i, entry in enumerate(entries) if entry["members"] == members)
-    present = [model.get_submodule(name) for name in members]
+    """Puts other factors in place of a group's, in new Parameters, of the same rank and in the same layout; biases stay
+    the Parameters they are. DecompositionError if the rank is another. In place of factors that lie in files come some in files without names in `folder`."""
+    group = factors.group
+    matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
+    present = [model.get_submodule(matrix.module) for matrix in matrices]
+    shared = [cast("FactorisedLinear", getattr(layer, "shared", layer)) for layer in present]
+    _check_shapes(factors, type(shared[0]))
+    if factors.rank != shared[0].rank:
+        raise DecompositionError(
+            f"The factors of group {group.name} have rank {factors.rank}, those in the model {shared[0].rank}."
+        )
     in_files = any(is_mapped(weight) for layer in present for weight in layer.parameters())
-    for name, layer in zip(members, present, strict=True):
-        model.set_submodule(name, cast("Any", layer).to_dense())
-    entries[position] = _replace_group(model, architecture, factors, folder, in_files=in_files)
+    basis = _parameter(factors.basis, like=shared[0].basis, group=group, what="basis")
+    for matrix, outer, layer in zip(matrices, present, shared, strict=True):
+        layer.basis = basis
+        what = f"coefficients of layer {matrix.place}"
+        layer.weight = _parameter(factors.coefficients[matrix.place], like=layer.weight, group=group, what=what)
+        for name, value in factors.kept.items():
+            setattr(layer, name, canonical(value.to(basis.device)))
+        layer.refresh()
+        if isinstance(outer, CorrectedLinear):
+            outer.down, outer.weight = _correction(factors, matrix.place, like=layer.weight)
+    if in_files:
+        _to_files({factor for layer in present for factor in layer.parameters()}, folder)
 
 
 def is_factorised(model: PreTrainedModel) -> bool:
@@ -188,12 +201,10 @@ def _replace_group(
     architecture: Architecture,
     stored: StoredFactors,
     folder: Path | None,
-    *,
-    in_files: bool | None = None,
 ) -> Mapping[str, Any]:
     """Replaces the matrices of a group; returns its entry in the quantization config.
 
-    `in_files` says whether the factors go to files; None: if the matrices are there.
+    The factors go to files if the matrices are there.
     """
     group = stored.group
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
@@ -212,7 +223,7 @@ def _replace_group(
     if group.correction:
         entry["correction"] = group.correction
         layers = [_corrected(new, stored, matrix.place) for matrix, new in zip(matrices, layers, strict=True)]
-    if in_files or (in_files is None and any(is_mapped(old.weight) for old in dense)):
+    if any(is_mapped(old.weight) for old in dense):
         _to_files({factor for layer in layers for factor in layer.parameters()}, folder)
     for matrix, new in zip(matrices, layers, strict=True):
         model.set_submodule(matrix.module, new)
@@ -252,10 +263,13 @@ def _own_experts(model: PreTrainedModel) -> list[str]:
 
 
 def _corrected(shared: FactorisedLinear, stored: StoredFactors, layer: int) -> CorrectedLinear:
-    down, own = stored.corrections[layer]
-    like, what = shared.weight, f"correction of layer {layer}"
-    factors = (_parameter(factor, like=like, group=stored.group, what=what) for factor in (down, own))
-    return CorrectedLinear(shared, *factors)
+    return CorrectedLinear(shared, *_correction(stored, layer, like=shared.weight))
+
+
+def _correction(stored: StoredFactors, layer: int, *, like: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    what = f"correction of layer {layer}"
+    down, own = (_parameter(f, like=like, group=stored.group, what=what) for f in stored.corrections[layer])
+    return down, own
 
 
 def _check_shapes(stored: StoredFactors, kind: type[FactorisedLinear]) -> None:

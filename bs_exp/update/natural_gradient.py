@@ -22,10 +22,10 @@ from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.identity import identity
 from bs_exp.linalg.cholesky import cholesky_whitener
-from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
+from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, conjugate_share, natural_gradient
 from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import exchange_factors, factors_of
-from bs_exp.protocols import StoredFactors, Update
+from bs_exp.protocols import ArrangesAlike, StoredFactors, Update
 from bs_exp.types import CalibrationData, GroupStatistics, LoadedModel, RankPlan, Statistic, Task, WeightGroup
 from bs_exp.validation import (
     check_at_least,
@@ -44,6 +44,8 @@ LOSSES = ("divergence", "labels")
 _NATURAL, _DIRECTION = "natural_step", "direction"
 # So often a quarter of the length is tried, until the held-out loss falls: 4^-10 of a first step changes nothing.
 _QUARTERS = 10
+# Up to so many numbers in all matrices, what lengths are tried with stays in memory: below 1 GB.
+_KEPT_NUMBERS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,7 @@ class _Descent:
     _grams: CalibrationStats | None = None
     _gradients: CalibrationStats | None = None  # of the step before, as long as the next one is sought
     _directions: Mapping[WeightGroup, _Stored] = field(default_factory=dict)
+    _lines: dict[WeightGroup, Line] = field(default_factory=dict)  # from the present factors on, those that are kept
     _product: float | None = None  # of gradient and natural gradient
     _made: int = 0  # entries of the cache in front of those of this step
 
@@ -261,6 +264,7 @@ class _Descent:
         else twice.
         """
         start = {group: self._present(group) for group in self.groups}
+        self._lines = {}
         losses: dict[float, float] = {}
         last = 0.0
 
@@ -295,7 +299,7 @@ class _Descent:
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
         self._made = len(self.workspace.cache.made)
         self._grams = self._gradients = self._product = None
-        self._directions = {}
+        self._directions, self._lines = {}, {}
 
     def _drop(self, *, but: Collection[str]) -> None:
         """What the cache holds of this step goes, but for some kinds."""
@@ -308,14 +312,21 @@ class _Descent:
             exchange_factors(self.compressed, self.dense.architecture, moved, self.workspace.cache.folder)
 
     def _moved(self, stored: StoredFactors, length: float) -> StoredFactors:
+        line = self._lines.get(stored.group) or self._line(stored)
+        if sum(group.d_in * group.columns for group in self.groups) <= _KEPT_NUMBERS:
+            self._lines[stored.group] = line
+        layout, moved = stored.layout, line.at(length)
+        found = layout.arrange_like(moved, stored) if isinstance(layout, ArrangesAlike) else layout.arrange(moved)
+        return found.in_dtype(stored.basis.dtype)
+
+    def _line(self, stored: StoredFactors) -> Line:
         group, direction = stored.group, self._directions[stored.group]
         assert self._grams is not None
         gram = _gram(self._grams.of(group, self._device))
         gram.diagonal().mul_(1.0 + self._ridge)
         stored = stored.on(self._device)
         plain = stored.layout.restore(stored)
-        found = stepped(plain, self._read(direction, "direction"), self._read(direction, "basis"), gram, length)
-        return stored.layout.arrange(found).in_dtype(stored.basis.dtype)
+        return Line.through(plain, self._read(direction, "direction"), self._read(direction, "basis"), gram)
 
     def _present(self, group: WeightGroup) -> StoredFactors:
         """The factors of a group; whoever exchanges them puts new Parameters in their place."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bs_exp.linalg.cholesky import cholesky_whitener, solve_definite
 from bs_exp.linalg.decomposition import split_by_layer
-from bs_exp.linalg.natural_gradient import Curvature, basis_direction, conjugate_share, natural_gradient, stepped
+from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, conjugate_share, natural_gradient
 from bs_exp.types import SharedFactors, WeightGroup
 
 GROUP = WeightGroup(matrix="up", layers=(0, 2), d_in=6, d_out=5)
@@ -69,7 +69,7 @@ def test_a_step_is_the_best_approximation_of_its_rank_to_first_order() -> None:
     product, direction = plain.basis @ plain.coefficients[0], normal(6, 5, seed=6)
     errors = []
     for length in (1e-3, 1e-4):
-        moved = stepped(plain, direction, basis_direction(plain, direction, curvature), H, length)
+        moved = Line.through(plain, direction, basis_direction(plain, direction, curvature), H).at(length)
         whitened = curvature.inputs @ (product - length * direction) @ curvature.outputs[0].mT
         left, sizes, right = torch.linalg.svd(whitened, full_matrices=False)
         best = torch.linalg.solve(curvature.inputs, left[:, :2] * sizes[:2]) @ right[:2]
@@ -83,10 +83,11 @@ def test_a_step_is_the_best_approximation_of_its_rank_to_first_order() -> None:
 def test_lengths_of_nothing_and_full_ranks_are_exact(rank: int) -> None:
     plain, direction = factors(rank), normal(6, 10, seed=6)
     basis = basis_direction(plain, direction, CURVATURE)
-    still = stepped(plain, direction, basis, H, 0.0)
+    line = Line.through(plain, direction, basis, H)
+    still = line.at(0.0)
     torch.testing.assert_close(still.basis @ columns(still), plain.basis @ columns(plain), rtol=1e-9, atol=1e-9)
     if rank == 6:
-        moved = stepped(plain, direction, basis, H, 0.01)
+        moved = line.at(0.01)
         expected = plain.basis @ columns(plain) - 0.01 * direction
         torch.testing.assert_close(moved.basis @ columns(moved), expected, rtol=1e-8, atol=1e-8)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bs_exp.linalg.pivoting import pivoted_form, pivots_are_inputs, plain_form
+from bs_exp.linalg.pivoting import PivotedForm, pivoted_form, pivots_are_inputs, plain_form
 from bs_exp.types import SharedFactors, WeightGroup
 
 
@@ -65,6 +65,39 @@ def test_which_pivots_does_not_depend_on_how_the_product_is_written() -> None:
     first, second = pivoted_form(plain), pivoted_form(changed)
     assert torch.equal(first.pivots, second.pivots)
     torch.testing.assert_close(first.basis, second.basis)
+
+
+def _products(form: PivotedForm, group: WeightGroup) -> torch.Tensor:
+    plain = plain_form(group, form)
+    return torch.cat([plain.basis @ plain.coefficients[layer] for layer in group.layers], dim=1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pivots_of_close_factors_serve_again(size: int) -> None:
+    plain, other = factors(20, 18, size, 7), factors(20, 18, size, 7, seed=1)
+    pivots = pivoted_form(plain).pivots
+    moved = replace(
+        plain,
+        basis=plain.basis + 0.01 * other.basis,
+        coefficients={layer: c + 0.01 * other.coefficients[layer] for layer, c in plain.coefficients.items()},
+    )
+    again = pivoted_form(moved, pivots)
+    assert torch.equal(again.pivots, pivots)
+    torch.testing.assert_close(_products(again, plain.group), _products(pivoted_form(moved), plain.group))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("scale", [0.0, 1e-3], ids=["dependent", "nearly"])
+def test_pivots_that_do_no_longer_serve_are_chosen_anew(size: int, scale: float) -> None:
+    """One of the pivots becomes (nearly) a multiple of another."""
+    plain = factors(20, 18, size, 7)
+    pivots = pivoted_form(plain).pivots
+    first, second = pivots.nonzero()[:2, 0]
+    matrix = plain.basis.T if size > 1 else plain.coefficients[0]
+    matrix[:, second] = matrix[:, first] + scale * matrix[:, second]
+    again, anew = pivoted_form(plain, pivots), pivoted_form(plain)
+    assert torch.equal(again.pivots, anew.pivots) and not torch.equal(again.pivots, pivots)
+    assert torch.equal(again.basis, anew.basis)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -16,7 +16,7 @@ from bs_exp.calibration.site_inputs import inputs_of
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.linalg.cholesky import cholesky_whitener
-from bs_exp.linalg.natural_gradient import Curvature, basis_direction, natural_gradient, stepped
+from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, natural_gradient
 from bs_exp.models.architecture import module_of
 from bs_exp.models.surgery import factors_of, to_dense
 from bs_exp.models.tiny import tiny_random
@@ -78,13 +78,8 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: L
         direction = natural_gradient(group, gradient, curvature)
         stored = factors_of(cut.module, dense.architecture, group)
         start = stored.layout.restore(stored)
-        wanted = stepped(
-            start,
-            direction,
-            basis_direction(start, direction, curvature),
-            curvature.inputs.mT @ curvature.inputs,
-            length,
-        )
+        steps = direction, basis_direction(start, direction, curvature)
+        wanted = Line.through(start, *steps, curvature.inputs.mT @ curvature.inputs).at(length)
         stored = factors_of(made.module, dense.architecture, group)
         found = stored.layout.restore(stored)
         for layer in group.layers:
