@@ -23,13 +23,13 @@ from bs_exp.calibration.gradients import (
     TopKOutputGramSum,
 )
 from bs_exp.calibration.statistics import Accumulator, Loss, Place, Seen, Subject, is_finite, subjects
-from bs_exp.calibration.walk import walk
+from bs_exp.calibration.walk import is_large, walk
 from bs_exp.errors import CalibrationError
 from bs_exp.models.architecture import module_of
 from bs_exp.models.blocks import states_of
 from bs_exp.models.hooks import Hooks
 from bs_exp.progress import Progress
-from bs_exp.types import CalibrationData, LoadedModel, Statistic, WeightMatrix
+from bs_exp.types import CalibrationData, LoadedModel, Statistic, Task, WeightMatrix
 
 # Everything that can be gathered. A new statistic is a class that keeps the protocol, and a row.
 ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
@@ -62,10 +62,9 @@ def gather(
 ) -> Iterator[Gathered]:
     """The statistics of all their subjects on the calibration windows, as soon as each has seen all of them.
 
-    One pass over the windows gathers all that need no loss, without logits, and one more all that are made of the
-    gradients of one loss: the model's own, on the text's own tokens (empirical Fisher) or on drawn ones, or random sums
-    of outputs. `layers` are
-    those whose statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where a walk
+    Each pass over the windows gathers all that are made of the gradients of one loss: the model's own, on the text's
+    own tokens (empirical Fisher) or on drawn ones, or random sums of outputs. What needs no loss comes along, or has a
+    pass without logits (`passes`). `layers` are those whose statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where a walk
     that was interrupted takes them up by their `key`. Tensors are on the CPU. Several processes share out the batches,
     and each yields the statistics of all. Hooks, `requires_grad` flags and gradients are as before afterwards, whatever
     happened.
@@ -75,17 +74,28 @@ def gather(
     if processes.count() > 1:
         part = replace(data, windows=replace(data.windows, ids=torch.cat(processes.mine(data.batches))))
         key = key and f"{key}-{processes.rank()}-of-{processes.count()}"
-    for loss, chosen in passes(statistics):
+    for loss, chosen in passes(model, statistics):
         sums = _Sums(model, chosen, loss, batches=count)
         for done in walk(model, part, sums, progress=progress, folder=folder, layers=layers, key=key):
             yield from sums.finished(done)
 
 
-def passes(statistics: Set[Statistic]) -> Iterator[tuple[Loss | None, list[Statistic]]]:
-    """The passes over the windows that gather these statistics: the loss of each, and what it gathers."""
-    for loss in _LOSSES:
-        if chosen := [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss]:
-            yield loss, chosen
+def passes(model: LoadedModel, statistics: Set[Statistic]) -> Iterator[tuple[Loss | None, list[Statistic]]]:
+    """The passes over the windows that gather these statistics: the loss of each, and what it gathers.
+
+    What needs no loss comes along with the first loss, if the model is not large (blocks that are computed again would
+    be watched twice) and reads there what it reads without one: a masked language model does so for probes alone.
+    """
+    by_loss = {loss: [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss] for loss in _LOSSES}
+    alone = by_loss.pop(None)
+    with_loss = [(loss, chosen) for loss, chosen in by_loss.items() if chosen]
+    if alone and with_loss and not is_large(model):
+        alike = [loss for loss, _ in with_loss if loss == "probes" or model.task is not Task.MASKED_LM]
+        for loss in alike[:1]:
+            by_loss[loss], alone = alone + by_loss[loss], []
+    if alone:
+        yield None, alone
+    yield from ((loss, by_loss[loss]) for loss, _ in with_loss)
 
 
 class _Sums:
@@ -142,7 +152,7 @@ class _Sums:
     def finished(self, layers: Sequence[int]) -> Iterator[Gathered]:
         """What was found in these layers, which is not kept here. CalibrationError if anything is not finite."""
         found: list[Gathered] = []
-        broken: list[str] = []
+        broken: dict[Place, list[str]] = {}
         for place, subject, statistics in self._watched:
             if subject.layer in layers:
                 new = []
@@ -151,12 +161,12 @@ class _Sums:
                     accumulator.combine()
                     new.append((statistic, subject.name, accumulator.tensors()))
                 if not all(is_finite(tensors) for _, _, tensors in new):
-                    broken.append(_not_finite(place, subject))
+                    broken.setdefault(place, []).append(_not_finite(place, subject))
                 found += new
-        if broken:
-            # Forward, what is not finite spreads to the blocks behind; the gradients at outputs, to those in front.
-            backward = self._watched[0][0] is Place.OUTPUT_GRADIENT
-            raise CalibrationError(broken[-1 if backward else 0])
+        # Forward, what is not finite spreads to the blocks behind, and to all gradients; these, to the blocks in front.
+        for place in (Place.INPUT, Place.BLOCK_OUTPUT, Place.OUTPUT_GRADIENT, Place.WEIGHT_GRADIENT):
+            if told := broken.get(place):
+                raise CalibrationError(told[-1 if place is Place.OUTPUT_GRADIENT else 0])
         yield from found
 
     def _watch_inputs(self, hooks: Hooks, subject: Subject, sums: Sequence[Accumulator]) -> None:
@@ -221,7 +231,7 @@ def _watch_weight_gradient(hooks: Hooks, weight: Tensor, sums: Sequence[Accumula
 def _watch_block_output(hooks: Hooks, block: nn.Module, sums: Sequence[Accumulator]) -> None:
     def accumulate(arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
         for accumulator in sums:
-            accumulator.add(Seen(states_of(output)))
+            accumulator.add(Seen(states_of(output).detach()))
 
     hooks.on_call(block, accumulate)
 

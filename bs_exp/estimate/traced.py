@@ -123,7 +123,7 @@ class Tracer:
         """The passes that gather statistics, one after the other."""
         windows, architecture = self.data.windows, self.dense.architecture
         batch = (tuple(windows.ids.shape), windows.feeding, self.data.batch_size, self.data.probes)
-        for loss, chosen in passes(statistics):
+        for loss, chosen in passes(self.dense, statistics):
             trace = partial(self._in_depth, partial(self._gathering, loss, chosen))
             key = ("gather", loss, frozenset(chosen), batch, architecture, tuple(self.groups), self._gram_dtype)
             yield self._once(key, trace)

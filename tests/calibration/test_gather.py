@@ -49,7 +49,22 @@ def test_what_needs_the_same_loss_comes_from_one_pass() -> None:
     model, passes = tiny_random(), []
     model.module.get_input_embeddings().register_forward_hook(lambda layer, args, output: passes.append(layer))
     gathered(model, DATA, *Statistic)
-    assert len(passes) == 6 * 3  # forward, summed loss, mean loss, two of drawn labels, probes; three batches each
+    # Summed loss with what needs none, mean loss, two of drawn labels, probes; three batches each.
+    assert len(passes) == 5 * 3
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "mixtral"])
+def test_what_needs_no_loss_comes_along_where_it_reads_the_same(family: str, way: str) -> None:
+    """Masked language models read masks with a loss, and none without one or with probes."""
+    model = tiny_random(family)
+    wanted = {Statistic.GRAM, Statistic.INPUT_MOMENTS, Statistic.OUTPUT_GRAM}
+    losses = [loss for loss, _ in gather.passes(model, wanted)]
+    assert losses == (["sum"] if way == "as a whole" and family != "bert" else [None, "sum"])
+    probed = [loss for loss, _ in gather.passes(model, {Statistic.GRAM, Statistic.PROBED_OUTPUT_GRAM})]
+    assert probed == (["probes"] if way == "as a whole" else [None, "probes"])
+    for loss in (Statistic.OUTPUT_GRAM, Statistic.PROBED_OUTPUT_GRAM):
+        along, alone = (gathered(model, DATA, Statistic.GRAM, *more)[Statistic.GRAM] for more in ([loss], []))
+        assert all(torch.equal(along[site]["gram"], found["gram"]) for site, found in alone.items())
 
 
 def test_subjects_are_sites_matrices_and_blocks() -> None:

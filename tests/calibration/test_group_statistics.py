@@ -85,7 +85,7 @@ def test_statistics_of_one_pass_come_from_one_pass(monkeypatch: pytest.MonkeyPat
     handle = model.module.get_input_embeddings().register_forward_hook(count)
     calibrate(model, DATA, needs=OF_MATRICES, workspace=Workspace(Cache(None), Progress(quiet=True)))
     handle.remove()
-    assert len(passes) == 5 * 3  # forward, and forward with backward for four losses, in three batches each
+    assert len(passes) == 4 * 3  # forward with backward for four losses, in three batches each
 
 
 def test_what_the_cache_has_is_not_gathered_again(tmp_path: Path) -> None:
