@@ -64,10 +64,10 @@ def gather(
 
     Each pass over the windows gathers all that are made of the gradients of one loss: the model's own, on the text's
     own tokens (empirical Fisher) or on drawn ones, or random sums of outputs. What needs no loss comes along, or has a
-    pass without logits (`passes`). `layers` are those whose statistics are wanted (None: all); hidden states that wait on disk do so in `folder`, from where a walk
-    that was interrupted takes them up by their `key`. Tensors are on the CPU. Several processes share out the batches,
-    and each yields the statistics of all. Hooks, `requires_grad` flags and gradients are as before afterwards, whatever
-    happened.
+    pass without logits (`passes`). `layers` are those whose statistics are wanted (None: all); hidden states that wait
+    on disk do so in `folder`, from where a walk that was interrupted takes them up by their `key`. Tensors are on the
+    CPU. Several processes share out the batches, and each yields the statistics of all. Hooks, `requires_grad` flags
+    and gradients are as before afterwards, whatever happened.
     Raises CalibrationError if what was seen is not finite, or matrices of one site read different inputs.
     """
     count, part = len(data.batches), data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,21 @@ def conjugate_share(product: float, crossed: float, before: float | None) -> flo
     `<D', n'>`.
     """
     return max(0.0, (product - crossed) / before) if before else 0.0
+
+
+def vertex_of(values: Mapping[float, float], left: float, middle: float, right: float) -> float:
+    """Where the parabola through three of the values is least; `middle` where it has no such place, or not finite ones.
+
+    With the least value in the middle it is between the outer places.
+    """
+    before, after = (
+        (values[middle] - values[left]) / (middle - left),
+        (values[right] - values[middle]) / (right - middle),
+    )
+    curvature = (after - before) / (right - left)
+    if not math.isfinite(curvature) or curvature <= 0.0:
+        return middle
+    return (left + middle) / 2.0 - before / (2.0 * curvature)
 
 
 def basis_direction(

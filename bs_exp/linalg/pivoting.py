@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bs_exp.types import SharedFactors, WeightGroup
 
-
-# Pivots that need larger combinations of themselves are chosen anew. Those that QR chooses seldom need larger ones than 4.
+# Pivots that need larger combinations of themselves are chosen anew; those that QR chooses seldom need any above 4.
 _LARGE = 10.0
 
 

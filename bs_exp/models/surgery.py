@@ -145,8 +145,11 @@ def own_parameters(
 def exchange_factors(
     model: PreTrainedModel, architecture: Architecture, factors: StoredFactors, folder: Path | None = None
 ) -> None:
-    """Puts other factors in place of a group's, in new Parameters, of the same rank and in the same layout; biases stay
-    the Parameters they are. DecompositionError if the rank is another. In place of factors that lie in files come some in files without names in `folder`."""
+    """Puts other factors in place of a group's, in new Parameters, of the same rank and in the same layout.
+
+    Biases stay the Parameters they are. In place of factors that lie in files come some in files without names in
+    `folder`. DecompositionError if the rank is another.
+    """
     group = factors.group
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
     present = [model.get_submodule(matrix.module) for matrix in matrices]

@@ -22,7 +22,14 @@ from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.identity import identity
 from bs_exp.linalg.cholesky import cholesky_whitener
-from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, conjugate_share, natural_gradient
+from bs_exp.linalg.natural_gradient import (
+    Curvature,
+    Line,
+    basis_direction,
+    conjugate_share,
+    natural_gradient,
+    vertex_of,
+)
 from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import ArrangesAlike, StoredFactors, Update
@@ -44,6 +51,8 @@ LOSSES = ("divergence", "labels")
 _NATURAL, _DIRECTION = "natural_step", "direction"
 # So often a quarter of the length is tried, until the held-out loss falls: 4^-10 of a first step changes nothing.
 _QUARTERS = 10
+# A length that is closer to one that was tried is not tried.
+_CLOSE = 0.2
 # Up to so many numbers in all matrices, what lengths are tried with stays in memory: below 1 GB.
 _KEPT_NUMBERS = 2**24
 
@@ -260,15 +269,15 @@ class _Descent:
     def search(self, length: float, loss: float) -> tuple[float, float] | None:
         """Moves the factors by the best length found from `length` on; that and its loss, None if none is below `loss`.
 
-        A quarter of the length is tried until the loss falls, then halves of that for as long as it falls further, or
-        else twice.
+        A quarter of the length is tried until the loss falls, and twice the length for as long as it falls further;
+        then the vertex of the parabola through the last length, that before and the next one.
         """
         start = {group: self._present(group) for group in self.groups}
         self._lines = {}
-        losses: dict[float, float] = {}
+        losses = {0.0: loss}
         last = 0.0
 
-        def lowers(length: float, than: float) -> bool:
+        def measured(length: float) -> float:
             nonlocal last
             if length not in losses:
                 last = length
@@ -277,21 +286,25 @@ class _Descent:
                     losses[length] = self.loss()
                 except DecompositionError:  # factors that the dtype cannot hold
                     losses[length] = math.inf
-            return losses[length] < than
+            return losses[length]
 
         for _ in range(_QUARTERS):
-            if lowers(length, loss):
+            if measured(length) < loss:
                 break
             length /= 4.0
         else:
             self._move(start, 0.0)
             return None
-        for factor in (0.5, 2.0):
-            while lowers(factor * length, losses[length]):
-                length *= factor
-        if length != last:
-            self._move(start, length)
-        return length, losses[length]
+        longer = min((tried for tried in losses if tried > length), default=2.0 * length)
+        while measured(longer) < measured(length):
+            length, longer = longer, 2.0 * longer
+        vertex = vertex_of(losses, max(tried for tried in losses if tried < length), length, longer)
+        if abs(vertex - length) > _CLOSE * length:
+            measured(vertex)
+        best = min(losses, key=lambda tried: losses[tried])
+        if best != last:
+            self._move(start, best)
+        return best, losses[best]
 
     def forget(self) -> None:
         """What there is of the last step goes, in the cache, too; the next one follows the natural gradient alone."""

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from bs_exp.linalg.cholesky import cholesky_whitener, solve_definite
 from bs_exp.linalg.decomposition import split_by_layer
-from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, conjugate_share, natural_gradient
+from bs_exp.linalg.natural_gradient import (
+    Curvature,
+    Line,
+    basis_direction,
+    conjugate_share,
+    natural_gradient,
+    vertex_of,
+)
 from bs_exp.types import SharedFactors, WeightGroup
 
 GROUP = WeightGroup(matrix="up", layers=(0, 2), d_in=6, d_out=5)
@@ -109,3 +116,14 @@ def test_definite_systems_are_solved_whatever_their_rank_and_scale() -> None:
     flat = low @ low.mT
     torch.testing.assert_close(flat @ solve_definite(flat, flat @ right), flat @ right, rtol=1e-8, atol=1e-8)
     assert not solve_definite(torch.zeros(6, 6, dtype=torch.float64), right).any()
+
+
+def test_the_vertex_of_a_parabola_is_found_from_any_three_of_its_points() -> None:
+    values = {length: 3.0 * (length - 0.7) ** 2 + 0.1 for length in (0.0, 0.5, 0.6, 2.0, 5.0)}
+    for left, middle, right in ((0.0, 0.5, 2.0), (0.0, 0.6, 5.0), (0.5, 2.0, 5.0)):
+        assert vertex_of(values, left, middle, right) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("last", [float("inf"), 0.0, -1.0], ids=["infinite", "straight", "falling faster"])
+def test_without_a_vertex_the_middle_stays(last: float) -> None:
+    assert vertex_of({0.0: 2.0, 1.0: 1.0, 2.0: last}, 0.0, 1.0, 2.0) == 1.0
