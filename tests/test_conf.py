@@ -145,7 +145,7 @@ def test_runs_started_at_once_get_their_own_folders(composed: Compose) -> None:
     [
         ("svd_llm", "e7aafbe983df3f2bc3580bf69931de05b8f3b19fbf6ef3fde10b0632b94d88b5"),
         ("basis_sharing", "9724f9d58700160717ace58e251ddd84d7567f981ff0073c6ae8db6c34ffbc4d"),
-        ("best", "fa074d8e5ae00e9e9c076c21ea49f31d8b34e077af871204ab08a9f9501bc25e"),
+        ("best", "47cca6033154877c56788bff8429666f9d88850aae9d1c72577a6e052a6bb5ec"),
     ],
 )
 def test_points_of_earlier_sweeps_are_found_again(composed: Compose, preset: str, digest: str) -> None:
