@@ -29,7 +29,7 @@ from bs_exp.models.architecture import module_of
 from bs_exp.models.blocks import states_of
 from bs_exp.models.hooks import Hooks
 from bs_exp.progress import Progress
-from bs_exp.types import CalibrationData, LoadedModel, Statistic, Task, WeightMatrix
+from bs_exp.types import Architecture, CalibrationData, LoadedModel, Statistic, Task, WeightMatrix
 
 # Everything that can be gathered. A new statistic is a class that keeps the protocol, and a row.
 ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
@@ -45,6 +45,9 @@ ACCUMULATORS: Mapping[Statistic, type[Accumulator]] = {
     Statistic.SENSITIVITY: Sensitivity,
 }
 _LOSSES: Sequence[Loss | None] = (None, "sum", "mean", "sampled", "top_k", "probes")
+
+# Numbers that may come along with the statistics of a loss: 0.5 GB in fp64.
+_ALONG = 2**26
 
 Gathered: TypeAlias = tuple[Statistic, str, dict[str, Tensor]]
 """A statistic, the name of its subject, and the tensors found."""
@@ -83,19 +86,26 @@ def gather(
 def passes(model: LoadedModel, statistics: Set[Statistic]) -> Iterator[tuple[Loss | None, list[Statistic]]]:
     """The passes over the windows that gather these statistics: the loss of each, and what it gathers.
 
-    What needs no loss comes along with the first loss, if the model is not large (blocks that are computed again would
-    be watched twice) and reads there what it reads without one: a masked language model does so for probes alone.
+    What needs no loss comes along with the first loss, if it takes little memory beside the statistics of that, the
+    model is not large (blocks that are computed again would be watched twice), and reads there what it reads without a
+    loss: a masked language model does so for probes alone.
     """
     by_loss = {loss: [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss] for loss in _LOSSES}
     alone = by_loss.pop(None)
     with_loss = [(loss, chosen) for loss, chosen in by_loss.items() if chosen]
-    if alone and with_loss and not is_large(model):
+    if alone and with_loss and not is_large(model) and _numbers(model.architecture, alone) <= _ALONG:
         alike = [loss for loss, _ in with_loss if loss == "probes" or model.task is not Task.MASKED_LM]
         for loss in alike[:1]:
             by_loss[loss], alone = alone + by_loss[loss], []
     if alone:
         yield None, alone
     yield from ((loss, by_loss[loss]) for loss, _ in with_loss)
+
+
+def _numbers(architecture: Architecture, statistics: Sequence[Statistic]) -> int:
+    """At most so many numbers the statistics of inputs hold."""
+    sites = subjects(architecture, Place.INPUT)
+    return sum(ACCUMULATORS[s].place is Place.INPUT for s in statistics) * sum(x.matrices[0].d_in ** 2 for x in sites)
 
 
 class _Sums:

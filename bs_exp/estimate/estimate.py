@@ -373,9 +373,9 @@ class _Estimator:
         assert windows is not None
         share = min(1.0, (update.windows or windows.count) / windows.count)
         found = list(self._gathered(update.gathers))
-        # Beside the statistics, in fp32: a direction, and the direction and the gradient of the step before.
+        # Beside the statistics, in fp32: a direction, the line along it, and direction and gradient of the step before.
         kept = sum(sum(each.stored.values()) for each in found)
-        kept += 3 * 4 * sum(group.parameters for group in self.tracer.groups)
+        kept += 5 * 4 * sum(group.parameters for group in self.tracer.groups)
         for each in found:
             self._stage(
                 Stage.UPDATE,

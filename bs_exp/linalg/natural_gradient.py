@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bs_exp.errors import DecompositionError
 from bs_exp.linalg.cholesky import solve_definite
 from bs_exp.linalg.decomposition import split_by_layer
 from bs_exp.linalg.scaling import balanced
@@ -85,18 +86,18 @@ def basis_direction(
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Factors of one rank for `B C - length * direction`, whatever the length, without a decomposition.
+    """Factors of one rank for `B C - t * direction`, whatever the length t, without a decomposition.
 
-    The basis moves by `basis_step`, then the coefficients are those of the least error in the metric of the inputs: one
-    half-step each of alternating least squares from the present factors, which to first order in the length is the best
-    approximation of this rank. Both sides of the normal equations, `among` and `wanted`, are polynomials of the second
-    degree in the length, of which these are the terms.
+    The basis moves by `basis_step`, then the coefficients are those of the least error in the metric H of the inputs:
+    one half-step each of alternating least squares from the present factors, which to first order in t is the best
+    approximation of this rank. Both sides of the normal equations, `B_t^T H B_t C_t = B_t^T H (B C - t * direction)`
+    with `B_t = B - t * basis_step`, are polynomials in t. Divided by those at t = 0, they are
+    `(1 + t A_1 + t^2 A_2)(C_t - C) = t V_1 + t^2 V_2`: `among` holds the A, `moved` the V.
     """
 
-    factors: SharedFactors
     basis_step: Float[Tensor, "d_in rank"]
-    among: Float[Tensor, "3 rank rank"]
-    wanted: Float[Tensor, "3 rank columns"]
+    among: Float[Tensor, "2 rank rank"]
+    moved: Float[Tensor, "2 rank columns"]
 
     @classmethod
     def through(
@@ -107,17 +108,29 @@ class Line:
         gram: Float[Tensor, "d_in d_in"],
     ) -> Line:
         """The line from these factors on; `gram` is that of the inputs."""
-        columns = torch.cat([factors.coefficients[layer] for layer in factors.group.layers], dim=1)
+        rank = factors.rank
         basis, step = (gram @ factors.basis).mT, (gram @ basis_step).mT
         mixed = step @ factors.basis
-        among = torch.stack([basis @ factors.basis, -(mixed + mixed.mT), step @ basis_step])
-        wanted = torch.stack([among[0] @ columns, -(mixed @ columns + basis @ direction), step @ direction])
-        return cls(factors, basis_step, among, wanted)
+        first, second = -(mixed + mixed.mT), step @ basis_step
+        # The right sides less the left ones at C; at first order `-mixed C` is on both.
+        wanted = [mixed.mT @ _columns(factors) - basis @ direction, step @ direction - second @ _columns(factors)]
+        solved = solve_definite(basis @ factors.basis, torch.cat([first, second, *wanted], dim=1))
+        among, moved = solved.split([2 * rank, solved.shape[1] - 2 * rank], dim=1)
+        return cls(basis_step, *(torch.stack(both.chunk(2, dim=1)) for both in (among, moved)))
 
-    def at(self, length: float) -> SharedFactors:
-        """The factors there; corrections stay as they are."""
-        powers = self.among.new_tensor([1.0, length, length**2])
-        among, wanted = (torch.tensordot(powers, terms, dims=1) for terms in (self.among, self.wanted))
-        basis = self.factors.basis - length * self.basis_step
-        found = split_by_layer(self.factors.group, *balanced(basis.mT, solve_definite(among, wanted)))
-        return SharedFactors(self.factors.group, found.basis, found.coefficients, self.factors.corrections)
+    def at(self, length: float, factors: SharedFactors) -> SharedFactors:
+        """The factors there, from those where the line begins; corrections stay as they are.
+
+        DecompositionError where they would not be finite.
+        """
+        among = torch.eye(factors.rank).to(self.among) + length * (self.among[0] + length * self.among[1])
+        moved, info = torch.linalg.solve_ex(among, length * (self.moved[0] + length * self.moved[1]))
+        if int(info) != 0 or not bool(moved.isfinite().all()):
+            raise DecompositionError(f"The factors of group {factors.group.name} are not finite at length {length:g}.")
+        basis = factors.basis - length * self.basis_step
+        found = split_by_layer(factors.group, *balanced(basis.mT, _columns(factors) + moved))
+        return SharedFactors(factors.group, found.basis, found.coefficients, factors.corrections)
+
+
+def _columns(factors: SharedFactors) -> Float[Tensor, "rank columns"]:
+    return torch.cat([factors.coefficients[layer] for layer in factors.group.layers], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ def kl_divergence(
     """
     if logits_at_once is None:
         logits_at_once = _IN_CACHE if logits.device.type == "cpu" else LOGITS_AT_ONCE
+    if logits.shape != target.shape:
+        raise ValueError(f"Logits {tuple(logits.shape)} cannot be compared with {tuple(target.shape)}.")
     rows = rows_at_once(logits.shape[-1], logits_at_once)
     flat = logits.flatten(0, -2), target.detach().flatten(0, -2)
     pieces: Sequence[Tensor | slice] = (
@@ -52,13 +55,17 @@ def kl_divergence(
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient, `T (softmax(logits / T) - softmax(target / T))`, comes out of what the value is made of."""
+    """The gradient, `T (softmax(logits / T) - softmax(target / T))`, comes out of what the value is made of.
+
+    It waits in the dtype of the logits: in fp16, where most of it would be zero, as a multiple by a power of two.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, temperature: float, pieces: Sequence[Tensor | slice]
     ) -> Tensor:
         dtype = precise(logits.dtype)
+        ctx.times = 2.0 ** (15 - math.ceil(math.log2(max(temperature, 1.0)))) if logits.dtype == torch.float16 else 1.0
         gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=dtype, device=logits.device)
         for piece in pieces:
@@ -66,7 +73,7 @@ class _Divergence(torch.autograd.Function):
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum()
             if gradient is not None:
-                gradient[piece] = log_q.exp_().sub_(p).mul_(temperature).to(logits.dtype)
+                gradient[piece] = log_q.exp_().sub_(p).mul_(temperature * ctx.times).to(logits.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total.mul_(temperature**2)
@@ -75,4 +82,8 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+        found = torch.empty_like(gradient)
+        rows = rows_at_once(gradient.shape[-1])
+        for part, kept in zip(found.split(rows), gradient.split(rows), strict=True):
+            part.copy_(kept.to(upstream.dtype) * (upstream / ctx.times))
+        return found, None, None, None

@@ -55,6 +55,7 @@ class Examples:
 
     def loss(self, logits: Float[Tensor, "windows positions vocabulary"], *, reduction: str) -> Tensor:
         """Cross entropy of the predicted tokens in nats, in fp32; `reduction` is that of `cross_entropy`."""
+        self._check(logits)
         chosen = logits.flatten(0, -2).index_select(0, self._predicted)  # its gradient is made faster than a mask's
         return functional.cross_entropy(chosen.float(), self.labels.flatten()[self._predicted], reduction=reduction)
 
@@ -64,7 +65,15 @@ class Examples:
         target: Float[Tensor, "windows positions vocabulary"],
     ) -> Tensor:
         """`KL(softmax(target) || softmax(logits))` in nats, summed over the predicted tokens."""
+        self._check(logits)
         return kl_divergence(logits, target, tokens=self._predicted)
+
+    def _check(self, logits: Tensor) -> None:
+        if logits.shape[:-1] != self.labels.shape:
+            raise ModelError(
+                f"The model gave logits for {tuple(logits.shape[:-1])} windows and positions, where it was asked for "
+                f"{tuple(self.labels.shape)}. Models that add or drop positions cannot be calibrated on a loss."
+            )
 
     @property
     def _predicted(self) -> Int[Tensor, " tokens"]:

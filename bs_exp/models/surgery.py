@@ -154,6 +154,9 @@ def exchange_factors(
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
     present = [model.get_submodule(matrix.module) for matrix in matrices]
     shared = [cast("FactorisedLinear", getattr(layer, "shared", layer)) for layer in present]
+    for matrix, layer in zip(matrices, shared, strict=True):
+        if not isinstance(layer, FactorisedLinear) or not layer.weight.is_floating_point():
+            raise ModelError(f"{matrix.module} is a {type(layer).__name__}, whose factors cannot be exchanged.")
     _check_shapes(factors, type(shared[0]))
     if factors.rank != shared[0].rank:
         raise DecompositionError(
@@ -161,15 +164,21 @@ def exchange_factors(
         )
     in_files = any(is_mapped(weight) for layer in present for weight in layer.parameters())
     basis = _parameter(factors.basis, like=shared[0].basis, group=group, what="basis")
+    own, terms = {}, {}
+    for matrix, layer in zip(matrices, shared, strict=True):
+        place = matrix.place
+        what = f"coefficients of layer {place}"
+        own[place] = _parameter(factors.coefficients[place], like=layer.weight, group=group, what=what)
+        if group.correction:
+            terms[place] = _correction(factors, place, like=layer.weight)
+    # Nothing fails from here on: a group whose layers hold factors of two kinds would compute nonsense.
     for matrix, outer, layer in zip(matrices, present, shared, strict=True):
-        layer.basis = basis
-        what = f"coefficients of layer {matrix.place}"
-        layer.weight = _parameter(factors.coefficients[matrix.place], like=layer.weight, group=group, what=what)
+        layer.basis, layer.weight = basis, own[matrix.place]
         for name, value in factors.kept.items():
             setattr(layer, name, canonical(value.to(basis.device)))
         layer.refresh()
         if isinstance(outer, CorrectedLinear):
-            outer.down, outer.weight = _correction(factors, matrix.place, like=layer.weight)
+            outer.down, outer.weight = terms[matrix.place]
     if in_files:
         _to_files({factor for layer in present for factor in layer.parameters()}, folder)
 

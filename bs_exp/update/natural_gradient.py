@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,7 +33,16 @@ from bs_exp.linalg.natural_gradient import (
 from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import ArrangesAlike, StoredFactors, Update
-from bs_exp.types import CalibrationData, GroupStatistics, LoadedModel, RankPlan, Statistic, Task, WeightGroup
+from bs_exp.types import (
+    CalibrationData,
+    GroupStatistics,
+    LoadedModel,
+    RankPlan,
+    SharedFactors,
+    Statistic,
+    Task,
+    WeightGroup,
+)
 from bs_exp.validation import (
     check_at_least,
     check_choice,
@@ -210,11 +219,10 @@ class _Descent:
     data: CalibrationData
     held_out: CalibrationLoss
     workspace: Workspace
-    _ridge: float = 0.0
-    _grams: CalibrationStats | None = None
     _gradients: CalibrationStats | None = None  # of the step before, as long as the next one is sought
     _directions: Mapping[WeightGroup, _Stored] = field(default_factory=dict)
-    _lines: dict[WeightGroup, Line] = field(default_factory=dict)  # from the present factors on, those that are kept
+    # Where the present factors begin, and the lines from there on: those that are kept in memory.
+    _lines: dict[WeightGroup, tuple[SharedFactors, Line]] = field(default_factory=dict)
     _product: float | None = None  # of gradient and natural gradient
     _made: int = 0  # entries of the cache in front of those of this step
 
@@ -232,7 +240,6 @@ class _Descent:
         Whether the direction before has a share in it.
         """
         self._drop(but=(Statistic.LOSS_GRADIENT, _DIRECTION))
-        self._grams = None
         before, self._made = self._made, len(self.workspace.cache.made)
         source = as_loaded(self.compressed, self.dense)
         data = shared_out(drawn(self.data, settings.windows, seed=settings.seed, number=number))
@@ -256,13 +263,16 @@ class _Descent:
             if share:
                 direction = direction + share * self._read(self._directions[group], "direction")
             present = self._present(group).on(self._device)
-            basis = basis_direction(present.layout.restore(present), direction, self._curvature(stats, settings, group))
-            directions[group] = self._store(_DIRECTION, key, group, direction=direction, basis=basis)
+            plain, curvature = present.layout.restore(present), self._curvature(stats, settings, group)
+            gram = curvature.inputs.mT @ curvature.inputs
+            line = Line.through(plain, direction, basis_direction(plain, direction, curvature), gram)
+            del plain, curvature, gram
+            directions[group] = self._store(_DIRECTION, key, group, direction=direction, **vars(line))
             self.workspace.cache.discard([natural[group].name])
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
         self.workspace.cache.drop(self.workspace.cache.made[before : self._made])
-        self._ridge, self._directions, self._product = settings.ridge, directions, product
-        self._grams, self._gradients = _only(stats, Statistic.GRAM), _only(stats, Statistic.LOSS_GRADIENT)
+        self._directions, self._product = directions, product
+        self._gradients = _only(stats, Statistic.LOSS_GRADIENT)
         return share > 0.0
 
     @torch.no_grad()
@@ -273,7 +283,6 @@ class _Descent:
         then the vertex of the parabola through the last length, that before and the next one.
         """
         start = {group: self._present(group) for group in self.groups}
-        self._lines = {}
         losses = {0.0: loss}
         last = 0.0
 
@@ -294,6 +303,7 @@ class _Descent:
             length /= 4.0
         else:
             self._move(start, 0.0)
+            self._lines = {}
             return None
         longer = min((tried for tried in losses if tried > length), default=2.0 * length)
         while measured(longer) < measured(length):
@@ -304,6 +314,7 @@ class _Descent:
         best = min(losses, key=lambda tried: losses[tried])
         if best != last:
             self._move(start, best)
+        self._lines = {}
         return best, losses[best]
 
     def forget(self) -> None:
@@ -311,8 +322,8 @@ class _Descent:
         self._drop(but=(_DIRECTION,))
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
         self._made = len(self.workspace.cache.made)
-        self._grams = self._gradients = self._product = None
-        self._directions, self._lines = {}, {}
+        self._gradients = self._product = None
+        self._directions = {}
 
     def _drop(self, *, but: Collection[str]) -> None:
         """What the cache holds of this step goes, but for some kinds."""
@@ -325,21 +336,16 @@ class _Descent:
             exchange_factors(self.compressed, self.dense.architecture, moved, self.workspace.cache.folder)
 
     def _moved(self, stored: StoredFactors, length: float) -> StoredFactors:
-        line = self._lines.get(stored.group) or self._line(stored)
+        stored = stored.on(self._device)
+        start, line = self._lines.get(stored.group) or (stored.layout.restore(stored), self._line(stored.group))
         if sum(group.d_in * group.columns for group in self.groups) <= _KEPT_NUMBERS:
-            self._lines[stored.group] = line
-        layout, moved = stored.layout, line.at(length)
+            self._lines[stored.group] = start, line
+        layout, moved = stored.layout, line.at(length, start)
         found = layout.arrange_like(moved, stored) if isinstance(layout, ArrangesAlike) else layout.arrange(moved)
         return found.in_dtype(stored.basis.dtype)
 
-    def _line(self, stored: StoredFactors) -> Line:
-        group, direction = stored.group, self._directions[stored.group]
-        assert self._grams is not None
-        gram = _gram(self._grams.of(group, self._device))
-        gram.diagonal().mul_(1.0 + self._ridge)
-        stored = stored.on(self._device)
-        plain = stored.layout.restore(stored)
-        return Line.through(plain, self._read(direction, "direction"), self._read(direction, "basis"), gram)
+    def _line(self, group: WeightGroup) -> Line:
+        return Line(**{each.name: self._read(self._directions[group], each.name) for each in fields(Line)})
 
     def _present(self, group: WeightGroup) -> StoredFactors:
         """The factors of a group; whoever exchanges them puts new Parameters in their place."""
@@ -363,7 +369,7 @@ class _Descent:
         return self.dense.device
 
     def _store(self, kind: str, key: str, group: WeightGroup, **tensors: Tensor) -> _Stored:
-        """Tensors in fp32, of which each takes as much as the dense weights, or as a basis."""
+        """Tensors in fp32: a direction takes as much as the dense weights, a line about as much again."""
         own = content_key(key=key, group=asdict(group))
         found = {name: tensor.float().cpu() for name, tensor in tensors.items()}
         return _Stored(f"{kind}/{own}", self.workspace.cache.store(kind, own, found))

@@ -67,6 +67,14 @@ def test_what_needs_no_loss_comes_along_where_it_reads_the_same(family: str, way
         assert all(torch.equal(along[site]["gram"], found["gram"]) for site, found in alone.items())
 
 
+def test_statistics_that_take_much_memory_have_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, wanted = tiny_random(), {Statistic.GRAM, Statistic.OUTPUT_GRAM}
+    numbers = sum(s.matrices[0].d_in ** 2 for s in subjects(model.architecture, Place.INPUT))
+    for limit, losses in ((numbers, ["sum"]), (numbers - 1, [None, "sum"])):
+        monkeypatch.setattr(gather, "_ALONG", limit)
+        assert [loss for loss, _ in gather.passes(model, wanted)] == losses
+
+
 def test_subjects_are_sites_matrices_and_blocks() -> None:
     architecture = tiny_random("llama").architecture
     assert [s.name for s in subjects(architecture, Place.BLOCK_OUTPUT)] == ["0", "1", "2"]

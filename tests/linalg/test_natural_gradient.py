@@ -76,7 +76,7 @@ def test_a_step_is_the_best_approximation_of_its_rank_to_first_order() -> None:
     product, direction = plain.basis @ plain.coefficients[0], normal(6, 5, seed=6)
     errors = []
     for length in (1e-3, 1e-4):
-        moved = Line.through(plain, direction, basis_direction(plain, direction, curvature), H).at(length)
+        moved = Line.through(plain, direction, basis_direction(plain, direction, curvature), H).at(length, plain)
         whitened = curvature.inputs @ (product - length * direction) @ curvature.outputs[0].mT
         left, sizes, right = torch.linalg.svd(whitened, full_matrices=False)
         best = torch.linalg.solve(curvature.inputs, left[:, :2] * sizes[:2]) @ right[:2]
@@ -91,12 +91,22 @@ def test_lengths_of_nothing_and_full_ranks_are_exact(rank: int) -> None:
     plain, direction = factors(rank), normal(6, 10, seed=6)
     basis = basis_direction(plain, direction, CURVATURE)
     line = Line.through(plain, direction, basis, H)
-    still = line.at(0.0)
+    still = line.at(0.0, plain)
     torch.testing.assert_close(still.basis @ columns(still), plain.basis @ columns(plain), rtol=1e-9, atol=1e-9)
     if rank == 6:
-        moved = line.at(0.01)
+        moved = line.at(0.01, plain)
         expected = plain.basis @ columns(plain) - 0.01 * direction
         torch.testing.assert_close(moved.basis @ columns(moved), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_coefficients_there_are_least_squares_for_the_basis_there() -> None:
+    plain, direction, length = factors(3), normal(6, 10, seed=6), 0.3
+    basis_step = basis_direction(plain, direction, CURVATURE)
+    found = Line.through(plain, direction, basis_step, H).at(length, plain)
+    root, basis = CURVATURE.inputs, plain.basis - length * basis_step
+    wanted = plain.basis @ columns(plain) - length * direction
+    solved = basis @ torch.linalg.lstsq(root @ basis, root @ wanted).solution
+    torch.testing.assert_close(found.basis @ columns(found), solved, rtol=1e-9, atol=1e-9)
 
 
 def test_shares_are_those_of_conjugate_gradients() -> None:

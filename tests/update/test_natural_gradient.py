@@ -79,7 +79,7 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: L
         stored = factors_of(cut.module, dense.architecture, group)
         start = stored.layout.restore(stored)
         steps = direction, basis_direction(start, direction, curvature)
-        wanted = Line.through(start, *steps, curvature.inputs.mT @ curvature.inputs).at(length)
+        wanted = Line.through(start, *steps, curvature.inputs.mT @ curvature.inputs).at(length, start)
         stored = factors_of(made.module, dense.architecture, group)
         found = stored.layout.restore(stored)
         for layer in group.layers:
