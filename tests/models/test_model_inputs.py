@@ -183,3 +183,13 @@ def test_the_wrong_task_is_told_what_to_use() -> None:
 def test_windows_of_one_token_predict_nothing(family: str) -> None:
     with pytest.raises(ConfigError, match=r"sequence_length is 1: .*Set it to 2 or more"):
         feeder(tiny_random(family)).examples(torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_logits_of_other_positions_than_the_labels_are_refused() -> None:
+    """Such as those of a model that puts tokens of its own in front."""
+    model = tiny_random()
+    examples = feeder(model).examples(torch.zeros(2, 4, dtype=torch.int64))
+    logits = torch.zeros(2, 5, 258)
+    for measure in (lambda: examples.loss(logits, reduction="sum"), lambda: examples.divergence(logits, logits)):
+        with pytest.raises(ModelError, match=r"logits for \(2, 5\) windows and positions, .* asked for \(2, 4\)"):
+            measure()

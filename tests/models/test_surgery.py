@@ -13,8 +13,10 @@ from bs_exp.errors import DecompositionError, ModelError
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models.architecture import weight_of
 from bs_exp.models.modeling_basis_sharing import SharedLinear
-from bs_exp.models.surgery import is_factorised, replace_matrices, to_dense, twin
+from bs_exp.models.surgery import exchange_factors, is_factorised, replace_matrices, to_dense, twin
 from bs_exp.models.tiny import FAMILIES, TinyRandom
+from bs_exp.protocols import Layout
+from bs_exp.testing.models import LAYOUTS, same, values
 from bs_exp.types import LoadedModel, SharedFactors
 from tests.support.factorised import compressed_twin, logits_of, random_factors
 
@@ -155,6 +157,38 @@ def test_factors_that_do_not_fit_are_an_error(dense: Dense) -> None:
     with pytest.raises(DecompositionError, match=r"q\[0,1\] do not fit"):
         alone = replace(shared, coefficients={0: shared.coefficients[0]})
         replace_matrices(twin(loaded.module), loaded.architecture, [alone], PLAIN)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_exchanged_factors_are_those_of_the_group_and_of_no_other(layout: Layout) -> None:
+    loaded = TinyRandom(family="llama").load()
+    compressed, wanted = compressed_twin(loaded, layout), twin(loaded.module)
+    first, *others = random_factors(loaded.architecture)
+    other = replace(first, coefficients={layer: 2.0 * c.flip(0) for layer, c in first.coefficients.items()})
+    exchange_factors(compressed, loaded.architecture, layout.arrange(other))
+    replace_matrices(wanted, loaded.architecture, [other, *others], layout)
+    assert same(values(compressed), values(wanted))
+    members = [loaded.architecture.by_position["q", layer].module for layer in first.group.layers]
+    bases = [compressed.get_submodule(name).basis for name in members]
+    assert bases[0] is bases[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_factors_that_cannot_be_exchanged_leave_the_group_as_it_is(layout: Layout) -> None:
+    loaded = TinyRandom(family="llama", dtype="float16").load()
+    compressed = compressed_twin(loaded, layout)
+    before = values(compressed)
+    shared = next(random_factors(loaded.architecture))
+    scales = {layer: 1e9 if layer == 1 else 2.0 for layer in shared.coefficients}
+    large = replace(shared, coefficients={layer: scales[layer] * c for layer, c in shared.coefficients.items()})
+    with pytest.raises(DecompositionError, match=r"coefficients of layer 1 of group q\[0,1\]"):
+        exchange_factors(compressed, loaded.architecture, layout.arrange(large))
+    less = replace(shared, basis=shared.basis[:, 1:], coefficients={i: c[1:] for i, c in shared.coefficients.items()})
+    with pytest.raises(DecompositionError, match=r"have rank 3, those in the model 4"):
+        exchange_factors(compressed, loaded.architecture, layout.arrange(less))
+    assert same(values(compressed), before)
+    with pytest.raises(ModelError, match=r"q_proj is a Linear, whose factors cannot be exchanged"):
+        exchange_factors(twin(loaded.module), loaded.architecture, layout.arrange(shared))
 
 
 def test_a_compressed_model_is_not_compressed_again(dense: Dense) -> None:
