@@ -189,6 +189,7 @@ class _Sums:
         early: list[tuple[WeightMatrix, Tensor]] = []
 
         def accumulate(inputs: Tensor) -> None:
+            inputs = inputs.detach()  # a pass with a loss has a graph
             for matrix, read in early:
                 require_same(matrix, read, inputs)
             early.clear()
@@ -201,9 +202,9 @@ class _Sums:
                 return
             self._compared.add(matrix.module)
             if latest:
-                require_same(matrix, inputs, latest[0])
+                require_same(matrix, inputs.detach(), latest[0])
             else:
-                early.append((matrix, inputs))
+                early.append((matrix, inputs.detach()))
 
         def require_same(matrix: WeightMatrix, inputs: Tensor, wanted: Tensor) -> None:
             # NaN equals NaN here: it is reported for what it is, once all inputs were seen.

@@ -28,10 +28,10 @@ class Hooks:
         self._undo.close()
 
     def on_input(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
-        """Before every call of a module, `see` gets its first argument, without its graph."""
+        """Before every call of a module, `see` gets its first argument."""
 
         def hook(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-            see(arguments[0].detach())
+            see(arguments[0])
 
         self._undo.callback(module.register_forward_pre_hook(hook).remove)
 
