@@ -33,7 +33,7 @@ endif
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(INSTALLED)  ## four methods at one budget on the embedded model, compared with the dense one: two to three minutes
+demo: $(INSTALLED)  ## four methods at one budget on the embedded model, compared with the dense one: two minutes
 	$(BIN)/bs-exp demo $(ARGS)
 
 sweep-demo: $(INSTALLED)  ## four methods at four ratios on the embedded model, and a page that compares them
