@@ -88,24 +88,24 @@ def passes(model: LoadedModel, statistics: Set[Statistic]) -> Iterator[tuple[Los
 
     What needs no loss comes along with the first loss, if it takes little memory beside the statistics of that, the
     model is not large (blocks that are computed again would be watched twice), and reads there what it reads without a
-    loss: a masked language model does so for probes alone.
+    loss: a masked language model does so for probes alone. Tensors are those of a pass without a loss, bit for bit; of
+    a compressed model up to the order in which few tokens are summed (`modeling_basis_sharing.linear`).
     """
-    by_loss = {loss: [s for s in sorted(statistics) if ACCUMULATORS[s].loss == loss] for loss in _LOSSES}
-    alone = by_loss.pop(None)
-    with_loss = [(loss, chosen) for loss, chosen in by_loss.items() if chosen]
-    if alone and with_loss and not is_large(model) and _numbers(model.architecture, alone) <= _ALONG:
-        alike = [loss for loss, _ in with_loss if loss == "probes" or model.task is not Task.MASKED_LM]
-        for loss in alike[:1]:
-            by_loss[loss], alone = alone + by_loss[loss], []
-    if alone:
-        yield None, alone
-    yield from ((loss, by_loss[loss]) for loss, _ in with_loss)
+    by_loss = {loss: chosen for loss in _LOSSES if (chosen := [s for s in sorted(statistics) if _loss(s) == loss])}
+    if None in by_loss and not is_large(model) and _numbers(model.architecture, by_loss[None]) <= _ALONG:
+        reads_alike = [loss for loss in by_loss if loss == "probes" or (loss and model.task is not Task.MASKED_LM)]
+        if reads_alike:
+            by_loss[reads_alike[0]] += by_loss.pop(None)
+    yield from by_loss.items()
+
+
+def _loss(statistic: Statistic) -> Loss | None:
+    return ACCUMULATORS[statistic].loss
 
 
 def _numbers(architecture: Architecture, statistics: Sequence[Statistic]) -> int:
-    """At most so many numbers the statistics of inputs hold."""
-    sites = subjects(architecture, Place.INPUT)
-    return sum(ACCUMULATORS[s].place is Place.INPUT for s in statistics) * sum(x.matrices[0].d_in ** 2 for x in sites)
+    """At most so many numbers these statistics of activations hold: none takes more than Grams of all inputs."""
+    return len(statistics) * sum(site.matrices[0].d_in ** 2 for site in subjects(architecture, Place.INPUT))
 
 
 class _Sums:

@@ -153,10 +153,14 @@ def exchange_factors(
     group = factors.group
     matrices = [architecture.by_position[group.matrix, layer] for layer in group.layers]
     present = [model.get_submodule(matrix.module) for matrix in matrices]
-    shared = [cast("FactorisedLinear", getattr(layer, "shared", layer)) for layer in present]
-    for matrix, layer in zip(matrices, shared, strict=True):
-        if not isinstance(layer, FactorisedLinear) or not layer.weight.is_floating_point():
-            raise ModelError(f"{matrix.module} is a {type(layer).__name__}, whose factors cannot be exchanged.")
+    shared = [cast("FactorisedLinear", x.shared if isinstance(x, CorrectedLinear) else x) for x in present]
+    for matrix, outer, layer in zip(matrices, present, shared, strict=True):
+        corrected = isinstance(outer, CorrectedLinear) == (group.correction > 0)
+        if not corrected or not isinstance(layer, FactorisedLinear) or not layer.weight.is_floating_point():
+            raise ModelError(
+                f"{matrix.module} is a {type(outer).__name__}, whose factors cannot be exchanged for those of "
+                f"{group.name} (correction={group.correction})."
+            )
     _check_shapes(factors, type(shared[0]))
     if factors.rank != shared[0].rank:
         raise DecompositionError(

@@ -17,7 +17,7 @@ from bs_exp.models.architecture import weight_of
 from bs_exp.models.modeling_basis_sharing import LAYOUTS
 from bs_exp.models.surgery import replace_matrices, to_dense, twin
 from bs_exp.models.tiny import tiny_random
-from bs_exp.protocols import Layout
+from bs_exp.protocols import ArrangesAlike, Layout
 from bs_exp.types import Architecture, LoadedModel, SharedFactors, WeightGroup
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -77,6 +77,21 @@ class LayoutContract:
             }
             cost = 2 * layout.parameters(group, shared.rank)
             assert cost - group.size <= sum(tensors.values()) <= cost, group.name
+
+    def test_factors_arranged_like_others_have_their_own_products(self, layout: Layout) -> None:
+        """Like close ones, and like ones that nothing relates them to; only for a layout that can."""
+        if not isinstance(layout, ArrangesAlike):
+            pytest.skip(f"{layout.name} arranges all factors anew")
+        for shared in random_factors(tiny_random().architecture, correction=2):
+            close = replace(shared, basis=shared.basis + 1e-3 * shared.basis.roll(1, 0))
+            for like in (close, replace(shared, basis=shared.basis.flip(0), coefficients=_flipped(shared))):
+                found = layout.restore(layout.arrange_like(shared, layout.arrange(like)))
+                for layer, coefficients in shared.coefficients.items():
+                    product = found.basis @ found.coefficients[layer]
+                    torch.testing.assert_close(product, shared.basis @ coefficients, rtol=1e-8, atol=1e-8)
+                assert found.corrections.keys() == shared.corrections.keys()
+                for layer, terms in shared.corrections.items():
+                    assert all(map(torch.equal, found.corrections[layer], terms))
 
     def test_same_in_same_out_and_the_factors_are_untouched(self, layout: Layout) -> None:
         shared, again = (next(random_factors(tiny_random().architecture, correction=2)) for _ in range(2))
@@ -144,3 +159,7 @@ def stored(dense: LoadedModel, layout: Layout, correction: int) -> PreTrainedMod
     module = twin(dense.module)
     replace_matrices(module, dense.architecture, random_factors(dense.architecture, correction), layout)
     return module
+
+
+def _flipped(shared: SharedFactors) -> dict[int, Tensor]:
+    return {layer: coefficients.flip(1) for layer, coefficients in shared.coefficients.items()}

@@ -187,7 +187,7 @@ def test_factors_that_cannot_be_exchanged_leave_the_group_as_it_is(layout: Layou
     with pytest.raises(DecompositionError, match=r"have rank 3, those in the model 4"):
         exchange_factors(compressed, loaded.architecture, layout.arrange(less))
     assert same(values(compressed), before)
-    with pytest.raises(ModelError, match=r"q_proj is a Linear, whose factors cannot be exchanged"):
+    with pytest.raises(ModelError, match=r"q_proj is a Linear, whose factors cannot be exchanged for those of q"):
         exchange_factors(twin(loaded.module), loaded.architecture, layout.arrange(shared))
 
 
