@@ -204,10 +204,10 @@ def check_root(cfg: DictConfig) -> None:
 
 
 def _shown_dials(cfg: DictConfig, evaluator: str) -> DictConfig:
-    """An evaluator with the texts and tasks of its group that it does not set itself; its class is not imported."""
+    """An evaluator with the texts, tasks and pairs of its group that it does not set itself, without importing it."""
     node: DictConfig = cfg.evaluation.evaluators[evaluator].copy()
     with open_dict(node):
-        for name in ("corpora", "tasks"):
+        for name in ("corpora", "tasks", "pairs"):
             given = cfg.evaluation.get(name)
             if name not in node and isinstance(given, DictConfig | ListConfig):  # else its constructor refuses it
                 node[name] = list(given)

@@ -56,6 +56,10 @@ def _reported(node: Any) -> Iterator[str]:
     if name == "Accuracy":
         for kind in names.ACCURACIES:
             yield from (names.metric(kind, task) for task in [*_tasks(node), names.MEAN])
+    if name == "MtebScores":
+        yield from (
+            names.metric(names.MTEB_SCORE, task) for task in [*_tasks(node), *_names(node, "pairs"), names.MEAN]
+        )
     if name == "Throughput":
         yield from (names.PREFILL, names.DECODE, names.PEAK_MEMORY)
 
@@ -65,7 +69,7 @@ def _is_open(node: Any) -> bool:
     name = _class(node)
     if name == "Accuracy":
         return any(task != _OWN_TASK for task in _tasks(node))
-    return name not in (*_ON_TEXTS, "Throughput")
+    return name not in (*_ON_TEXTS, "MtebScores", "Throughput")
 
 
 def _class(node: Any) -> str | None:
@@ -75,8 +79,12 @@ def _class(node: Any) -> str | None:
 
 
 def _tasks(node: DictConfig) -> list[str]:
-    tasks = node.get("tasks")
-    return [str(task) for task in tasks] if isinstance(tasks, ListConfig) else []
+    return _names(node, "tasks")
+
+
+def _names(node: DictConfig, setting: str) -> list[str]:
+    named = node.get(setting)
+    return [str(name) for name in named] if isinstance(named, DictConfig | ListConfig) else []
 
 
 def _sizes() -> list[str]:

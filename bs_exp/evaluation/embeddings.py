@@ -11,26 +11,23 @@ import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
-from torch.nn import functional
 
 from bs_exp.corpora.content import content_of
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import check_length, cut_windows
 from bs_exp.errors import ConfigError, DataError
+from bs_exp.evaluation.text_embeddings import embeddings_of, token_rows
 from bs_exp.evaluation.texts import tracked
-from bs_exp.models.model_inputs import Inputs, check_task, hidden_states
-from bs_exp.models.pooling import pooled
+from bs_exp.models.model_inputs import check_task
 from bs_exp.protocols import Corpus
 from bs_exp.records import metrics as names
 from bs_exp.records.metrics import TEXT_SHA256, metric
-from bs_exp.types import LoadedModel, Pooling, Task
+from bs_exp.types import LoadedModel, Task
 from bs_exp.validation import check_at_least, check_choice
 
 Unit: TypeAlias = Literal["lines", "windows"]
 
 NEIGHBOURS = 10
-# Of a model that does not say how it pools.
-_MEAN = Pooling(modes=("mean",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +92,7 @@ class Embeddings:
         else:
             lines = [line for line in map(str.strip, text.splitlines()) if line]
             chosen = [lines[i] for i in evenly_spaced(len(lines), self.max_texts)]
-            rows = (
-                model.tokenizer(chosen, truncation=True, max_length=self.sequence_length)["input_ids"] if chosen else []
-            )
+            rows = token_rows(chosen, model, length=self.sequence_length)
         if len(rows) < NEIGHBOURS + 2:
             raise DataError(
                 f"Embeddings are compared on {NEIGHBOURS + 2} texts at least, got {len(rows)} {self.unit} of "
@@ -109,14 +104,9 @@ class Embeddings:
     def _embeddings(
         self, model: LoadedModel, rows: Sequence[Sequence[int]], label: str
     ) -> Iterator[Float[Tensor, "batch d"]]:
-        """Of length 1, in fp64 on the CPU."""
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         for batch in tracked(batches, label, total=len(batches)):
-            inputs = _padded(batch, model)
-            with torch.inference_mode():
-                hidden = hidden_states(model.module, inputs)
-                found = pooled(hidden, inputs["attention_mask"], model.pooling or _MEAN)
-            yield functional.normalize(found.double().cpu(), dim=-1)
+            yield embeddings_of(batch, model)
 
 
 def rank_correlation(own: Float[Tensor, "texts d"], dense: Float[Tensor, "texts d"]) -> float:
@@ -140,12 +130,3 @@ def neighbour_overlap(own: Float[Tensor, "texts d"], dense: Float[Tensor, "texts
     for mine, theirs in zip(*nearest, strict=True):
         shared += len(set(mine) & set(theirs))
     return shared / (NEIGHBOURS * len(own))
-
-
-def _padded(rows: Sequence[Sequence[int]], model: LoadedModel) -> Inputs:
-    """Inputs of a batch, padded on the right."""
-    length, pad = max(map(len, rows)), model.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    inputs: dict[str, object] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    return {**inputs, "use_cache": False} if model.task is Task.CAUSAL_LM else inputs

@@ -19,6 +19,8 @@ COSINE, RELATIVE_ERROR, SIMILARITY = "cosine", "relative_error", "similarity"
 # share of the ten nearest texts that are the same; `embedding_texts/NAME` says of how many.
 EMBEDDING, EMBEDDING_COSINE, EMBEDDING_SPEARMAN = "embedding", "embedding_cosine", "embedding_spearman"
 EMBEDDING_OVERLAP, EMBEDDING_TEXTS = "embedding_overlap10", "embedding_texts"
+# The main score of a task of MTEB; `mteb/version` and `mteb/TASK` say of which data.
+MTEB, MTEB_SCORE = "mteb", "mteb_score"
 # A compressed model as draft of its dense one: the share of its tokens that are accepted, tokens per pass of the dense
 # model, the share of prompts with the dense model's very text, the speed-up that reading the weights allows, and the
 # one that was measured. `draft/NAME` and `draft_tokens/NAME` say how.
@@ -52,7 +54,7 @@ BREAK_EVEN = {PREFILL: "cost/break_even_prefill_tokens", DECODE: "cost/break_eve
 SIZES = ("retain_ratio", "model_retain_ratio", "targeted_parameters", "parameters", "bytes", "targeted_bytes")
 
 # Settings, counts and speeds, which say nothing of the quality of a model.
-_NO_QUALITY = (ITEMS, TASK_VERSION, LM_EVAL, THROUGHPUT, COST, DRAFT, DRAFT_BOUND, EMBEDDING_TEXTS)
+_NO_QUALITY = (ITEMS, TASK_VERSION, LM_EVAL, MTEB, THROUGHPUT, COST, DRAFT, DRAFT_BOUND, EMBEDDING_TEXTS)
 _NO_QUALITY_ENDS = (TOKENS, NONFINITE, "_sha256", STANDARD_ERROR, SPEEDUP, SPEEDUP_LOW, SPEEDUP_HIGH, DRIFT)
 # Beginnings of the kinds, beside perplexities, of which less is better; most are names of lm-eval's.
 _LOWER_IS_BETTER = (
@@ -72,6 +74,7 @@ _TITLES = {
     EMBEDDING_COSINE: "cosine of embeddings",
     EMBEDDING_SPEARMAN: "rank correlation of similarities",
     EMBEDDING_OVERLAP: "shared ten nearest texts",
+    MTEB_SCORE: "score on MTEB",
     DRAFT_ACCEPTANCE: "accepted share of drafted tokens",
     DRAFT_PER_PASS: "tokens per pass of the dense model",
     DRAFT_SAME_TEXT: "share of prompts with the dense model's text",
@@ -115,7 +118,8 @@ def is_setting(name: str) -> bool:
     kind = kind_of(name)
     if kind == THROUGHPUT:
         return not name.startswith((PREFILL, DECODE, PEAK_MEMORY))
-    return kind in (ITEMS, TASK_VERSION, LM_EVAL, DRAFT, EMBEDDING_TEXTS) or kind.endswith((TOKENS, TEXT_SHA256))
+    settings = (ITEMS, TASK_VERSION, LM_EVAL, MTEB, DRAFT, EMBEDDING_TEXTS)
+    return kind in settings or kind.endswith((TOKENS, TEXT_SHA256))
 
 
 def dense_ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.draft import Draft
 from bs_exp.evaluation.embeddings import Embeddings
 from bs_exp.evaluation.masked_perplexity import MaskedPerplexity
+from bs_exp.evaluation.mteb_scores import MtebScores
 from bs_exp.evaluation.perplexity import Perplexity
 from bs_exp.evaluation.seq2seq_perplexity import Seq2SeqPerplexity
 from bs_exp.evaluation.similarity import Similarity
@@ -145,6 +146,7 @@ def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
         "draft": Draft,
         "similarity": Similarity,
         "embeddings": Embeddings,
+        "mteb": MtebScores,
         "masked_perplexity": MaskedPerplexity,
         "seq2seq_perplexity": Seq2SeqPerplexity,
     }
@@ -155,6 +157,7 @@ def test_every_evaluation_option_makes_its_evaluators(option: str) -> None:
         "similarity": {"similarity"},
         "draft": {"draft"},
         "embeddings": {"similarity", "embeddings"},
+        "mteb": {"mteb"},
         "encoder": {"similarity", "masked_perplexity"},
         "seq2seq": {"similarity", "seq2seq_perplexity"},
     }
