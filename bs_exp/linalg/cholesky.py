@@ -20,9 +20,18 @@ def damped_root(
     """
     if needed:
         return cholesky_whitener(gram, ridge=ridge, of=of)
+    found = damped(gram, ridge=ridge, of=of)
+    return found, found.added
+
+
+def damped(gram: Float[Tensor, "d d"], *, ridge: float, of: str = "inputs") -> GramRoot:
+    """The Gram with `ridge` added as a share of its diagonal, and its root, which is made when it is first asked for.
+
+    Raises DecompositionError as `cholesky_whitener` does, for a Gram that has no root when that is first made.
+    """
     gram = gram.double()
     added = ridge * _scale(gram, of).square()
-    return GramRoot(gram, added, lambda: cholesky_whitener(gram, ridge=ridge, of=of)[0]), added
+    return GramRoot(gram, added, lambda: cholesky_whitener(gram, ridge=ridge, of=of)[0])
 
 
 def cholesky_whitener(

@@ -14,30 +14,31 @@ from bs_exp.errors import DecompositionError
 from bs_exp.linalg.cholesky import solve_definite
 from bs_exp.linalg.decomposition import split_by_layer
 from bs_exp.linalg.scaling import balanced
-from bs_exp.types import SharedFactors, WeightGroup
+from bs_exp.types import GramRoot, SharedFactors, WeightGroup
 
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """The curvature of the loss by the weights of a group, `H (x) G_i` for layer i, as upper roots of both factors.
+    """The curvature of the loss by the weights of a group, `H (x) G_i` for layer i: both factors, damped.
 
-    `inputs` S has `S^T S = H`, `outputs[i]` R_i has `R_i^T R_i = G_i`; a layer of which no output reaches the loss has
-    none. Kronecker factors: Martens and Grosse (1503.05671), section 3.
+    A layer of which no output reaches the loss has no `G_i`. Only the natural gradient needs their roots. Kronecker
+    factors: Martens and Grosse (1503.05671), section 3.
     """
 
-    inputs: Float[Tensor, "d_in d_in"]
-    outputs: Mapping[int, Float[Tensor, "d_out d_out"]]
+    inputs: GramRoot
+    outputs: Mapping[int, GramRoot]
 
 
 def natural_gradient(
     group: WeightGroup, gradient: Float[Tensor, "d_in columns"], curvature: Curvature
 ) -> Float[Tensor, "d_in columns"]:
     """`H^-1 D_i G_i^-1` for every layer's block `D_i` of the gradient; zero for a layer without curvature."""
-    by_inputs = torch.cholesky_solve(gradient, curvature.inputs, upper=True)
+    by_inputs = torch.cholesky_solve(gradient, curvature.inputs.triangle, upper=True)
     found = []
     for layer, block in zip(group.layers, by_inputs.split(group.d_out, dim=1), strict=True):
-        root = curvature.outputs.get(layer)
-        found.append(torch.zeros_like(block) if root is None else torch.cholesky_solve(block.mT, root, upper=True).mT)
+        gram = curvature.outputs.get(layer)
+        solved = None if gram is None else torch.cholesky_solve(block.mT, gram.triangle, upper=True).mT
+        found.append(torch.zeros_like(block) if solved is None else solved)
     return torch.cat(found, dim=1)
 
 
@@ -76,11 +77,11 @@ def basis_direction(
     reached = direction.new_zeros(group.d_in, factors.rank)
     among = direction.new_zeros(factors.rank, factors.rank)
     for layer, block in zip(group.layers, direction.split(group.d_out, dim=1), strict=True):
-        root = curvature.outputs.get(layer)
-        if root is not None:
-            own = factors.coefficients[layer] @ root.mT
-            reached += block @ root.mT @ own.mT
-            among += own @ own.mT
+        gram = curvature.outputs.get(layer)
+        if gram is not None:
+            weighted = gram.times(factors.coefficients[layer].mT)
+            reached += block @ weighted
+            among += factors.coefficients[layer] @ weighted
     return solve_definite(among, reached.mT).mT
 
 
@@ -105,11 +106,11 @@ class Line:
         factors: SharedFactors,
         direction: Float[Tensor, "d_in columns"],
         basis_step: Float[Tensor, "d_in rank"],
-        gram: Float[Tensor, "d_in d_in"],
+        inputs: GramRoot,
     ) -> Line:
-        """The line from these factors on; `gram` is that of the inputs."""
+        """The line from these factors on; `inputs` is the metric H."""
         rank = factors.rank
-        basis, step = (gram @ factors.basis).mT, (gram @ basis_step).mT
+        basis, step = inputs.times(factors.basis).mT, inputs.times(basis_step).mT
         mixed = step @ factors.basis
         first, second = -(mixed + mixed.mT), step @ basis_step
         # The right sides less the left ones at C; at first order `-mixed C` is on both.

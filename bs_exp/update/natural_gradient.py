@@ -21,7 +21,7 @@ from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.identity import identity
-from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.cholesky import damped
 from bs_exp.linalg.natural_gradient import (
     Curvature,
     Line,
@@ -264,9 +264,8 @@ class _Descent:
                 direction = direction + share * self._read(self._directions[group], "direction")
             present = self._present(group).on(self._device)
             plain, curvature = present.layout.restore(present), self._curvature(stats, settings, group)
-            gram = curvature.inputs.mT @ curvature.inputs
-            line = Line.through(plain, direction, basis_direction(plain, direction, curvature), gram)
-            del plain, curvature, gram
+            line = Line.through(plain, direction, basis_direction(plain, direction, curvature), curvature.inputs)
+            del plain, curvature
             directions[group] = self._store(_DIRECTION, key, group, direction=direction, **vars(line))
             self.workspace.cache.discard([natural[group].name])
         self.workspace.cache.discard([stored.name for stored in self._directions.values()])
@@ -356,9 +355,9 @@ class _Descent:
         assert found.output_grams is not None
         predictions = found.predictions or found.tokens
         return Curvature(
-            inputs=cholesky_whitener(_gram(found), ridge=settings.ridge)[0],
+            inputs=damped(_gram(found), ridge=settings.ridge),
             outputs={
-                layer: cholesky_whitener(total / predictions, ridge=settings.damping, of="output gradients")[0]
+                layer: damped(total / predictions, ridge=settings.damping, of="output gradients")
                 for layer, total in found.output_grams.items()
                 if bool(total.any())
             },

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bs_exp.linalg.cholesky import cholesky_whitener, solve_definite
+from bs_exp.linalg.cholesky import damped, solve_definite
 from bs_exp.linalg.decomposition import split_by_layer
 from bs_exp.linalg.natural_gradient import (
     Curvature,
@@ -31,7 +31,7 @@ def gram(size: int, seed: int) -> Tensor:
 
 
 H, G = gram(6, 1), {0: gram(5, 2), 2: gram(5, 3)}
-CURVATURE = Curvature(cholesky_whitener(H)[0], {layer: cholesky_whitener(each)[0] for layer, each in G.items()})
+CURVATURE = Curvature(damped(H, ridge=0.0), {layer: damped(each, ridge=0.0) for layer, each in G.items()})
 
 
 def factors(rank: int) -> SharedFactors:
@@ -48,7 +48,6 @@ def test_a_natural_gradient_solves_the_kronecker_product() -> None:
     for block, step, layer in zip(gradient.split(5, dim=1), found.split(5, dim=1), GROUP.layers, strict=True):
         solved = torch.linalg.solve(torch.kron(H, G[layer]), block.reshape(-1)).reshape(6, 5)
         torch.testing.assert_close(step, solved, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(CURVATURE.inputs.mT @ CURVATURE.inputs, H)
 
 
 def test_a_layer_that_no_loss_sees_does_not_move() -> None:
@@ -63,7 +62,7 @@ def test_a_layer_that_no_loss_sees_does_not_move() -> None:
 def test_the_basis_moves_by_weighted_least_squares() -> None:
     plain, direction = factors(3), normal(6, 10, seed=6)
     found = basis_direction(plain, direction, CURVATURE)
-    roots = torch.block_diag(*(CURVATURE.outputs[layer].mT for layer in GROUP.layers))
+    roots = torch.block_diag(*(CURVATURE.outputs[layer].triangle.mT for layer in GROUP.layers))
     solved = torch.linalg.lstsq((columns(plain) @ roots).mT, (direction @ roots).mT).solution.mT
     torch.testing.assert_close(found, solved, rtol=1e-9, atol=1e-9)
 
@@ -76,11 +75,14 @@ def test_a_step_is_the_best_approximation_of_its_rank_to_first_order() -> None:
     product, direction = plain.basis @ plain.coefficients[0], normal(6, 5, seed=6)
     errors = []
     for length in (1e-3, 1e-4):
-        moved = Line.through(plain, direction, basis_direction(plain, direction, curvature), H).at(length, plain)
-        whitened = curvature.inputs @ (product - length * direction) @ curvature.outputs[0].mT
+        moved = Line.through(plain, direction, basis_direction(plain, direction, curvature), curvature.inputs).at(
+            length, plain
+        )
+        root, outer = curvature.inputs.triangle, curvature.outputs[0].triangle
+        whitened = root @ (product - length * direction) @ outer.mT
         left, sizes, right = torch.linalg.svd(whitened, full_matrices=False)
-        best = torch.linalg.solve(curvature.inputs, left[:, :2] * sizes[:2]) @ right[:2]
-        best = torch.linalg.solve(curvature.outputs[0], best.mT).mT
+        best = torch.linalg.solve(root, left[:, :2] * sizes[:2]) @ right[:2]
+        best = torch.linalg.solve(outer, best.mT).mT
         errors.append(float(torch.linalg.matrix_norm(moved.basis @ moved.coefficients[0] - best)))
     assert errors[0] < 1e-4
     assert errors[1] < errors[0] / 50.0
@@ -90,7 +92,7 @@ def test_a_step_is_the_best_approximation_of_its_rank_to_first_order() -> None:
 def test_lengths_of_nothing_and_full_ranks_are_exact(rank: int) -> None:
     plain, direction = factors(rank), normal(6, 10, seed=6)
     basis = basis_direction(plain, direction, CURVATURE)
-    line = Line.through(plain, direction, basis, H)
+    line = Line.through(plain, direction, basis, CURVATURE.inputs)
     still = line.at(0.0, plain)
     torch.testing.assert_close(still.basis @ columns(still), plain.basis @ columns(plain), rtol=1e-9, atol=1e-9)
     if rank == 6:
@@ -102,8 +104,8 @@ def test_lengths_of_nothing_and_full_ranks_are_exact(rank: int) -> None:
 def test_the_coefficients_there_are_least_squares_for_the_basis_there() -> None:
     plain, direction, length = factors(3), normal(6, 10, seed=6), 0.3
     basis_step = basis_direction(plain, direction, CURVATURE)
-    found = Line.through(plain, direction, basis_step, H).at(length, plain)
-    root, basis = CURVATURE.inputs, plain.basis - length * basis_step
+    found = Line.through(plain, direction, basis_step, CURVATURE.inputs).at(length, plain)
+    root, basis = CURVATURE.inputs.triangle, plain.basis - length * basis_step
     wanted = plain.basis @ columns(plain) - length * direction
     solved = basis @ torch.linalg.lstsq(root @ basis, root @ wanted).solution
     torch.testing.assert_close(found.basis @ columns(found), solved, rtol=1e-9, atol=1e-9)

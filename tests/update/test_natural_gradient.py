@@ -15,7 +15,7 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.site_inputs import inputs_of
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.linalg.cholesky import cholesky_whitener
+from bs_exp.linalg.cholesky import damped
 from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, natural_gradient
 from bs_exp.models.architecture import module_of
 from bs_exp.models.surgery import factors_of, to_dense
@@ -70,16 +70,15 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: L
         inputs = torch.cat([seen[matrix.module].detach() for matrix in matrices])
         gram = inputs.mT @ inputs / len(inputs)
         outputs = {
-            m.layer: cholesky_whitener(gradients[m.module].mT @ gradients[m.module] / predictions, ridge=1.0)[0]
-            for m in matrices
+            m.layer: damped(gradients[m.module].mT @ gradients[m.module] / predictions, ridge=1.0) for m in matrices
         }
-        curvature = Curvature(cholesky_whitener(gram, ridge=0.01)[0], outputs)
+        curvature = Curvature(damped(gram, ridge=0.01), outputs)
         gradient = torch.cat([_gradient(module_of(plain, matrix).weight) for matrix in matrices], dim=1) / predictions
         direction = natural_gradient(group, gradient, curvature)
         stored = factors_of(cut.module, dense.architecture, group)
         start = stored.layout.restore(stored)
         steps = direction, basis_direction(start, direction, curvature)
-        wanted = Line.through(start, *steps, curvature.inputs.mT @ curvature.inputs).at(length, start)
+        wanted = Line.through(start, *steps, curvature.inputs).at(length, start)
         stored = factors_of(made.module, dense.architecture, group)
         found = stored.layout.restore(stored)
         for layer in group.layers:
