@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bs_exp import processes
-from bs_exp.cache import Entry, content_key
+from bs_exp.cache import Cache, Entry, content_key
 from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
 from bs_exp.calibration.loss import CalibrationLoss, check_windows, drawn, shared_out
 from bs_exp.contracts import check_members
@@ -30,6 +30,7 @@ from bs_exp.linalg.natural_gradient import (
     natural_gradient,
     vertex_of,
 )
+from bs_exp.models.factor_tensors import tensors_of, with_tensors
 from bs_exp.models.fingerprint import as_loaded
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import ArrangesAlike, StoredFactors, Update
@@ -82,7 +83,7 @@ class NaturalGradient:
     The length is measured: the search for the least loss on a share `holdout` of the windows, which give no gradient,
     begins at `first_length`, later at the last one. Where no length lowers that loss, the update ends. Every step so
     lowers the held-out loss, and there is no learning rate. A model without a loss of its own gets the update
-    `otherwise` instead, or with None keeps its factors.
+    `otherwise` instead, or with None keeps its factors. With a cache folder, a finished update is not repeated.
 
     Amari (1998), natural gradient; its Kronecker factors: Martens and Grosse (1503.05671); conjugate directions: Polak
     and Ribiere (1969).
@@ -158,8 +159,16 @@ class NaturalGradient:
             workspace.progress.note("natural gradient: there are no factors to move")
             return {"strategy": KIND, "steps": 0, "seconds": 0.0}
         start = time.perf_counter()
-        kept, held = hold_out(len(data.windows.ids), self.holdout, self.seed)
         data = replace(data, towards=dense if self.loss == "divergence" else None)
+        result = None
+        # Several processes would have to agree on who found it.
+        if workspace.cache.folder is not None and processes.count() == 1:
+            result = _Result(compressed, dense, workspace.cache, self._key(compressed, dense, data))
+            if (report := result.found(groups)) is not None:
+                told = f"the factors after {report['steps']} steps came from the cache"
+                workspace.progress.note(f"natural gradient: {told}")
+                return report
+        kept, held = hold_out(len(data.windows.ids), self.holdout, self.seed)
         descent = _Descent(
             compressed,
             dense,
@@ -199,7 +208,49 @@ class NaturalGradient:
             f"natural gradient: held-out loss {history[0]:.4f} -> {history[-1]:.4f} nats per token in {len(lengths)} "
             f"of {self.steps} steps"
         )
+        if result is not None:
+            result.keep(groups, report)
         return report
+
+    def _key(self, compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData) -> str:
+        """Of all that the steps depend on, with the factors in front of the first one."""
+        return content_key(statistics=statistics_key(as_loaded(compressed, dense), data), settings=identity(self))
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """The factors after the last step, in the cache, and what was reported of them."""
+
+    compressed: PreTrainedModel
+    dense: LoadedModel
+    cache: Cache
+    key: str
+
+    def found(self, groups: Sequence[WeightGroup]) -> dict[str, Any] | None:
+        """Puts the factors into the model if they are there; their report, or None."""
+        if (entry := self.cache.find(KIND, self.key)) is None:
+            return None
+        for group in groups:
+            present = factors_of(self.compressed, self.dense.architecture, group)
+            moved = with_tensors(present, entry.tensor)
+            exchange_factors(self.compressed, self.dense.architecture, moved, self.cache.folder)
+        lengths = entry.tensor("lengths").tolist()
+        return {
+            "strategy": KIND,
+            "steps": len(lengths),
+            "lengths": lengths,
+            "held_out_loss": entry.tensor("held_out_loss").tolist(),
+            "seconds": float(entry.tensor("seconds")),
+        }
+
+    def keep(self, groups: Sequence[WeightGroup], report: Mapping[str, Any]) -> None:
+        """Stores the factors as they are, and their report."""
+        found = {
+            name: torch.tensor(report[name], dtype=torch.float64) for name in ("lengths", "held_out_loss", "seconds")
+        }
+        for group in groups:
+            found |= tensors_of(factors_of(self.compressed, self.dense.architecture, group))
+        self.cache.store(KIND, self.key, found)
 
 
 class _Stored(NamedTuple):

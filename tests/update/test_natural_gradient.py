@@ -110,12 +110,32 @@ def test_directions_depend_on_those_before() -> None:
     assert not same(values(first.module), values(start.module))
 
 
-def test_nothing_of_it_stays_in_the_cache_and_all_else_does(tmp_path: Path) -> None:
+def test_of_all_that_it_makes_only_the_result_stays_in_the_cache(tmp_path: Path) -> None:
     found = {}
     for name, update in (("without", NoUpdate()), ("with", DESCENT)):
         updated(tiny_random(), update, Cache(tmp_path / name, keep_rounds=False))
-        found[name] = sorted(path.name for path in (tmp_path / name).rglob("*.safetensors"))
-    assert found["with"] == found["without"] != []
+        found[name] = sorted(path.parent.name for path in (tmp_path / name).rglob("*.safetensors"))
+    assert found["with"] == sorted([*found["without"], "natural_gradient"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("sharing", [None, "sharing=residual"])
+def test_a_finished_update_is_not_repeated(tmp_path: Path, layout: Layout, sharing: str | None) -> None:
+    dense, one = tiny_random(), recipe(replace(DESCENT, steps=2), layout)
+    if sharing is not None:
+        one = replace(one, sharing=strategy(sharing))
+    first = compress(dense, one, Workspace(Cache(tmp_path), QUIET))
+    progress = Progress(quiet=True)
+    again = compress(dense, one, Workspace(Cache(tmp_path), progress))
+    assert "natural gradient: the factors after 2 steps came from the cache" in progress.notes
+    assert same(values(first.module), values(again.module))
+    assert first.update == again.update
+    ids = IDS[:2]
+    with torch.no_grad():
+        assert torch.equal(first.module(ids).logits, again.module(ids).logits)
+    other = Progress(quiet=True)
+    compress(dense, replace(one, update=replace(DESCENT, steps=2, damping=0.5)), Workspace(Cache(tmp_path), other))
+    assert not any("the factors after" in note for note in other.notes)
 
 
 def test_where_nothing_helps_the_factors_stay() -> None:
