@@ -430,6 +430,11 @@ def _model_settings(model: PreTrainedModel | str | Path) -> list[str]:
 
 def _data_setting(data: str | Path) -> str:
     """The setting of the command line; a path with its home folder, in quotes."""
+    if not isinstance(data, str | Path):
+        raise ConfigError(
+            f"data must be the name of an option of conf/data, a file or a folder, got {shown(data)}. Give texts in "
+            "memory as texts=[...]."
+        )
     [setting] = for_hydra([f"data={data}"])
     return setting
 

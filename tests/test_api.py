@@ -132,6 +132,11 @@ def test_what_is_wrong_is_said_before_any_work(documents: list[str], tmp_path: P
         ((torch.nn.Linear(3, 3), tokenizer, documents), {}, "a model of Transformers, a folder or a name.* got Linear"),
         ((model, tokenizer, documents), {"overrides": "layout=pivoted"}, "overrides is a list of settings"),
         ((model, tokenizer, ""), {}, "texts is an empty string"),
+        (
+            (model, tokenizer),
+            {"data": ["a text " * 99]},
+            r"data must be .* got \['a text .{,90} \.\.\.\. Give texts in memory",
+        ),
         ((model, tokenizer, documents), {"data": "wikitext2"}, "both name a text"),
         (("DIR", "TEXT.txt"), {}, r"the second argument of compress is a tokenizer, got 'TEXT\.txt'\. Texts are named"),
         (("DIR", documents), {}, "the second argument of compress is a tokenizer"),

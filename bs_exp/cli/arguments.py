@@ -14,6 +14,8 @@ from bs_exp.cli.path_options import GROUPS
 from bs_exp.errors import ConfigError
 
 _FLAGS = ("-m", "--multirun")
+# A setting is repeated in a message up to so many characters.
+_LONGEST_TOLD = 100
 # A first word that stands for a setting.
 WORDS = {"demo": "sweeps=demo", "estimate": "dry_run=true"}
 # Nothing is run, and nothing is written: Hydra makes the folder of a run.
@@ -43,7 +45,8 @@ def _path_quoted(argument: str) -> str:
             "data": "For several files: calibration=text calibration.files=[A.txt,B.txt], or their folder.",
             "model": "For several models, a point for each: bs-exp --multirun model=A,B.",
         }
-        raise ConfigError(f"{argument}: {key} is one of {GROUPS[key]}, or of conf/{key}, and no list. {several[key]}")
+        told = argument if len(argument) <= _LONGEST_TOLD else f"{argument[:_LONGEST_TOLD]} ..."
+        raise ConfigError(f"{told}: {key} is one of {GROUPS[key]}, or of conf/{key}, and no list. {several[key]}")
     if key not in GROUPS or _reads_as(argument, value) or not _exists(value):
         return argument
     return f"{key}={in_quotes(value)}"

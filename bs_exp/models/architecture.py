@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 
+import torch
 import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -295,7 +296,7 @@ def _role_help(found: Sequence[tuple[_LinearLayer, str | None]], table: RoleTabl
 
 
 def _require_plain(model: PreTrainedModel, layers: Sequence[_LinearLayer]) -> None:
-    """ModelError unless the targeted weights are ordinary floating-point matrices, each used once."""
+    """ModelError unless the targeted weights are ordinary floating-point matrices of one dtype, each used once."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -311,3 +312,22 @@ def _require_plain(model: PreTrainedModel, layers: Sequence[_LinearLayer]) -> No
                 f"One weight is used in several places: {', '.join(owners)}. Layers that already share their weights "
                 f"cannot be compressed apart; map them to {DENSE!r} in model.roles, or untie them first."
             )
+    _require_one_dtype(model, layers)
+
+
+def _require_one_dtype(model: PreTrainedModel, layers: Sequence[_LinearLayer]) -> None:
+    """ModelError if weights have several dtypes, apart from those that Transformers itself keeps in fp32."""
+    apart = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    by_dtype: dict[torch.dtype, list[str]] = defaultdict(list)
+    for layer in layers:
+        if not apart & set(layer.path.split(".")):
+            by_dtype[layer.module.weight.dtype].append(layer.path)
+    if len(by_dtype) > 1:
+        named = [
+            f"{str(dtype).removeprefix('torch.')} in {len(paths)}, such as {paths[0]}"
+            for dtype, paths in by_dtype.items()
+        ]
+        raise ModelError(
+            f"The weights that are compressed have several dtypes: {'; '.join(named)}. Convert the whole model, as in "
+            "model.to(torch.float32)."
+        )

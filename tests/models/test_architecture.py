@@ -290,6 +290,19 @@ def test_quantised_layers_are_refused() -> None:
         find_architecture(model)
 
 
+def test_matrices_of_several_dtypes_are_refused_but_for_those_that_transformers_keeps_apart() -> None:
+    model = tiny_random("llama").module
+    model.model.layers[0].mlp.double()
+    with pytest.raises(
+        ModelError, match=r"float32 in \d+, such as .*q_proj; float64 in 3, such as .*\.to\(torch.float32\)"
+    ):
+        find_architecture(model)
+    mixed = tiny_random("t5").module.bfloat16()
+    for block in [*mixed.encoder.block, *mixed.decoder.block]:
+        block.layer[-1].DenseReluDense.wo.float()
+    assert find_architecture(mixed).matrices
+
+
 def test_a_replaced_layer_is_no_dense_layer() -> None:
     model = tiny_random("llama")
     matrix = model.architecture.by_position["q", 1]
