@@ -21,6 +21,9 @@ from bs_exp.training.optimizers import ADAMW, OptimizerSettings, make_optimizer,
 from bs_exp.training.settings import TrainerSettings, draw_batches, rate_factor
 from bs_exp.workspace import Workspace
 
+# So many times the first held-out loss is too much to be left to smaller steps to come.
+_LOST = 1.1
+
 
 @contextmanager
 def trainable(trained: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -49,6 +52,9 @@ class Trainer:
     gradients that pass through fp16: the loss is scaled up, so that they do not underflow. Random numbers are drawn
     from `settings.seed` and the number of the step, so an interrupted training continues to the same bits.
 
+    With `back_off`, a held-out loss that is more than a tenth above that before any step sends training back to its
+    best parameters, where it goes on with a quarter of the learning rate and an optimiser that knows nothing yet.
+
     `done` counts the steps so far. `history` has the step and the held-out loss of every measurement, in the unit of
     the objective; the first one is before any step.
     """
@@ -63,18 +69,24 @@ class Trainer:
     held_out: Int[Tensor, "held_out length"]
     device: torch.device
     scale_loss: bool
+    back_off: bool = False
     masters: Mapping[str, nn.Parameter] = field(init=False)
     done: int = field(init=False, default=0)
     history: list[tuple[int, float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
-        groups = [{"params": [master], "scale": self.step_scales[name]} for name, master in self.masters.items()]
-        self._optimizer = make_optimizer(self.optimizer, groups, weight_decay=self.settings.weight_decay)
+        self._optimizer = self._new_optimizer()
+        self._rate = 1.0
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.scale_loss)
         self._best: Mapping[str, Tensor] = {}
         self._loss, self._earlier_seconds = math.nan, 0.0
         self._start = time.perf_counter()
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate that the schedule refers to now."""
+        return self.settings.learning_rate * self._rate
 
     @property
     def best_step(self) -> int:
@@ -147,6 +159,8 @@ class Trainer:
         state["done"] = torch.tensor(self.done)
         if self.finished:
             return state
+        if self.back_off:
+            state["rate"] = torch.tensor(self._rate, dtype=torch.float64)
         if self._scaler.is_enabled():
             scaler = self._scaler.state_dict()
             state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
@@ -168,6 +182,8 @@ class Trainer:
             self._best = {name: entry.tensor(f"best/{name}") for name in self.parameters}
         if self.finished:
             return
+        if self.back_off:
+            self._rate = float(entry.tensor("rate"))
         if self._scaler.is_enabled():
             scale, growth = entry.tensor("scaler").tolist()
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
@@ -210,6 +226,8 @@ class Trainer:
                 self._evaluate()
             if self.finished:
                 break
+            if self._is_lost():
+                self._go_back(workspace, label)
             if key is not None and self._is_due(saved):
                 workspace.cache.store(kind, key, self.state())
                 saved = time.perf_counter()
@@ -231,7 +249,7 @@ class Trainer:
                 loss += share.item()
         self._check_finite(loss, f"loss of step {self.done + 1}")
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * group["scale"] * rate
+            group["lr"] = self.learning_rate * group["scale"] * rate
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.settings.clip_norm or math.inf)
         if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
@@ -264,6 +282,30 @@ class Trainer:
         if not self.history or value < self.best_loss:
             self._best = self._copies()
         self.history.append((self.done, value))
+
+    def _is_lost(self) -> bool:
+        """Whether what was measured now is well above the first measurement."""
+        measured = bool(self.history) and self.history[-1][0] == self.done
+        return self.back_off and measured and self.history[-1][1] > _LOST * self.history[0][1]
+
+    @torch.no_grad()
+    def _go_back(self, workspace: Workspace, label: str) -> None:
+        """To the best parameters, with a quarter of the learning rate."""
+        self._restore_best()
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                master.copy_(self.parameters[name])
+        self._optimizer = self._new_optimizer()
+        self._rate /= 4.0
+        workspace.progress.note(
+            f"{label}: the held-out loss went from {self.history[0][1]:.4g} to {self.history[-1][1]:.4g} in "
+            f"{self.done} steps; on from the best factors, of step {self.best_step}, with learning rate "
+            f"{self.learning_rate:g}"
+        )
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        groups = [{"params": [master], "scale": self.step_scales[name]} for name, master in self.masters.items()]
+        return make_optimizer(self.optimizer, groups, weight_decay=self.settings.weight_decay)
 
     def _copies(self) -> dict[str, Tensor]:
         # To the CPU: they are read once, at the end.

@@ -27,7 +27,7 @@ from bs_exp.training.resampling import MAX_PIECE_LENGTH, resample
 from bs_exp.training.settings import TrainerSettings, split_windows
 from bs_exp.training.trainer import Trainer, trainable
 from bs_exp.types import CalibrationData, LoadedModel, RankPlan, Task, TokenWindows
-from bs_exp.validation import check_at_least, check_choice, check_positive
+from bs_exp.validation import check_at_least, check_choice, check_positive, shown
 from bs_exp.workspace import Workspace
 
 KIND = "recovery"
@@ -53,9 +53,10 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
     samples, and, where the steps see more windows than these, on windows resampled from pieces of them (`piece_length`
     tokens; None repeats the same windows). A model that does not continue text samples none: where windows are asked
     of it, more are resampled, in pieces of 64 tokens if `piece_length` is None. The factors with the lowest held-out
-    loss are kept, which may be those from
-    before training. A factor's step size is `learning_rate` times its root mean square at the start. Half-precision
-    factors are trained in fp32 copies. `blockwise_steps` come first: each block learns to give the dense block's
+    loss are kept, which may be those from before training. A factor's step size is `learning_rate` times its root mean
+    square at the start. With `back_off`, a held-out loss more than a tenth above that before training sends it back to
+    the best factors, and on from there with a quarter of the learning rate. Half-precision factors are trained in fp32
+    copies. `blockwise_steps` come first: each block learns to give the dense block's
     outputs. Distillation: Hinton et al. (1503.02531), section 2.
     """
 
@@ -63,6 +64,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
     piece_length: int | None
     temperature: float
     objective: str = "auto"
+    back_off: bool = True
 
     def __post_init__(self) -> None:
         TrainerSettings.__post_init__(self)
@@ -71,6 +73,8 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
         check_at_least(0, blockwise_steps=self.blockwise_steps)
         check_at_least(1, piece_length=self.piece_length)
         check_positive(temperature=self.temperature)
+        if not isinstance(self.back_off, bool):
+            raise ConfigError(f"back_off must be true or false, got {shown(self.back_off)}.")
         check_choice("objective", self.objective, ("auto", *_UNITS))
         if self.piece_length is not None and self.piece_length > MAX_PIECE_LENGTH:
             raise ConfigError(
@@ -163,6 +167,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             "tokens": (trainer.done + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * whole.shape[1],
             "generated_windows": len(whole) - len(text),
             "generation_seconds": round(generation_seconds, 3),
+            "last_learning_rate": trainer.learning_rate,
             f"held_out_{measured}_before": before,
             f"held_out_{measured}_after": min(trainer.best_loss, before),
             f"held_out_{measured}": [[step, value] for step, value in trainer.history],
@@ -234,6 +239,7 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             held_out=held_out,
             device=dense.device,
             scale_loss=any(factor.dtype is torch.float16 for factor in factors.values()),
+            back_off=self.back_off,
         )
 
 

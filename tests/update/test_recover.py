@@ -158,13 +158,38 @@ def test_training_that_does_harm_is_undone() -> None:
     assert any("stay as they were" in note for note in progress.notes)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_that_are_too_large_become_smaller(dtype: str) -> None:
+    dense, progress = TinyRandom(dtype=dtype).load(), Progress(quiet=True)
+    large = replace(RECOVERY, learning_rate=1.0, warmup=0.0, steps=24, evaluate_every=2)
+    lost = recovered(dense, replace(large, back_off=False)).update
+    assert lost["held_out_kl_after"] == lost["held_out_kl_before"] and lost["last_learning_rate"] == 1.0
+    made = compress(dense, recipe(large), Workspace(Cache(None), progress)).update
+    assert made["held_out_kl_after"] < 0.95 * made["held_out_kl_before"]
+    told = [note for note in progress.notes if "on from the best factors, of step" in note]
+    assert made["last_learning_rate"] == 4.0 ** -len(told) < 1.0
+    above = [value for _, value in made["held_out_kl"] if value > 1.1 * made["held_out_kl_before"]]
+    assert len(above) == len(told)
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "dtype"), [("soap", "float32"), ("soap", "bfloat16"), ("adamw", "float32"), ("adamw", "float16")]
+    ("optimizer", "dtype", "rate"),
+    [
+        ("soap", "float32", 0.02),
+        ("soap", "bfloat16", 0.02),
+        ("soap", "float32", 1.0),
+        ("soap", "bfloat16", 1.0),
+        ("adamw", "float32", 0.02),
+        ("adamw", "float16", 0.02),
+    ],
 )
-def test_an_interrupted_recovery_goes_on_to_the_same_bits(optimizer: str, dtype: str, tmp_path: Path) -> None:
+def test_an_interrupted_recovery_goes_on_to_the_same_bits(
+    optimizer: str, dtype: str, rate: float, tmp_path: Path
+) -> None:
     dense = TinyRandom(dtype=dtype).load()
-    update = replace(RECOVERY, checkpoint_minutes=0.0, optimizer=optimizer)
+    update = replace(RECOVERY, checkpoint_minutes=0.0, optimizer=optimizer, learning_rate=rate)
     whole = recovered(dense, update)
+    assert (whole.update["last_learning_rate"] < rate) == (rate == 1.0)
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
             compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=steps)))
