@@ -18,7 +18,10 @@ from bs_exp.errors import ConfigError, DataError
 from bs_exp.models.model_inputs import check_task
 from bs_exp.records import metrics as names
 from bs_exp.types import LoadedModel, Task
-from bs_exp.validation import check_at_least
+from bs_exp.validation import check_at_least, shown
+
+# What stands in a metric's name where others have that of a task.
+_TAKEN = (names.MEAN, "version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,13 @@ class MtebScores:
     batch_size: int
 
     def __post_init__(self) -> None:
-        tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks or ())
-        object.__setattr__(self, "tasks", tasks)
+        for setting in ("tasks", "languages"):
+            given = getattr(self, setting)
+            given = (given,) if isinstance(given, str) else tuple(given or ())
+            if not all(isinstance(name, str) for name in given):
+                raise ConfigError(f"{setting} must be a list of names, got {shown(given)}.")
+            object.__setattr__(self, setting, given)
+        tasks = self.tasks
         if not tasks and not self.pairs:
             raise ConfigError(
                 "tasks and pairs are both empty; name a task of MTEB, or a file with pairs of sentences, or leave the "
@@ -49,6 +57,8 @@ class MtebScores:
         if both := sorted(set(tasks) & set(self.pairs)):
             raise ConfigError(f"pairs must have other names than tasks, got {', '.join(both)} in both.")
         for name, file in self.pairs.items():
+            if not isinstance(name, str) or name in _TAKEN:
+                raise ConfigError(f"pairs must have names other than {' and '.join(_TAKEN)}, got {shown(name)}.")
             if not Path(file).is_file():
                 raise ConfigError(f"pairs.{name} must name a file, and there is none at {file}.")
         check_at_least(2, sequence_length=self.sequence_length)
@@ -71,7 +81,8 @@ class MtebScores:
     def evaluate(self, model: LoadedModel) -> Mapping[str, float | str]:
         """`mteb_score/TASK`, and `mteb_score/mean` of all; also `mteb/version`, and `mteb/TASK`, the data's revision.
 
-        DataError if a task's data cannot be read.
+        Embeddings that are not finite count as zero; `mteb_score_nonfinite/TASK` says of how many texts. DataError if a
+        task's data cannot be read.
         """
         tasks = self._named()
         # Its import takes seconds.
@@ -79,18 +90,20 @@ class MtebScores:
 
         own = [own_pairs(name, Path(file)) for name, file in self.pairs.items()]
         found: dict[str, float | str] = {names.metric(names.MTEB, "version"): metadata.version("mteb")}
-        scores = {}
+        scores: dict[str, float] = {}
         for task in [*tasks, *own]:
             name = task.metadata.name
             try:
-                scores[name] = scored(task, model, length=self.sequence_length, batch_size=self.batch_size)
+                score = scored(task, model, length=self.sequence_length, batch_size=self.batch_size)
             except (OSError, DatasetsError) as error:
                 raise DataError(
                     f"The data of MTEB's task {name} cannot be read: {error} Without network, use tasks whose data is "
                     "already in the Hugging Face cache (HF_HOME; HF_HUB_OFFLINE=1 makes it answer at once), or pairs "
                     "of your own (evaluation.pairs)."
                 ) from error
-            found[names.metric(names.MTEB_SCORE, name)] = scores[name]
+            found[names.metric(names.MTEB_SCORE, name)] = scores[name] = score.value
+            if score.nonfinite:
+                found[names.metric(names.MTEB_SCORE, name, names.NONFINITE)] = score.nonfinite
             found[names.metric(names.MTEB, name)] = _revision(task)
         found[names.metric(names.MTEB_SCORE, names.MEAN)] = sum(scores.values()) / len(scores)
         return found
@@ -107,7 +120,12 @@ class MtebScores:
         import mteb
 
         try:
-            return [mteb.get_task(name, languages=self.languages and list(self.languages)) for name in self.tasks]
+            found = [mteb.get_task(name, languages=list(self.languages or ()) or None) for name in self.tasks]
+        except ValueError as error:
+            raise ConfigError(
+                f"languages must be codes of three letters that each of the tasks {', '.join(self.tasks)} has, got "
+                f"{shown(self.languages)}: {error} null takes all."
+            ) from error
         except KeyError as error:
             known = [task.metadata.name for task in mteb.get_tasks()]
             unknown = [name for name in self.tasks if name not in known]
@@ -117,6 +135,14 @@ class MtebScores:
                 f"tasks: {', '.join(map(repr, unknown or self.tasks))} is none of the {len(known):,} tasks known to "
                 f"mteb {metadata.version('mteb')}; {hint}"
             ) from error
+        for task in found:
+            if parts := getattr(task.metadata, "tasks", None):
+                named = ", ".join(part.metadata.name for part in parts)
+                raise ConfigError(f"tasks: {task.metadata.name} is made of others; name them: {named}.")
+            if list(task.metadata.modalities) != ["text"]:
+                kinds = ", ".join(task.metadata.modalities)
+                raise ConfigError(f"tasks: {task.metadata.name} is on {kinds}; only tasks on text can be scored here.")
+        return found
 
 
 def _revision(task: Any) -> str:

@@ -18,11 +18,16 @@ _MEAN = Pooling(modes=("mean",))
 
 
 def token_rows(texts: Sequence[str], model: LoadedModel, *, length: int) -> list[list[int]]:
-    """Token ids of every text, with the special tokens of the tokenizer, cut at `length` tokens."""
+    """Token ids of every text, with the special tokens of the tokenizer, cut at `length` tokens.
+
+    A text without a token is one token that ends a text, or that stands for none.
+    """
     if not texts:
         return []
-    rows: list[list[int]] = model.tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
-    return rows
+    tokenizer = model.tokenizer
+    rows: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+    nothing = next((i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None), 0)
+    return [row or [nothing] for row in rows]
 
 
 def embeddings_of(rows: Sequence[Sequence[int]], model: LoadedModel) -> Float[Tensor, "texts d"]:

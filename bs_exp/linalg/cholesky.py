@@ -24,7 +24,7 @@ def damped_root(
     return found, found.added
 
 
-def damped(gram: Float[Tensor, "d d"], *, ridge: float, of: str = "inputs") -> GramRoot:
+def damped(gram: Float[Tensor, "d d"], *, ridge: float, of: str) -> GramRoot:
     """The Gram with `ridge` added as a share of its diagonal, and its root, which is made when it is first asked for.
 
     Raises DecompositionError as `cholesky_whitener` does, for a Gram that has no root when that is first made.
@@ -32,6 +32,19 @@ def damped(gram: Float[Tensor, "d d"], *, ridge: float, of: str = "inputs") -> G
     gram = gram.double()
     added = ridge * _scale(gram, of).square()
     return GramRoot(gram, added, lambda: cholesky_whitener(gram, ridge=ridge, of=of)[0])
+
+
+def definite(gram: Float[Tensor, "d d"], *, ridge: float, of: str) -> GramRoot:
+    """As `damped`, with all that a positive definite Gram needs on its diagonal, which may be more than `ridge`.
+
+    Only where rounding may eat up the ridge does that take the factorisation at once. Raises DecompositionError as
+    `cholesky_whitener` does.
+    """
+    # The norm of a matrix with a unit diagonal is at most d.
+    if ridge > len(gram) ** 2 * torch.finfo(torch.float64).eps:
+        return damped(gram, ridge=ridge, of=of)
+    root, added = cholesky_whitener(gram, ridge=ridge, of=of)
+    return GramRoot(gram.double(), added, lambda: root)
 
 
 def cholesky_whitener(

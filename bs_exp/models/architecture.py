@@ -320,7 +320,7 @@ def _require_one_dtype(model: PreTrainedModel, layers: Sequence[_LinearLayer]) -
     apart = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     by_dtype: dict[torch.dtype, list[str]] = defaultdict(list)
     for layer in layers:
-        if not apart & set(layer.path.split(".")):
+        if not any(f".{name}." in f".{layer.path}." for name in apart):
             by_dtype[layer.module.weight.dtype].append(layer.path)
     if len(by_dtype) > 1:
         named = [

@@ -17,14 +17,14 @@ def tensors_of(stored: StoredFactors) -> dict[str, Tensor]:
     for layer, (down, up) in stored.corrections.items():
         found |= {f"down/{layer}": down, f"up/{layer}": up}
     found |= {f"kept/{name}": kept for name, kept in stored.kept.items()}
-    return {f"{stored.group.name}/{name}": tensor.cpu().contiguous() for name, tensor in found.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
 def with_tensors(stored: StoredFactors, read: Callable[[str], Tensor]) -> StoredFactors:
     """Factors like these, of the values that `read` gives for the names of `tensors_of`."""
 
     def own(name: str) -> Tensor:
-        return read(f"{stored.group.name}/{name}").to(stored.basis.device)
+        return read(name).to(stored.basis.device)
 
     return replace(
         stored,

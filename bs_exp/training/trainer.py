@@ -22,7 +22,9 @@ from bs_exp.training.settings import TrainerSettings, draw_batches, rate_factor
 from bs_exp.workspace import Workspace
 
 # So many times the first held-out loss is too much to be left to smaller steps to come.
-_LOST = 1.1
+_LOST = 2.0
+# Smaller steps than this share of the asked ones change next to nothing.
+_LEAST_RATE = 4.0**-8
 
 
 @contextmanager
@@ -52,8 +54,9 @@ class Trainer:
     gradients that pass through fp16: the loss is scaled up, so that they do not underflow. Random numbers are drawn
     from `settings.seed` and the number of the step, so an interrupted training continues to the same bits.
 
-    With `back_off`, a held-out loss that is more than a tenth above that before any step sends training back to its
-    best parameters, where it goes on with a quarter of the learning rate and an optimiser that knows nothing yet.
+    With `back_off`, a held-out loss that is more than twice that before any step, or any loss or gradient that is
+    not finite, sends training back to its best parameters, where it goes on with a quarter of the learning rate and
+    an optimiser that knows nothing yet.
 
     `done` counts the steps so far. `history` has the step and the held-out loss of every measurement, in the unit of
     the objective; the first one is before any step.
@@ -77,8 +80,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
         self._optimizer = self._new_optimizer()
-        self._rate = 1.0
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.scale_loss)
+        self._rate, self._measured_before = 1.0, 0  # entries of `history` in front of the last going back
+        self._scaler = self._new_scaler()
         self._best: Mapping[str, Tensor] = {}
         self._loss, self._earlier_seconds = math.nan, 0.0
         self._start = time.perf_counter()
@@ -101,7 +104,8 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all steps are done, or the last `patience` measurements brought no gain."""
         patience, steps = self.settings.patience, [step for step, _ in self.history]
-        stale = patience is not None and bool(steps) and len(steps) - 1 - steps.index(self.best_step) >= patience
+        last = max(steps.index(self.best_step), self._measured_before - 1) if steps else 0
+        stale = patience is not None and bool(steps) and len(steps) - 1 - last >= patience
         return self.done == self.settings.steps or stale
 
     @property
@@ -157,10 +161,10 @@ class Trainer:
         state["history"] = torch.tensor(self.history, dtype=torch.float64).view(-1, 2)
         state["seconds"] = torch.tensor(self._seconds, dtype=torch.float64)
         state["done"] = torch.tensor(self.done)
+        if self.back_off:
+            state["rate"] = torch.tensor([self._rate, self._measured_before], dtype=torch.float64)
         if self.finished:
             return state
-        if self.back_off:
-            state["rate"] = torch.tensor(self._rate, dtype=torch.float64)
         if self._scaler.is_enabled():
             scaler = self._scaler.state_dict()
             state["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
@@ -178,12 +182,13 @@ class Trainer:
         self._earlier_seconds = float(entry.tensor("seconds"))
         self.history = [(int(step), value) for step, value in entry.tensor("history").tolist()]
         self.done = int(entry.tensor("done"))
+        if self.back_off:
+            rate, before = entry.tensor("rate").tolist()
+            self._rate, self._measured_before = rate, int(before)
         if self.history or self.finished:
             self._best = {name: entry.tensor(f"best/{name}") for name in self.parameters}
         if self.finished:
             return
-        if self.back_off:
-            self._rate = float(entry.tensor("rate"))
         if self._scaler.is_enabled():
             scale, growth = entry.tensor("scaler").tolist()
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
@@ -221,13 +226,24 @@ class Trainer:
         for batch in workspace.progress.track(
             batches, label=lambda: f"{label}, loss {self._loss:.4f}", total=len(batches)
         ):
-            self._loss = self.step(self.windows[batch], rate_factor(self.done, self.settings))
-            if self.done % self.settings.evaluate_every == 0 or self.done == self.settings.steps:
-                self._evaluate()
+            before = self.done
+            try:
+                self._loss = self.step(self.windows[batch], rate_factor(self.done, self.settings))
+                if self.done % self.settings.evaluate_every == 0 or self.done == self.settings.steps:
+                    self._evaluate()
+                told = self._lost()
+            except CalibrationError as error:
+                if not self._may_go_back():
+                    raise
+                self.done, told = before + 1, str(error)
+            if told is not None and self._may_go_back():
+                self._go_back()
+                workspace.progress.note(
+                    f"{label}: {told.removesuffix('.')}; after {self.done} steps it goes on from the best factors, of "
+                    f"step {self.best_step}, with learning rate {self.learning_rate:g}"
+                )
             if self.finished:
                 break
-            if self._is_lost():
-                self._go_back(workspace, label)
             if key is not None and self._is_due(saved):
                 workspace.cache.store(kind, key, self.state())
                 saved = time.perf_counter()
@@ -283,25 +299,36 @@ class Trainer:
             self._best = self._copies()
         self.history.append((self.done, value))
 
-    def _is_lost(self) -> bool:
-        """Whether what was measured now is well above the first measurement."""
-        measured = bool(self.history) and self.history[-1][0] == self.done
-        return self.back_off and measured and self.history[-1][1] > _LOST * self.history[0][1]
+    def _lost(self) -> str | None:
+        """What was measured just now, if it is well above the first measurement."""
+        if not self.history or self.history[-1][0] != self.done or self.history[-1][1] <= _LOST * self.history[0][1]:
+            return None
+        return f"the held-out loss went from {self.history[0][1]:.4g} to {self.history[-1][1]:.4g}"
+
+    def _may_go_back(self) -> bool:
+        """Whether that is wanted, there is something to go back to, and smaller steps may help."""
+        return self.back_off and bool(self._best) and self.done < self.settings.steps and self._rate > _LEAST_RATE
 
     @torch.no_grad()
-    def _go_back(self, workspace: Workspace, label: str) -> None:
+    def _go_back(self) -> None:
         """To the best parameters, with a quarter of the learning rate."""
         self._restore_best()
         for name, master in self.masters.items():
+            master.grad = None
             if master is not self.parameters[name]:
                 master.copy_(self.parameters[name])
+                self.parameters[name].grad = None
         self._optimizer = self._new_optimizer()
+        # A step that failed half-way leaves it in the middle of one.
+        self._scaler = self._new_scaler(self._scaler.get_scale())
         self._rate /= 4.0
-        workspace.progress.note(
-            f"{label}: the held-out loss went from {self.history[0][1]:.4g} to {self.history[-1][1]:.4g} in "
-            f"{self.done} steps; on from the best factors, of step {self.best_step}, with learning rate "
-            f"{self.learning_rate:g}"
-        )
+        self._measured_before = len(self.history)
+
+    def _new_scaler(self, scale: float | None = None) -> torch.amp.GradScaler:
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.scale_loss)
+        if scale is not None and scaler.is_enabled():
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+        return scaler
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": [master], "scale": self.step_scales[name]} for name, master in self.masters.items()]
@@ -320,7 +347,7 @@ class Trainer:
         if not math.isfinite(value):
             raise CalibrationError(
                 f"{self.name}: the {what} is {value}. Lower learning_rate (now "
-                f"{self.settings.learning_rate:g}), raise warmup, or load the model in another dtype "
+                f"{self.learning_rate:g}), raise warmup, or load the model in another dtype "
                 "(model.dtype=float32 or bfloat16); update=none leaves the factors as they are."
             )
 

@@ -14,14 +14,20 @@ from transformers import PreTrainedModel
 
 from bs_exp import processes
 from bs_exp.cache import Cache, Entry, content_key
-from bs_exp.calibration.group_statistics import CalibrationStats, calibrate, check_gatherable, statistics_key
+from bs_exp.calibration.group_statistics import (
+    CalibrationStats,
+    calibrate,
+    check_gatherable,
+    gram_dtype,
+    statistics_key,
+)
 from bs_exp.calibration.loss import CalibrationLoss, check_windows, drawn, shared_out
 from bs_exp.contracts import check_members
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.corpora.windows import part_of
 from bs_exp.errors import ConfigError, DecompositionError
 from bs_exp.identity import identity
-from bs_exp.linalg.cholesky import damped
+from bs_exp.linalg.cholesky import definite
 from bs_exp.linalg.natural_gradient import (
     Curvature,
     Line,
@@ -163,7 +169,7 @@ class NaturalGradient:
         result = None
         # Several processes would have to agree on who found it.
         if workspace.cache.folder is not None and processes.count() == 1:
-            result = _Result(compressed, dense, workspace.cache, self._key(compressed, dense, data))
+            result = _Result(compressed, dense, workspace.cache, self._key(compressed, dense, data, workspace.cache))
             if (report := result.found(groups)) is not None:
                 told = f"the factors after {report['steps']} steps came from the cache"
                 workspace.progress.note(f"natural gradient: {told}")
@@ -212,14 +218,21 @@ class NaturalGradient:
             result.keep(groups, report)
         return report
 
-    def _key(self, compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData) -> str:
+    def _key(self, compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, cache: Cache) -> str:
         """Of all that the steps depend on, with the factors in front of the first one."""
-        return content_key(statistics=statistics_key(as_loaded(compressed, dense), data), settings=identity(self))
+        return content_key(
+            statistics=statistics_key(as_loaded(compressed, dense), data),
+            grams=str(gram_dtype(cache, dense.architecture)),
+            settings=identity(self),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class _Result:
-    """The factors after the last step, in the cache, and what was reported of them."""
+    """The factors after the last step, in the cache, and what was reported of them.
+
+    Every group has an entry of its own, so that no more than one is in memory; that of the report is stored last.
+    """
 
     compressed: PreTrainedModel
     dense: LoadedModel
@@ -227,30 +240,37 @@ class _Result:
     key: str
 
     def found(self, groups: Sequence[WeightGroup]) -> dict[str, Any] | None:
-        """Puts the factors into the model if they are there; their report, or None."""
-        if (entry := self.cache.find(KIND, self.key)) is None:
+        """Puts the factors into the model if all are there; their report, or None."""
+        if (report := self.cache.find(KIND, self.key)) is None:
             return None
-        for group in groups:
+        entries = {group: self.cache.find(KIND, self._of(group)) for group in groups}
+        # Before any is exchanged: one that is damaged counts as absent.
+        kept = {group: entry for group, entry in entries.items() if entry is not None}
+        if len(kept) < len(groups):
+            return None
+        for group, entry in kept.items():
             present = factors_of(self.compressed, self.dense.architecture, group)
             moved = with_tensors(present, entry.tensor)
             exchange_factors(self.compressed, self.dense.architecture, moved, self.cache.folder)
-        lengths = entry.tensor("lengths").tolist()
+        lengths = report.tensor("lengths").tolist()
         return {
             "strategy": KIND,
             "steps": len(lengths),
             "lengths": lengths,
-            "held_out_loss": entry.tensor("held_out_loss").tolist(),
-            "seconds": float(entry.tensor("seconds")),
+            "held_out_loss": report.tensor("held_out_loss").tolist(),
+            "seconds": float(report.tensor("seconds")),
         }
 
     def keep(self, groups: Sequence[WeightGroup], report: Mapping[str, Any]) -> None:
         """Stores the factors as they are, and their report."""
-        found = {
-            name: torch.tensor(report[name], dtype=torch.float64) for name in ("lengths", "held_out_loss", "seconds")
-        }
         for group in groups:
-            found |= tensors_of(factors_of(self.compressed, self.dense.architecture, group))
-        self.cache.store(KIND, self.key, found)
+            present = factors_of(self.compressed, self.dense.architecture, group)
+            self.cache.store(KIND, self._of(group), tensors_of(present))
+        names = ("lengths", "held_out_loss", "seconds")
+        self.cache.store(KIND, self.key, {name: torch.tensor(report[name], dtype=torch.float64) for name in names})
+
+    def _of(self, group: WeightGroup) -> str:
+        return content_key(key=self.key, group=asdict(group))
 
 
 class _Stored(NamedTuple):
@@ -406,9 +426,9 @@ class _Descent:
         assert found.output_grams is not None
         predictions = found.predictions or found.tokens
         return Curvature(
-            inputs=damped(_gram(found), ridge=settings.ridge),
+            inputs=definite(_gram(found), ridge=settings.ridge, of="inputs"),
             outputs={
-                layer: damped(total / predictions, ridge=settings.damping, of="output gradients")
+                layer: definite(total / predictions, ridge=settings.damping, of="output gradients")
                 for layer, total in found.output_grams.items()
                 if bool(total.any())
             },

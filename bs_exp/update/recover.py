@@ -54,9 +54,9 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
     tokens; None repeats the same windows). A model that does not continue text samples none: where windows are asked
     of it, more are resampled, in pieces of 64 tokens if `piece_length` is None. The factors with the lowest held-out
     loss are kept, which may be those from before training. A factor's step size is `learning_rate` times its root mean
-    square at the start. With `back_off`, a held-out loss more than a tenth above that before training sends it back to
-    the best factors, and on from there with a quarter of the learning rate. Half-precision factors are trained in fp32
-    copies. `blockwise_steps` come first: each block learns to give the dense block's
+    square at the start. With `back_off`, a held-out loss more than twice that before training, or one that is not
+    finite, sends it back to the best factors, and on from there with a quarter of the learning rate. Half-precision
+    factors are trained in fp32 copies. `blockwise_steps` come first: each block learns to give the dense block's
     outputs. Distillation: Hinton et al. (1503.02531), section 2.
     """
 
@@ -138,7 +138,10 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             trainer = self._trainer(dense, factors, objective, more, held_out, steps)
             key = None if workspace.cache.folder is None else self._key(compressed, dense, windows, label)
             trainer.train(workspace, label=label, kind=KIND, key=key)
-            return trainer, trainer.report() | {"resampled_windows": int((trainer.seen >= len(whole)).sum())}
+            return trainer, trainer.report() | {
+                "last_learning_rate": trainer.learning_rate,
+                "resampled_windows": int((trainer.seen >= len(whole)).sum()),
+            }
 
         report: dict[str, Any] = {"strategy": KIND}
         with trainable(factors.values(), chain(compressed.parameters(), dense.module.parameters())):
@@ -167,7 +170,6 @@ class Recovery(TrainerSettings, OptimizerSettings, GenerationSettings):
             "tokens": (trainer.done + report.get("blockwise", {}).get("steps", 0)) * self.batch_size * whole.shape[1],
             "generated_windows": len(whole) - len(text),
             "generation_seconds": round(generation_seconds, 3),
-            "last_learning_rate": trainer.learning_rate,
             f"held_out_{measured}_before": before,
             f"held_out_{measured}_after": min(trainer.best_loss, before),
             f"held_out_{measured}": [[step, value] for step, value in trainer.history],

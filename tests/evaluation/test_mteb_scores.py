@@ -13,6 +13,7 @@ from scipy import stats
 
 from bs_exp.errors import ConfigError, DataError
 from bs_exp.evaluation.mteb_scores import MtebScores
+from bs_exp.evaluation.text_embeddings import embeddings_of, token_rows
 from bs_exp.models.tiny import tiny_random
 from bs_exp.types import LoadedModel, Pooling
 from tests.support.encoders import headless
@@ -69,6 +70,46 @@ def test_a_score_is_the_rank_correlation_with_the_judgement(tmp_path: Path, mode
     assert found["mteb/version"]
 
 
+def test_sentences_are_read_as_they_are(tmp_path: Path) -> None:
+    """Quotation marks of a .tsv file are the sentence's own; line breaks stay inside quotes, and in JSON any sign."""
+    from bs_exp.evaluation.mteb_encoder import own_pairs
+
+    texts = {
+        "a.tsv": '\ufeffsentence1\tsentence2\tscore\n"Hello, he said\tb\t1\nc\td\t2\nBye\tf"\t3\n',
+        "a.csv": 'sentence1,sentence2,score\n"a\nb",c,1\nd,"e, f",2\ng,h,3\n',
+        "a.jsonl": "".join(
+            json.dumps({"sentence1": f"a\u2028{i}", "sentence2": "b", "score": i}, ensure_ascii=False) + "\n"
+            for i in range(3)
+        ),
+    }
+    firsts = {"a.tsv": ['"Hello, he said', "c", "Bye"], "a.csv": ["a\nb", "d", "g"]}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        read = own_pairs("mine", tmp_path / name).dataset["test"]
+        assert read["sentence1"][:] == firsts.get(name, [f"a\u2028{i}" for i in range(3)])
+
+
+def test_embeddings_without_order_or_numbers_score_nothing(tmp_path: Path, model: LoadedModel) -> None:
+    evaluator = settings(pairs={"mine": str(written(tmp_path / "a.csv"))}, batch_size=1)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.zero_()
+    found = evaluator.evaluate(model)
+    assert found["mteb_score/mine"] == 0.0
+    with torch.no_grad():
+        next(model.module.parameters()).fill_(float("nan"))
+    found = evaluator.evaluate(model)
+    assert found["mteb_score/mine"] == 0.0 and found["mteb_score_nonfinite/mine"] == 40
+
+
+def test_a_text_without_tokens_has_an_embedding_in_every_batch() -> None:
+    model = tiny_random()
+    rows = token_rows(["", "a text"], model, length=8)
+    both = embeddings_of(rows, model)
+    torch.testing.assert_close(embeddings_of(rows[:1], model), both[:1], rtol=1e-4, atol=1e-5)
+    assert bool(both.isfinite().all())
+
+
 def test_the_mean_is_over_all_files_and_content_is_that_of_the_files(tmp_path: Path, model: LoadedModel) -> None:
     first, second = written(tmp_path / "a.csv"), tmp_path / "b.csv"
     second.write_text("sentence1,sentence2,score\na,b,1\nc,d e f,3\ng h,i,2\nj,k l,0\n", encoding="utf-8")
@@ -102,11 +143,21 @@ def test_what_cannot_be_scored_is_refused_before_any_work(tmp_path: Path, model:
         settings(tasks=["STSBenchmrk"]).check(model)
     with pytest.raises(ConfigError, match=r"A score on MTEB needs an encoder.*evaluation=seq2seq"):
         settings(tasks=["STSBenchmark"]).check(tiny_random("t5"))
+    with pytest.raises(ConfigError, match="CIFAR10 is on image; only tasks on text"):
+        settings(tasks=["CIFAR10"]).check(model)
+    with pytest.raises(ConfigError, match="CQADupstackRetrieval is made of others; name them: CQADupstack"):
+        settings(tasks=["CQADupstackRetrieval"]).check(model)
+    with pytest.raises(ConfigError, match=r"languages must be codes of three letters.*got \['?english"):
+        settings(tasks=["STSBenchmark"], languages="english").check(model)
+    with pytest.raises(ConfigError, match=r"tasks must be a list of names, got \[1\]"):
+        settings(tasks=[1])
     with pytest.raises(ConfigError, match="tasks and pairs are both empty"):
         settings()
     with pytest.raises(ConfigError, match=r"pairs.mine must name a file, and there is none at .*none.csv"):
         settings(pairs={"mine": str(tmp_path / "none.csv")})
     file = str(written(tmp_path / "a.csv"))
+    with pytest.raises(ConfigError, match="names other than mean and version, got 'mean'"):
+        settings(pairs={"mean": file})
     with pytest.raises(ConfigError, match="other names than tasks, got BIOSSES in both"):
         settings(tasks=["BIOSSES"], pairs={"BIOSSES": file})
 
@@ -115,10 +166,23 @@ def test_what_cannot_be_scored_is_refused_before_any_work(tmp_path: Path, model:
     ("name", "text", "told"),
     [
         ("a.txt", "a\n", r"must be a .jsonl, .csv or .tsv file, got a.txt"),
-        ("a.csv", "sentence1,score\na,1\n", r"must have sentence1, sentence2, score.*KeyError: 'sentence2'"),
-        ("a.csv", "sentence1,sentence2,score\na,b,high\n", r"the last a number; ValueError.*high"),
+        (
+            "a.csv",
+            "sentence1,score\na,1\n",
+            r"must have sentence1, sentence2, score.*row 1 has the columns sentence1, score",
+        ),
+        (
+            "a.csv",
+            "sentence1,sentence2,score\na,b,1\na,b,high\n",
+            r"two texts and a number: row 2 has the score 'high'",
+        ),
+        ("a.csv", "score,sentence1,sentence2\n1,a\n", r"row 1 has .*too few"),
+        ("a.csv", 'sentence1,sentence2,score\n"a,b,1\nc,d,2\n', r"every row of a.csv must have"),
         ("a.jsonl", '{"sentence1": "a"\n', r"every row of a.jsonl must have"),
-        ("a.jsonl", "[1]\n", r"every row of a.jsonl must have"),
+        ("a.jsonl", "[1]\n", r"row 1 has \[1\]"),
+        ("a.jsonl", '{"sentence1": "a", "sentence2": null, "score": 1}\n', r"row 1 has"),
+        ("a.jsonl", '{"sentence1": "a", "sentence2": ["b"], "score": 1}\n', r"row 1 has \['a', \['b'\], 1\]"),
+        ("a.jsonl", '{"sentence1": "a", "sentence2": "b", "score": true}\n', r"row 1 has \['a', 'b', true\]"),
         ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d,1\ne,f,1\n", r"not all the same, got 3 rows"),
         ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d,2\n", r"at least 3 rows.*got 2 rows"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bs_exp.linalg.cholesky import damped, solve_definite
+from bs_exp.linalg.cholesky import definite, solve_definite
 from bs_exp.linalg.decomposition import split_by_layer
 from bs_exp.linalg.natural_gradient import (
     Curvature,
@@ -31,7 +31,9 @@ def gram(size: int, seed: int) -> Tensor:
 
 
 H, G = gram(6, 1), {0: gram(5, 2), 2: gram(5, 3)}
-CURVATURE = Curvature(damped(H, ridge=0.0), {layer: damped(each, ridge=0.0) for layer, each in G.items()})
+CURVATURE = Curvature(
+    definite(H, ridge=0.0, of="inputs"), {layer: definite(each, ridge=0.0, of="outputs") for layer, each in G.items()}
+)
 
 
 def factors(rank: int) -> SharedFactors:
@@ -139,3 +141,10 @@ def test_the_vertex_of_a_parabola_is_found_from_any_three_of_its_points() -> Non
 @pytest.mark.parametrize("last", [float("inf"), 0.0, -1.0], ids=["infinite", "straight", "falling faster"])
 def test_without_a_vertex_the_middle_stays(last: float) -> None:
     assert vertex_of({0.0: 2.0, 1.0: 1.0, 2.0: last}, 0.0, 1.0, 2.0) == 1.0
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-20, 0.01])
+def test_a_definite_gram_is_that_of_its_root_whatever_its_rank(ridge: float) -> None:
+    low = normal(6, 2)
+    found = definite(low @ low.mT, ridge=ridge, of="inputs")
+    torch.testing.assert_close(found.times(torch.eye(6).double()), found.triangle.mT @ found.triangle)

@@ -15,7 +15,7 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.site_inputs import inputs_of
 from bs_exp.corpora.sampling import hold_out
 from bs_exp.errors import ConfigError, DataError
-from bs_exp.linalg.cholesky import damped
+from bs_exp.linalg.cholesky import definite
 from bs_exp.linalg.natural_gradient import Curvature, Line, basis_direction, natural_gradient
 from bs_exp.models.architecture import module_of
 from bs_exp.models.surgery import factors_of, to_dense
@@ -70,9 +70,10 @@ def test_a_step_is_the_formula_on_the_gradient_of_the_compressed_model(layout: L
         inputs = torch.cat([seen[matrix.module].detach() for matrix in matrices])
         gram = inputs.mT @ inputs / len(inputs)
         outputs = {
-            m.layer: damped(gradients[m.module].mT @ gradients[m.module] / predictions, ridge=1.0) for m in matrices
+            m.layer: definite(gradients[m.module].mT @ gradients[m.module] / predictions, ridge=1.0, of="outputs")
+            for m in matrices
         }
-        curvature = Curvature(damped(gram, ridge=0.01), outputs)
+        curvature = Curvature(definite(gram, ridge=0.01, of="inputs"), outputs)
         gradient = torch.cat([_gradient(module_of(plain, matrix).weight) for matrix in matrices], dim=1) / predictions
         direction = natural_gradient(group, gradient, curvature)
         stored = factors_of(cut.module, dense.architecture, group)
@@ -113,9 +114,12 @@ def test_directions_depend_on_those_before() -> None:
 def test_of_all_that_it_makes_only_the_result_stays_in_the_cache(tmp_path: Path) -> None:
     found = {}
     for name, update in (("without", NoUpdate()), ("with", DESCENT)):
-        updated(tiny_random(), update, Cache(tmp_path / name, keep_rounds=False))
+        made = updated(tiny_random(), update, Cache(tmp_path / name, keep_rounds=False))
         found[name] = sorted(path.parent.name for path in (tmp_path / name).rglob("*.safetensors"))
-    assert found["with"] == sorted([*found["without"], "natural_gradient"])
+    more = [kind for kind in found["with"] if kind == "natural_gradient"]
+    assert found["with"] == sorted(found["without"] + more)
+    # The factors of each group, and the report.
+    assert len(more) == sum(planned.rank is not None for planned in made.plan.groups) + 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -133,9 +137,25 @@ def test_a_finished_update_is_not_repeated(tmp_path: Path, layout: Layout, shari
     ids = IDS[:2]
     with torch.no_grad():
         assert torch.equal(first.module(ids).logits, again.module(ids).logits)
-    other = Progress(quiet=True)
-    compress(dense, replace(one, update=replace(DESCENT, steps=2, damping=0.5)), Workspace(Cache(tmp_path), other))
-    assert not any("the factors after" in note for note in other.notes)
+    for other, cache in (
+        (replace(one, update=replace(DESCENT, steps=2, damping=0.5)), Cache(tmp_path)),
+        (one, Cache(tmp_path, dtype="float32")),
+    ):
+        progress = Progress(quiet=True)
+        compress(dense, other, Workspace(cache, progress))
+        assert not any("the factors after" in note for note in progress.notes)
+
+
+@pytest.mark.parametrize("lost", ["report", "group"])
+def test_a_result_that_is_not_whole_is_made_again(tmp_path: Path, lost: str) -> None:
+    dense, one = tiny_random(), recipe(replace(DESCENT, steps=1))
+    first = compress(dense, one, Workspace(Cache(tmp_path), QUIET))
+    files = sorted((tmp_path / "natural_gradient").iterdir(), key=lambda path: path.stat().st_size)
+    (files[0] if lost == "report" else files[-1]).write_bytes(b"damaged")
+    progress = Progress(quiet=True)
+    again = compress(dense, one, Workspace(Cache(tmp_path), progress))
+    assert not any("the factors after" in note for note in progress.notes)
+    assert same(values(first.module), values(again.module))
 
 
 def test_where_nothing_helps_the_factors_stay() -> None:
