@@ -36,8 +36,8 @@ from bs_exp.linalg.natural_gradient import (
     natural_gradient,
     vertex_of,
 )
-from bs_exp.models.factor_tensors import tensors_of, with_tensors
 from bs_exp.models.fingerprint import as_loaded
+from bs_exp.models.kept_factors import KeptFactors
 from bs_exp.models.surgery import exchange_factors, factors_of
 from bs_exp.protocols import ArrangesAlike, StoredFactors, Update
 from bs_exp.types import (
@@ -65,6 +65,7 @@ from bs_exp.workspace import Workspace
 KIND = "natural_gradient"
 LOSSES = ("divergence", "labels")
 _NATURAL, _DIRECTION = "natural_step", "direction"
+_REPORTED = ("lengths", "held_out_loss", "seconds")
 # So often a quarter of the length is tried, until the held-out loss falls: 4^-10 of a first step changes nothing.
 _QUARTERS = 10
 # A length that is closer to one that was tried is not tried.
@@ -169,11 +170,12 @@ class NaturalGradient:
         result = None
         # Several processes would have to agree on who found it.
         if workspace.cache.folder is not None and processes.count() == 1:
-            result = _Result(compressed, dense, workspace.cache, self._key(compressed, dense, data, workspace.cache))
-            if (report := result.found(groups)) is not None:
-                told = f"the factors after {report['steps']} steps came from the cache"
-                workspace.progress.note(f"natural gradient: {told}")
-                return report
+            key = self._key(compressed, dense, data, workspace.cache)
+            result = KeptFactors(compressed, dense.architecture, workspace.cache, KIND, key)
+            if (numbers := result.found(groups, _REPORTED)) is not None:
+                steps = len(numbers["lengths"])
+                workspace.progress.note(f"natural gradient: the factors after {steps} steps came from the cache")
+                return _report(numbers["lengths"], numbers["held_out_loss"], numbers["seconds"][0])
         kept, held = hold_out(len(data.windows.ids), self.holdout, self.seed)
         descent = _Descent(
             compressed,
@@ -203,19 +205,13 @@ class NaturalGradient:
                 lengths.append(length)
         finally:
             descent.forget()
-        report = {
-            "strategy": KIND,
-            "steps": len(lengths),
-            "lengths": lengths,
-            "held_out_loss": history,
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        report = _report(lengths, history, round(time.perf_counter() - start, 3))
         workspace.progress.note(
             f"natural gradient: held-out loss {history[0]:.4f} -> {history[-1]:.4f} nats per token in {len(lengths)} "
             f"of {self.steps} steps"
         )
         if result is not None:
-            result.keep(groups, report)
+            result.keep(groups, {"lengths": lengths, "held_out_loss": history, "seconds": [report["seconds"]]})
         return report
 
     def _key(self, compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, cache: Cache) -> str:
@@ -227,50 +223,15 @@ class NaturalGradient:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """The factors after the last step, in the cache, and what was reported of them.
-
-    Every group has an entry of its own, so that no more than one is in memory; that of the report is stored last.
-    """
-
-    compressed: PreTrainedModel
-    dense: LoadedModel
-    cache: Cache
-    key: str
-
-    def found(self, groups: Sequence[WeightGroup]) -> dict[str, Any] | None:
-        """Puts the factors into the model if all are there; their report, or None."""
-        if (report := self.cache.find(KIND, self.key)) is None:
-            return None
-        entries = {group: self.cache.find(KIND, self._of(group)) for group in groups}
-        # Before any is exchanged: one that is damaged counts as absent.
-        kept = {group: entry for group, entry in entries.items() if entry is not None}
-        if len(kept) < len(groups):
-            return None
-        for group, entry in kept.items():
-            present = factors_of(self.compressed, self.dense.architecture, group)
-            moved = with_tensors(present, entry.tensor)
-            exchange_factors(self.compressed, self.dense.architecture, moved, self.cache.folder)
-        lengths = report.tensor("lengths").tolist()
-        return {
-            "strategy": KIND,
-            "steps": len(lengths),
-            "lengths": lengths,
-            "held_out_loss": report.tensor("held_out_loss").tolist(),
-            "seconds": float(report.tensor("seconds")),
-        }
-
-    def keep(self, groups: Sequence[WeightGroup], report: Mapping[str, Any]) -> None:
-        """Stores the factors as they are, and their report."""
-        for group in groups:
-            present = factors_of(self.compressed, self.dense.architecture, group)
-            self.cache.store(KIND, self._of(group), tensors_of(present))
-        names = ("lengths", "held_out_loss", "seconds")
-        self.cache.store(KIND, self.key, {name: torch.tensor(report[name], dtype=torch.float64) for name in names})
-
-    def _of(self, group: WeightGroup) -> str:
-        return content_key(key=self.key, group=asdict(group))
+def _report(lengths: Sequence[float], history: Sequence[float], seconds: float) -> dict[str, Any]:
+    """`history` is the held-out loss before the first step and after each."""
+    return {
+        "strategy": KIND,
+        "steps": len(lengths),
+        "lengths": list(lengths),
+        "held_out_loss": list(history),
+        "seconds": seconds,
+    }
 
 
 class _Stored(NamedTuple):
