@@ -236,7 +236,7 @@ class Trainer:
                 if not self._may_go_back():
                     raise
                 self.done, told = before + 1, str(error)
-            if told is not None and self._may_go_back():
+            if told is not None and self._may_go_back() and self.done < self.settings.steps:
                 self._go_back()
                 workspace.progress.note(
                     f"{label}: {told.removesuffix('.')}; after {self.done} steps it goes on from the best factors, of "
@@ -307,7 +307,7 @@ class Trainer:
 
     def _may_go_back(self) -> bool:
         """Whether that is wanted, there is something to go back to, and smaller steps may help."""
-        return self.back_off and bool(self._best) and self.done < self.settings.steps and self._rate > _LEAST_RATE
+        return self.back_off and bool(self._best) and self._rate > _LEAST_RATE
 
     @torch.no_grad()
     def _go_back(self) -> None:
