@@ -1,9 +1,9 @@
 """The processes of one run that `torchrun` starts together, or submitit as the tasks of one job.
 
 All of them go through the same stages in the same order. They share out the batches of windows, for statistics and
-perplexity, and the groups that are decomposed; what else there is, each does for itself, and what could differ between
-them is taken from the first one. Tensors travel on the CPU, where statistics are summed anyway. A single process, which
-most runs are, finds everything here without effect.
+evaluation, the requests of lm-eval's tasks, and the groups that are decomposed; what else there is, each does for
+itself, and what could differ between them is taken from the first one. Tensors travel on the CPU, where statistics are
+summed anyway. A single process, which most runs are, finds everything here without effect.
 """
 
 from __future__ import annotations

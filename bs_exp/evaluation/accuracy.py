@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from bs_exp.errors import ConfigError, DataError
+from bs_exp.evaluation.shared_harness import SharedHarness
 from bs_exp.models.model_inputs import check_task
 from bs_exp.records import metrics as names
 from bs_exp.types import LoadedModel, Task
@@ -90,7 +90,7 @@ class Accuracy:
         """
         with _quiet(), _seeded(self.seed):
             tasks, groups = self._load_tasks()
-            harness = HFLM(
+            harness = SharedHarness(
                 pretrained=model.module,
                 # A copy: the harness gives the tokenizer a padding token.
                 tokenizer=copy.deepcopy(model.tokenizer),

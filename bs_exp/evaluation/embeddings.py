@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from bs_exp import processes
 from bs_exp.corpora.content import content_of
 from bs_exp.corpora.sampling import evenly_spaced
 from bs_exp.corpora.windows import check_length, cut_windows
@@ -73,8 +74,8 @@ class Embeddings:
             text, origin = corpus.read()
             rows = self._rows(text, model)
             label = f"embeddings of {name}"
-            own = torch.cat(list(self._embeddings(model, rows, label)))
-            dense = own if model.original is None else torch.cat(list(self._embeddings(model.original, rows, label)))
+            own = self._embeddings(model, rows, label)
+            dense = own if model.original is None else self._embeddings(model.original, rows, label)
             found[metric(names.EMBEDDING_COSINE, name)] = float((own * dense).sum(-1).mean())
             found[metric(names.EMBEDDING_SPEARMAN, name)] = rank_correlation(own, dense)
             found[metric(names.EMBEDDING_OVERLAP, name)] = neighbour_overlap(own, dense)
@@ -101,12 +102,11 @@ class Embeddings:
             )
         return rows
 
-    def _embeddings(
-        self, model: LoadedModel, rows: Sequence[Sequence[int]], label: str
-    ) -> Iterator[Float[Tensor, "batch d"]]:
+    def _embeddings(self, model: LoadedModel, rows: Sequence[Sequence[int]], label: str) -> Float[Tensor, "texts d"]:
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        for batch in tracked(batches, label, total=len(batches)):
-            yield embeddings_of(batch, model)
+        own = processes.mine(batches)
+        found = [embeddings_of(batch, model) for batch in tracked(own, label, total=len(own))]
+        return torch.cat(processes.put_together(found, len(batches)))
 
 
 def rank_correlation(own: Float[Tensor, "texts d"], dense: Float[Tensor, "texts d"]) -> float:

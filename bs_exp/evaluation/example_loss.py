@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bs_exp import processes
 from bs_exp.corpora.evaluated import text_hash
 from bs_exp.corpora.windows import check_fits
 from bs_exp.evaluation.perplexity import perplexity_of
@@ -31,12 +32,13 @@ def example_perplexity(
     for name, cut in windows.items():
         check_fits(replace(cut, feeding=settings.feeding), model)
         losses: list[Tensor] = []
-        batches = [reader.examples(ids.to(model.device)) for ids in cut.ids.split(settings.batch_size)]
+        parts = cut.ids.split(settings.batch_size)
+        batches = [reader.examples(ids.to(model.device)) for ids in processes.mine(parts)]
         outputs = logits_of(model, [examples.inputs for examples in batches])
         for examples, logits in tracked(zip(batches, outputs, strict=True), f"{kind} on {name}", total=len(batches)):
             with torch.inference_mode():
                 losses.append(examples.loss(logits, reduction="none").double().cpu())
-        found = torch.cat(losses)
+        found = torch.cat(processes.put_together(losses, len(parts)))
         metrics[metric(kind, name)] = perplexity_of(float(found.mean()))
         metrics[metric(kind, name, TOKENS)] = len(found)
         metrics[metric(kind, name, TEXT_SHA256)] = text_hash(cut)

@@ -123,7 +123,7 @@ class Perplexity:
             batches.append(windows.tail[None])
         first = True
         own = processes.mine(batches)
-        found = tracked(token_losses(model, own), label, total=len(own)) if own else ()
+        found = tracked(token_losses(model, own), label, total=len(own))
         for batch_losses in processes.put_together(list(found), len(batches)) if processes.count() > 1 else found:
             for losses in batch_losses:
                 # The beginning of a window was counted in the one before; the first window has none before it.

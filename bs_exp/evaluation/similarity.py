@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
+from bs_exp import processes
 from bs_exp.corpora.content import content_of
 from bs_exp.corpora.evaluated import EvaluatedWindows, text_hash
 from bs_exp.corpora.windows import check_fits
@@ -80,8 +81,9 @@ class Similarity:
         """Mean cosine, relative error, and the number of positions, summed in fp64."""
         reader = feeder(model, windows.feeding)
         original = model.original or model
-        cosines, difference, size, tokens = 0.0, 0.0, 0.0, 0
-        inputs = [reader.inputs(ids.to(model.device)) for ids in windows.ids.split(self.batch_size)]
+        sums: list[tuple[float, float, float, int]] = []
+        batches = windows.ids.split(self.batch_size)
+        inputs = [reader.inputs(ids.to(model.device)) for ids in processes.mine(batches)]
         wanted = hidden_states_of(original, inputs)
         pairs = (
             ((states, states) for states in wanted)
@@ -92,8 +94,8 @@ class Similarity:
             with torch.inference_mode():
                 expected = expected_states.flatten(0, 1).double()
                 found = found_states.flatten(0, 1).double()
-                cosines += float(functional.cosine_similarity(found, expected, dim=-1).sum())
-                difference += float((found - expected).square().sum())
-                size += float(expected.square().sum())
-                tokens += len(found)
-        return cosines / tokens, math.sqrt(difference / size), tokens
+                cosine = functional.cosine_similarity(found, expected, dim=-1).sum()
+                difference, size = (found - expected).square().sum(), expected.square().sum()
+                sums.append((float(cosine), float(difference), float(size), len(found)))
+        cosines, differences, sizes, tokens = map(sum, zip(*processes.put_together(sums, len(batches)), strict=True))
+        return cosines / tokens, math.sqrt(differences / sizes), int(tokens)

@@ -38,6 +38,8 @@ def _outputs(
     whole: Callable[[PreTrainedModel, Inputs], Tensor],
     behind: Callable[[Blocks, Inputs, Tensor], Tensor],
 ) -> Iterator[Tensor]:
+    if not batches:
+        return
     run = partial(whole, model.module)
     if not is_offloaded(model.module) or not _can_walk(model, batches):
         for inputs in batches:
