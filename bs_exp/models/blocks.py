@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bs_exp.errors import ModelError
 from bs_exp.models.hooks import Hooks
+from bs_exp.models.mapped import announce
 from bs_exp.models.model_inputs import Inputs, hidden_states
 from bs_exp.models.offload import resident
 from bs_exp.types import LoadedModel
@@ -94,6 +95,7 @@ class Blocks:
         self._modules = [model.module.get_submodule(path) for path in self._paths]
         self._calls: dict[int, list[Call]] = {}
         self._forms: list[Call] = []
+        self._latest = -1
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -112,8 +114,15 @@ class Blocks:
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[None]:
-        """The weights of a block are on the model's device meanwhile; where they wait elsewhere, they come once."""
+        """The weights of a block are on the model's device meanwhile; where they wait elsewhere, they come once.
+
+        Where they lie in files, those of the block behind it are read meanwhile; on the way back, those in front of it.
+        """
+        follows = layer + 1 if layer > self._latest else layer - 1
+        self._latest = layer
         with resident(self._modules[layer]):
+            if 0 <= follows < len(self):
+                announce(self._modules[follows].parameters())
             yield
 
     def run(self, layer: int, states: Tensor) -> Float[Tensor, "windows positions channels"]:

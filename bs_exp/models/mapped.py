@@ -40,6 +40,8 @@ _DTYPES = {
 # Python names the flag from 3.13 on. Without it, the system wants as much memory and swap as the file is long.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 _ALIGNMENT = 64
+# Linux reads no more at one request than a device's read-ahead, 128 KiB if nobody changed it.
+_READ_AHEAD = 2**17
 # Where a file lies in memory -> its mapping, by start address; a mapping leaves with its last tensor.
 _Mapping: TypeAlias = "tuple[int, weakref.ref[mmap.mmap]]"
 _mappings: list[_Mapping] = []
@@ -139,6 +141,18 @@ def is_mapped(tensor: Tensor) -> bool:
     return _mapping_of(tensor) is not None
 
 
+def announce(tensors: Iterable[Tensor]) -> None:
+    """Has the system read the pages of tensors that lie in files, in the background; they take no memory that it could
+    not use otherwise."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    for tensor in tensors:
+        if (found := _mapping_of(tensor)) is not None:
+            mapped, start = found
+            for offset in range(start, start + tensor.nbytes, _READ_AHEAD):
+                _advise(mapped, offset, min(_READ_AHEAD, start + tensor.nbytes - offset), mmap.MADV_WILLNEED)
+
+
 def release(tensors: Iterable[Tensor]) -> None:
     """Gives the memory of tensors that lie in files back to the system, and with it what was freed meanwhile.
 
@@ -147,12 +161,15 @@ def release(tensors: Iterable[Tensor]) -> None:
     given = False
     for tensor in tensors:
         if (found := _mapping_of(tensor)) is not None:
-            mapped, start = found
-            first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, first, start + tensor.nbytes - first)
+            _advise(*found, tensor.nbytes, mmap.MADV_DONTNEED)
             given = True
     if given and _malloc_trim is not None:
         _malloc_trim(0)
+
+
+def _advise(mapped: mmap.mmap, start: int, nbytes: int, advice: int) -> None:
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(advice, first, start + nbytes - first)
 
 
 def _find_malloc_trim() -> Callable[[int], int] | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import mmap
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +24,8 @@ from bs_exp.cache import Cache
 from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.evaluation.throughput import Throughput
-from bs_exp.models import mapped
+from bs_exp.models import blocks, mapped
+from bs_exp.models.blocks import Blocks
 from bs_exp.models.checkpoint import Checkpoint
 from bs_exp.models.loading import HubModel, LocalModel
 from bs_exp.models.model_inputs import feeder
@@ -202,6 +207,50 @@ def test_pages_come_and_go(tmp_path: Path) -> None:
     mapped.release([weight])
     assert resident_bytes(weight) < 1 << 17
     assert torch.equal(weight, values)
+
+
+def cached_pages(weight: Tensor) -> float:
+    """The share of a mapped tensor's pages that the system holds in memory, by mincore."""
+    first = weight.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    pages = -(-(weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
+    return sum(page & 1 for page in found) / pages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mincore")
+def test_announced_pages_are_read_in_the_background(tmp_path: Path) -> None:
+    save_file({"w": torch.randn(1 << 22)}, tmp_path / "w.safetensors")
+    with (tmp_path / "w.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    weight = mapped.map_tensors(mapped.read_header(tmp_path / "w.safetensors"))["w"]
+    if cached_pages(weight) > 0.5:
+        pytest.skip("this file system keeps its pages")
+    mapped.announce([weight])
+    deadline = time.monotonic() + 60
+    while cached_pages(weight) < 1.0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_next_block_on_the_way_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind each on the way forward, and in front of it on the way back."""
+    model = loaded(saved(tmp_path))
+    owner = {
+        id(parameter): layer
+        for layer, path in enumerate(model.architecture.blocks)
+        for parameter in model.module.get_submodule(path).parameters()
+    }
+    walked = Blocks(model)
+    told: list[set[int]] = []
+    monkeypatch.setattr(blocks, "announce", lambda tensors: told.append({owner[id(tensor)] for tensor in tensors}))
+    layers = range(len(walked))
+    for layer in (*layers, *reversed(layers)):
+        with walked.resident(layer):
+            pass
+    assert told == [{layer} for layer in (*layers[1:], *reversed(layers[:-1]))]
 
 
 def test_what_is_written_into_a_scratch_file_stays() -> None:
