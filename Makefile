@@ -48,7 +48,7 @@ test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(MARKERS)" $(ARGS)
 
 test-vllm: $(VLLM_INSTALLED)  ## serve compressed models with vLLM, in an environment of its own (about 15 minutes)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serving $(ARGS)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serving/test_vllm.py $(ARGS)
 
 # Campaigns bound themselves by CHAOS_SECONDS; a case under way is finished, what hangs is stopped after 20 minutes.
 chaos: $(INSTALLED)  ## kill sweeps and searches, fill disks, damage files; a table of what was lost (at most 20 minutes)

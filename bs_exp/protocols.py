@@ -446,7 +446,10 @@ class UpdatesRounds(Update, Protocol):
 
 @runtime_checkable
 class UpdatesInSteps(Update, Protocol):
-    """An update that gathers statistics of the model anew in every step: an estimate counts these passes."""
+    """An update that gathers statistics of the model anew in every step, and measures the loss on held-out windows.
+
+    An estimate counts its passes, and traces `on_group`.
+    """
 
     @property
     def gathers(self) -> frozenset[Statistic]: ...
@@ -458,6 +461,17 @@ class UpdatesInSteps(Update, Protocol):
     @property
     def windows(self) -> int | None:
         """How many windows a step reads; None: all."""
+
+    @property
+    def holdout(self) -> float:
+        """The share of the windows on which the loss is measured."""
+
+    @property
+    def trials(self) -> int:
+        """How often that is done in a step, about."""
+
+    def on_group(self, found: GroupStatistics, stored: StoredFactors) -> None:
+        """What a step does with the statistics and the factors of one group, trials included, but no pass."""
 
     @property
     def otherwise(self) -> Update | None:

@@ -368,7 +368,8 @@ class _Estimator:
         self.backward += found.backward
 
     def _steps(self, update: UpdatesInSteps, ratio: float) -> None:
-        """The passes of an update that gathers statistics in every step, and what it keeps from one to the next."""
+        """An update that gathers statistics in every step: its passes, what it makes of them, its trials, and what it
+        keeps from one step to the next."""
         windows = self.windows
         assert windows is not None
         share = min(1.0, (update.windows or windows.count) / windows.count)
@@ -386,9 +387,18 @@ class _Estimator:
             # Passes are those over all windows.
             self.forward += math.ceil(share * update.steps * each.forward)
             self.backward += math.ceil(share * update.steps * each.backward)
+        for _, work in self.tracer.stepping(update, ratio):
+            self._stage(Stage.UPDATE, work.times(update.steps), factors=self._compressed(ratio))
+        # The model's own predictions are kept, or made anew each time; the loss is measured once more at the beginning.
+        measured = update.holdout * (1 + update.trials * update.steps)
+        trial = self.tracer.reading()
+        self._stage(Stage.UPDATE, trial.work.times(windows.batches * measured), factors=self._compressed(ratio))
+        self.forward += math.ceil(measured * trial.forward)
         if self.cache.folder is not None:
             self.disk[STEPS] = kept
-        told = "counted are its passes over windows, not what it makes of them, nor its trials"
+        told = (
+            f"counted are all {update.steps} steps, with {update.trials} lengths tried in each; both depend on losses"
+        )
         self.tracer.unknown.append(f"{type(update).__name__}: {told}")
 
     def _waiting_in_streams(self, found: Pass) -> int:

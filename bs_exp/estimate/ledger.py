@@ -30,7 +30,7 @@ _ATTENTIONS = ("scaled_dot_product_attention", "_scaled_dot_product_flash_attent
 
 
 class Decomposition(NamedTuple):
-    """One kind of factorisation of matrices of one shape (rows, columns)."""
+    """One kind of factorisation of matrices of one shape (rows, columns); of solves, that of the right sides."""
 
     kind: str
     rows: int
@@ -45,6 +45,8 @@ _DECOMPOSITIONS: Mapping[Any, tuple[str, float]] = {
     _ATEN.linalg_eigvalsh.default: ("eigenvectors", 2.0),
     _ATEN.linalg_cholesky_ex.default: ("cholesky", 0.0),
     _ATEN.linalg_solve_triangular.default: ("triangular solve", 0.0),
+    _ATEN.cholesky_solve.default: ("cholesky solve", 0.0),
+    _ATEN._linalg_solve_ex.default: ("solve", 1.0),
     _ATEN.linalg_qr.default: ("qr", 1.0),
     _ATEN._linalg_svd.default: ("svd", 4.0),
     _ATEN.linalg_svd.default: ("svd", 4.0),
@@ -212,7 +214,7 @@ class Ledger(TorchDispatchMode):
         self._work.calls += 1
         if (entry := _DECOMPOSITIONS.get(func)) is not None:
             kind, workspace = entry
-            rows, columns = args[-1 if kind == "triangular solve" else 0].shape[-2:]
+            rows, columns = shape_of(func, args)
             self._work.decompositions[device, Decomposition(kind, rows, columns)] += 1
             space = round(workspace * rows * columns * made[0].element_size())
             self._reach(*((space, 0) if device == "cpu" else (0, space)))
@@ -220,6 +222,14 @@ class Ledger(TorchDispatchMode):
             self._work.flops[device, made[0].dtype] += flops
         elif not _is_view(func):
             self._work.moved[device] += sum(tensor.nbytes for tensor in (*given, *made))
+
+
+def shape_of(func: Any, args: Any) -> tuple[int, int]:
+    """Rows and columns of what is factorised, or of the right sides that are solved for."""
+    kind, _ = _DECOMPOSITIONS[func]
+    matrix: Tensor = args[{"triangular solve": 1, "cholesky solve": 0, "solve": 1}.get(kind, 0)]
+    rows, columns = matrix.shape[-2:]
+    return rows, columns
 
 
 def _flops(func: Any, args: Any, kwargs: Any, found: Any) -> int:

@@ -21,14 +21,20 @@ FILE = "machine.json"
 _FORMAT = 1
 _PRODUCT, _EIGENVECTORS, _COPY, _DISK, _CALLS = 1024, 768, 2**24, 2**26, 2000
 _SECONDS = 0.25
-# Floating-point operations of a factorisation in units of rows x columns^2, and how fast they run beside products.
+# Floating-point operations of a factorisation in units of rows x columns^2, with more rows than columns, and how fast
+# they run beside products.
 _FACTORISATIONS: Mapping[str, tuple[float, float]] = {
     "cholesky": (1 / 3, 0.5),
-    "triangular solve": (1.0, 0.7),
     "qr": (2.0, 0.4),
     "svd": (20.0, 0.2),
     # QR with column pivoting, which is bound by memory.
     "pivoted qr": (2.0, 0.1),
+}
+# Those of a solve in units of rows^2 x columns of its right sides, and of rows^3 for the factorisation in it.
+_SOLVES: Mapping[str, tuple[float, float, float]] = {
+    "triangular solve": (1.0, 0.0, 0.7),
+    "cholesky solve": (2.0, 0.0, 0.7),
+    "solve": (2.0, 2 / 3, 0.6),
 }
 
 
@@ -56,6 +62,10 @@ class Machine:
         small = min(found.rows, found.columns)
         if found.kind == "eigenvectors":
             return small**3 / self.eigenvectors
+        if found.kind in _SOLVES:
+            of_columns, of_rows, share = _SOLVES[found.kind]
+            count = found.rows**2 * (of_columns * found.columns + of_rows * found.rows)
+            return count / (share * self.products["float64"])
         operations, share = _FACTORISATIONS[found.kind]
         return operations * max(found.rows, found.columns) * small**2 / (share * self.products["float64"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,10 +28,12 @@ from bs_exp.linalg.decomposition import decompose, split_by_layer
 from bs_exp.models.blocks import Blocks, states_of
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.model_inputs import feeder
+from bs_exp.models.offload import is_offloaded
+from bs_exp.models.outputs import logits_of
 from bs_exp.models.surgery import replace_matrices, twin
 from bs_exp.pipeline import Recipe
 from bs_exp.progress import Progress
-from bs_exp.protocols import Update
+from bs_exp.protocols import Update, UpdatesInSteps
 from bs_exp.rank_budget import planned_shapes, rank_at
 from bs_exp.types import (
     CalibrationData,
@@ -205,7 +207,7 @@ class Tracer:
     def _decomposition(self, group: WeightGroup) -> Work:
         measures = self._measures()
         with self.ledger.counting() as work:
-            given = self._statistics(group)
+            given = self._statistics(group, self.recipe.round_needs)
             with self._may_look_at_values(self.recipe.whitening, self.recipe.importance):
                 metric = metric_of(given, self.recipe.whitening, self.recipe.importance)
                 del given
@@ -234,9 +236,9 @@ class Tracer:
             workspace=Workspace(self.cache, _QUIET),
         )
 
-    def _statistics(self, group: WeightGroup) -> GroupStatistics:
+    def _statistics(self, group: WeightGroup, needs: Collection[Statistic]) -> GroupStatistics:
         """Statistics of a group's shapes, read as the cache has them."""
-        needs, layers, device = self.recipe.round_needs, group.layers, self.dense.device
+        layers, device = group.layers, self.dense.device
 
         def gram(size: int) -> Tensor:
             packed = torch.empty(size * (size + 1) // 2, dtype=self._gram_dtype)
@@ -282,6 +284,39 @@ class Tracer:
             if shape not in known:
                 known[shape] = self._replacement(group, rank)
             yield group, known[shape]
+
+    def reading(self) -> Pass:
+        """One batch through the model, to its logits and their loss."""
+        batch = (tuple(self.data.windows.ids.shape), self.data.windows.feeding)
+        key = ("read", batch, self.dense.architecture, tuple(self.groups))
+        return self._once(key, partial(self._in_depth, self._reading))
+
+    def _reading(self, model: LoadedModel, groups: Sequence[WeightGroup]) -> Pass:
+        with self.ledger.counting() as work:
+            examples = feeder(model, self.data.windows.feeding).examples(self.data.windows.ids.to(model.device))
+            for logits in logits_of(model, [examples.inputs]):
+                examples.loss(logits, reduction="sum")
+        checked = self._check(model) if is_offloaded(model.module) else None
+        return Pass(work if checked is None else work.without(checked), 1, 0)
+
+    def stepping(self, update: UpdatesInSteps, ratio: float) -> Iterator[tuple[WeightGroup, Work]]:
+        """What one step of an update does with the statistics and the factors of each group."""
+        known: dict[tuple[int, ...], Work] = {}
+        for group in self.groups:
+            rank = rank_at(group, ratio, self.recipe.layout)
+            if not rank:
+                continue
+            shape = (group.d_in, group.d_out, group.size, rank)
+            if shape not in known:
+                key = ("step", shape, update, self._gram_dtype, self.recipe.layout)
+                known[shape] = self._once(key, partial(self._step, update, group, rank))
+            yield group, known[shape]
+
+    def _step(self, update: UpdatesInSteps, group: WeightGroup, rank: int) -> Work:
+        with self.ledger.counting() as work, self._may_look_at_values(update):
+            stored = self.recipe.layout.arrange(self._factors(group, rank)).in_dtype(self.dense.module.dtype)
+            update.on_group(self._statistics(group, update.gathers), stored)
+        return work.without(self._replacement(group, rank))
 
     def _replacement(self, group: WeightGroup, rank: int) -> Work:
         with self.ledger.counting() as work:

@@ -107,6 +107,8 @@ class NaturalGradient:
     otherwise: Update | None = None
 
     reads_windows: ClassVar[bool] = True
+    # That and its double, which is too long, and the vertex between them; the next step begins at a length that fits.
+    trials: ClassVar[int] = 3
     gathers: ClassVar[frozenset[Statistic]] = frozenset(
         {Statistic.GRAM, Statistic.OUTPUT_GRAM, Statistic.LOSS_GRADIENT}
     )
@@ -214,6 +216,29 @@ class NaturalGradient:
             result.keep(groups, {"lengths": lengths, "held_out_loss": history, "seconds": [report["seconds"]]})
         return report
 
+    def on_group(self, found: GroupStatistics, stored: StoredFactors) -> None:
+        """What a step does with one group; its share of the direction before is not in it."""
+        curvature = self.curvature(found)
+        assert found.loss_gradient is not None
+        direction = natural_gradient(found.group, found.loss_gradient, curvature)
+        plain, curvature = stored.layout.restore(stored), self.curvature(found)
+        line = Line.through(plain, direction, basis_direction(plain, direction, curvature), curvature.inputs)
+        for _ in range(self.trials):
+            _moved(stored, plain, line, self.first_length)
+
+    def curvature(self, found: GroupStatistics) -> Curvature:
+        """Of the loss by the weights of a group, from its Grams: damped, and per token and predicted token."""
+        assert found.output_grams is not None
+        predictions = found.predictions or found.tokens
+        return Curvature(
+            inputs=definite(_gram(found), ridge=self.ridge, of="inputs"),
+            outputs={
+                layer: definite(total / predictions, ridge=self.damping, of="output gradients")
+                for layer, total in found.output_grams.items()
+                if bool(total.any())
+            },
+        )
+
     def _key(self, compressed: PreTrainedModel, dense: LoadedModel, data: CalibrationData, cache: Cache) -> str:
         """Of all that the steps depend on, with the factors in front of the first one."""
         return content_key(
@@ -283,7 +308,7 @@ class _Descent:
         product = crossed = 0.0
         for group in self.workspace.progress.track(self.groups, label="natural gradients", total=len(self.groups)):
             gradient = _gradient(stats, group, self._device)
-            step = natural_gradient(group, gradient, self._curvature(stats, settings, group))
+            step = natural_gradient(group, gradient, settings.curvature(self._grams(stats, group)))
             product += float((gradient * step).sum())
             if self._gradients is not None:
                 crossed += float((_gradient(self._gradients, group, self._device) * step).sum())
@@ -295,7 +320,7 @@ class _Descent:
             if share:
                 direction = direction + share * self._read(self._directions[group], "direction")
             present = self._present(group).on(self._device)
-            plain, curvature = present.layout.restore(present), self._curvature(stats, settings, group)
+            plain, curvature = present.layout.restore(present), settings.curvature(self._grams(stats, group))
             line = Line.through(plain, direction, basis_direction(plain, direction, curvature), curvature.inputs)
             del plain, curvature
             directions[group] = self._store(_DIRECTION, key, group, direction=direction, **vars(line))
@@ -371,9 +396,7 @@ class _Descent:
         start, line = self._lines.get(stored.group) or (stored.layout.restore(stored), self._line(stored.group))
         if sum(group.d_in * group.columns for group in self.groups) <= _KEPT_NUMBERS:
             self._lines[stored.group] = start, line
-        layout, moved = stored.layout, line.at(length, start)
-        found = layout.arrange_like(moved, stored) if isinstance(layout, ArrangesAlike) else layout.arrange(moved)
-        return found.in_dtype(stored.basis.dtype)
+        return _moved(stored, start, line, length)
 
     def _line(self, group: WeightGroup) -> Line:
         return Line(**{each.name: self._read(self._directions[group], each.name) for each in fields(Line)})
@@ -382,18 +405,8 @@ class _Descent:
         """The factors of a group; whoever exchanges them puts new Parameters in their place."""
         return factors_of(self.compressed, self.dense.architecture, group)
 
-    def _curvature(self, stats: CalibrationStats, settings: NaturalGradient, group: WeightGroup) -> Curvature:
-        found = _only(stats, Statistic.GRAM, Statistic.OUTPUT_GRAM).of(group, self._device)
-        assert found.output_grams is not None
-        predictions = found.predictions or found.tokens
-        return Curvature(
-            inputs=definite(_gram(found), ridge=settings.ridge, of="inputs"),
-            outputs={
-                layer: definite(total / predictions, ridge=settings.damping, of="output gradients")
-                for layer, total in found.output_grams.items()
-                if bool(total.any())
-            },
-        )
+    def _grams(self, stats: CalibrationStats, group: WeightGroup) -> GroupStatistics:
+        return _only(stats, Statistic.GRAM, Statistic.OUTPUT_GRAM).of(group, self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -407,6 +420,13 @@ class _Descent:
 
     def _read(self, stored: _Stored, name: str) -> Tensor:
         return stored.entry.tensor(name).to(self._device).double()
+
+
+def _moved(stored: StoredFactors, start: SharedFactors, line: Line, length: float) -> StoredFactors:
+    """The factors at a length along the line from their plain form `start`, in the layout and dtype of `stored`."""
+    layout, moved = stored.layout, line.at(length, start)
+    found = layout.arrange_like(moved, stored) if isinstance(layout, ArrangesAlike) else layout.arrange(moved)
+    return found.in_dtype(stored.basis.dtype)
 
 
 def _only(stats: CalibrationStats, *kinds: Statistic) -> CalibrationStats:

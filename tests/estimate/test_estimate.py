@@ -19,7 +19,7 @@ from bs_exp.allocation.uniform import UniformAllocation
 from bs_exp.cache import Cache
 from bs_exp.estimate import traced
 from bs_exp.estimate.estimate import FACTORS, SAVED, STEPS, Estimate, Place, Windows, estimate
-from bs_exp.estimate.ledger import _DECOMPOSITIONS
+from bs_exp.estimate.ledger import _DECOMPOSITIONS, shape_of
 from bs_exp.estimate.traced import Traced
 from bs_exp.files import file_sizes
 from bs_exp.importance.none import NoImportance
@@ -82,9 +82,7 @@ class Factorisations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DECOMPOSITIONS:
-            kind = _DECOMPOSITIONS[func][0]
-            rows, columns = args[-1 if kind == "triangular solve" else 0].shape
-            self.found[kind, rows, columns] += 1
+            self.found[_DECOMPOSITIONS[func][0], *shape_of(func, args)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -265,17 +263,29 @@ def test_steps_of_an_update_are_counted(tmp_path: Path) -> None:
     """Passes over the windows that its steps read, and what the cache holds of them meanwhile."""
     dense = tiny_random("llama", layers=4)
     update = NaturalGradient(
-        loss="labels", steps=3, windows=4, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.1, seed=0
+        loss="labels", steps=1, windows=4, ridge=0.01, damping=1.0, holdout=0.25, first_length=0.1, seed=0
     )
     recipe = dataclasses.replace(SVD_LLM, update=update)
     found, without = (estimate(dense, each, windows(each), Cache(tmp_path), HOST) for each in (recipe, SVD_LLM))
     count = windows(recipe).count
-    assert found.backward == math.ceil(3 * 4 / count) and without.backward == 0
+    assert found.backward == math.ceil(4 / count) and without.backward == 0
     assert found.forward > without.forward
+    # Oracle: the steps themselves. Trials are as many as the losses will have.
+    compress(dense, SVD_LLM, Workspace(Cache(tmp_path), QUIET))
+    with Factorisations() as counted:
+        compressed = compress(dense, recipe, Workspace(Cache(tmp_path), QUIET))
+    assert compressed.update["steps"] == update.steps
+    alone = Counter(
+        {(d.kind, d.rows, d.columns): n for d, n in (found.decompositions - without.decompositions).items()}
+    )
+    for kind in ("cholesky", "cholesky solve"):
+        assert {key: n for key, n in alone.items() if key[0] == kind} == {
+            key: n for key, n in counted.found.items() if key[0] == kind
+        }
     targeted = sum(group.parameters for group in singles(dense.architecture))
     assert found.disk[STEPS] > 4 * 4 * targeted  # a gradient of this step, and three tensors in fp32 beside it
     [told] = found.unknown
-    assert told.startswith("NaturalGradient: counted are its passes over windows")
+    assert told.startswith("NaturalGradient: counted are all 1 steps, with 3 lengths tried in each")
     in_memory = estimate(dense, recipe, windows(recipe), Cache(None), HOST)
     # Against another stage of the same estimate: what the process itself takes changes from one to the next.
     above, beside = (
