@@ -470,8 +470,9 @@ class UpdatesInSteps(Update, Protocol):
     def trials(self) -> int:
         """How often that is done in a step, about."""
 
-    def on_group(self, found: GroupStatistics, stored: StoredFactors) -> None:
-        """What a step does with the statistics and the factors of one group, trials included, but no pass."""
+    def on_group(self, found: GroupStatistics, factors: SharedFactors) -> None:
+        """What a step does with the statistics and the factors of one group, trials included, but no pass and without
+        their layout, which asks for values."""
 
     @property
     def otherwise(self) -> Update | None:

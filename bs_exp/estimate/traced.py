@@ -308,15 +308,14 @@ class Tracer:
                 continue
             shape = (group.d_in, group.d_out, group.size, rank)
             if shape not in known:
-                key = ("step", shape, update, self._gram_dtype, self.recipe.layout)
+                key = ("step", shape, update, self._gram_dtype)
                 known[shape] = self._once(key, partial(self._step, update, group, rank))
             yield group, known[shape]
 
     def _step(self, update: UpdatesInSteps, group: WeightGroup, rank: int) -> Work:
         with self.ledger.counting() as work, self._may_look_at_values(update):
-            stored = self.recipe.layout.arrange(self._factors(group, rank)).in_dtype(self.dense.module.dtype)
-            update.on_group(self._statistics(group, update.gathers), stored)
-        return work.without(self._replacement(group, rank))
+            update.on_group(self._statistics(group, update.gathers), self._factors(group, rank))
+        return work
 
     def _replacement(self, group: WeightGroup, rank: int) -> Work:
         with self.ledger.counting() as work:

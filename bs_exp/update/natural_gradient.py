@@ -216,15 +216,15 @@ class NaturalGradient:
             result.keep(groups, {"lengths": lengths, "held_out_loss": history, "seconds": [report["seconds"]]})
         return report
 
-    def on_group(self, found: GroupStatistics, stored: StoredFactors) -> None:
-        """What a step does with one group; its share of the direction before is not in it."""
+    def on_group(self, found: GroupStatistics, factors: SharedFactors) -> None:
+        """What a step does with one group, but for its share of the direction before, and for the layout."""
         curvature = self.curvature(found)
         assert found.loss_gradient is not None
         direction = natural_gradient(found.group, found.loss_gradient, curvature)
-        plain, curvature = stored.layout.restore(stored), self.curvature(found)
-        line = Line.through(plain, direction, basis_direction(plain, direction, curvature), curvature.inputs)
+        curvature = self.curvature(found)
+        line = Line.through(factors, direction, basis_direction(factors, direction, curvature), curvature.inputs)
         for _ in range(self.trials):
-            _moved(stored, plain, line, self.first_length)
+            line.at(self.first_length, factors)
 
     def curvature(self, found: GroupStatistics) -> Curvature:
         """Of the loss by the weights of a group, from its Grams: damped, and per token and predicted token."""
@@ -396,7 +396,9 @@ class _Descent:
         start, line = self._lines.get(stored.group) or (stored.layout.restore(stored), self._line(stored.group))
         if sum(group.d_in * group.columns for group in self.groups) <= _KEPT_NUMBERS:
             self._lines[stored.group] = start, line
-        return _moved(stored, start, line, length)
+        layout, moved = stored.layout, line.at(length, start)
+        found = layout.arrange_like(moved, stored) if isinstance(layout, ArrangesAlike) else layout.arrange(moved)
+        return found.in_dtype(stored.basis.dtype)
 
     def _line(self, group: WeightGroup) -> Line:
         return Line(**{each.name: self._read(self._directions[group], each.name) for each in fields(Line)})
@@ -420,13 +422,6 @@ class _Descent:
 
     def _read(self, stored: _Stored, name: str) -> Tensor:
         return stored.entry.tensor(name).to(self._device).double()
-
-
-def _moved(stored: StoredFactors, start: SharedFactors, line: Line, length: float) -> StoredFactors:
-    """The factors at a length along the line from their plain form `start`, in the layout and dtype of `stored`."""
-    layout, moved = stored.layout, line.at(length, start)
-    found = layout.arrange_like(moved, stored) if isinstance(layout, ArrangesAlike) else layout.arrange(moved)
-    return found.in_dtype(stored.basis.dtype)
 
 
 def _only(stats: CalibrationStats, *kinds: Statistic) -> CalibrationStats:
