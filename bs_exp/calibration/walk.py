@@ -290,7 +290,7 @@ class _Run:
                 release(states[-2])
         gradients = []
         for each, last, target in zip(examples, states.pop(), self._targets(examples), strict=True):
-            with torch.enable_grad():
+            with blocks.resident_head(), torch.enable_grad():
                 last = _leaf(last, self._model.device)
                 outputs = blocks.hidden(each.inputs, last) if self._probes else blocks.logits(each.inputs, last)
                 gradients.append([_back(last, *pass_) for pass_ in self._losses(each, outputs, target)])

@@ -16,7 +16,7 @@ from bs_exp.errors import ModelError
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.mapped import announce
 from bs_exp.models.model_inputs import Inputs, hidden_states
-from bs_exp.models.offload import resident
+from bs_exp.models.offload import head_of, resident
 from bs_exp.types import LoadedModel
 
 _HIDDEN = "hidden_states"
@@ -123,6 +123,12 @@ class Blocks:
         with resident(self._modules[layer]):
             if 0 <= follows < len(self):
                 announce(self._modules[follows].parameters())
+            yield
+
+    @contextmanager
+    def resident_head(self) -> Iterator[None]:
+        """The weights of the head as those of a `resident` block meanwhile."""
+        with resident(head_of(self._model.module)):
             yield
 
     def run(self, layer: int, states: Tensor) -> Float[Tensor, "windows positions channels"]:

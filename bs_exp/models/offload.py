@@ -3,6 +3,10 @@
 The weights of blocks stay where they were loaded, in the host's memory or in the checkpoint's own files, and are on the
 device from the beginning of a block's call to its end, or for as long as the block is `resident`. Parameters stay the
 objects they are: twins share them, and hooks watch their gradients.
+
+On a CPU that cannot multiply numbers of 16 bits, their products take 5 to 100 times as long as in fp32. There a block's
+weights become fp32 as they come, what it is given does, too, and its output is rounded to the model's dtype again. So
+it is with a head that has weights of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.models.mapped import can_map, is_mapped, release
@@ -49,7 +54,7 @@ def check_whole_backward(module: nn.Module, device: torch.device, what: str) -> 
         )
 
 
-def place(module: nn.Module, blocks: Iterable[str], device: torch.device) -> None:
+def place(module: PreTrainedModel, blocks: Iterable[str], device: torch.device) -> None:
     """Puts all that is outside the blocks on the device, and has blocks come there when they run."""
     paths = tuple(blocks)
     inside = {id(tensor) for path in paths for tensor in module.get_submodule(path).parameters()}
@@ -61,10 +66,19 @@ def place(module: nn.Module, blocks: Iterable[str], device: torch.device) -> Non
             if buffer is not None:
                 part._buffers[name] = buffer.to(device)
     for path in paths:
-        block = module.get_submodule(path)
-        setattr(block, _RESIDENCE, _Residence(device))
-        block.register_forward_pre_hook(_enter)
-        block.register_forward_hook(_leave, always_call=True)
+        _settle(module.get_submodule(path), device)
+    head = head_of(module)
+    own = {id(parameter) for parameter in head.parameters()}
+    # Embeddings that share the head's weights run while it is resident, and what follows them is not made for fp32.
+    shared = any(id(parameter) in own for parameter in module.get_input_embeddings().parameters())
+    if not shared and not all(computes(parameter.dtype, device) for parameter in head.parameters()):
+        _settle(head, device)
+
+
+def head_of(module: PreTrainedModel) -> nn.Module:
+    """What makes logits of hidden states; a module without weights if there is no head."""
+    found = module.get_output_embeddings()
+    return nn.Identity() if found is None else found
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -94,13 +108,42 @@ def keep_changes(block: nn.Module) -> None:
         data.copy_(parameter.data)
 
 
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has instructions for products in a dtype."""
+    if device.type != "cpu":
+        return True
+    match dtype:
+        case torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case torch.float16:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        case _:
+            return True
+
+
 @dataclass(eq=False)
 class _Residence:
-    """Where a block's weights are: `home` holds those that wait elsewhere while the block is on the device."""
+    """Where a block's weights are: `home` holds those that wait elsewhere while the block is on the device.
+
+    `rounded` is the dtype of 16 bits that the device cannot multiply in, if the block's weights have one; while
+    `converts` holds, they are in fp32 instead.
+    """
 
     device: torch.device
+    rounded: torch.dtype | None
     depth: int = 0
+    converts: bool = False
     home: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+
+def _settle(part: nn.Module, device: torch.device) -> None:
+    dtypes = {parameter.dtype for parameter in part.parameters()}
+    rounded = next((dtype for dtype in dtypes if not computes(dtype, device)), None)
+    setattr(part, _RESIDENCE, _Residence(device, rounded))
+    part.register_forward_pre_hook(_enter)
+    part.register_forward_pre_hook(_give, with_kwargs=True)
+    part.register_forward_hook(_return)
+    part.register_forward_hook(_leave, always_call=True)
 
 
 def _enter(block: nn.Module, *call: Any) -> None:
@@ -108,12 +151,38 @@ def _enter(block: nn.Module, *call: Any) -> None:
     if residence is None:
         return
     residence.depth += 1
-    if residence.depth > 1:
-        return
-    for parameter in block.parameters():
-        if parameter.device != residence.device:
+    if residence.depth == 1:
+        # After a call alone its weights go, which its backward pass may need as they were in it.
+        residence.converts = residence.rounded is not None and not (call and torch.is_grad_enabled())
+    comes = residence.depth == 1
+    for parameter in block.parameters():  # also those that were exchanged meanwhile, or went home with another block
+        dtype = torch.float32 if residence.converts and parameter.dtype == residence.rounded else parameter.dtype
+        if parameter.dtype != dtype or (comes and parameter.device != residence.device):
             residence.home.append((parameter, parameter.data))
-            parameter.data = parameter.data.to(residence.device)
+            parameter.data = parameter.data.to(residence.device, dtype)
+
+
+def _give(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    residence: _Residence = vars(block)[_RESIDENCE]
+    return _cast((arguments, keywords), residence.rounded, torch.float32) if residence.converts else None
+
+
+def _return(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    residence: _Residence = vars(block)[_RESIDENCE]
+    return _cast(output, torch.float32, residence.rounded) if residence.converts else None
+
+
+def _cast(given: Any, old: torch.dtype | None, new: torch.dtype | None) -> Any:
+    """The same with tensors of one dtype in another, in tuples, lists and dictionaries alone."""
+    match given:
+        case Tensor() if given.dtype == old:
+            return given.to(new)
+        case tuple() | list() if type(given) in (tuple, list):
+            return type(given)(_cast(each, old, new) for each in given)
+        case dict() if type(given) is dict:
+            return {name: _cast(each, old, new) for name, each in given.items()}
+        case _:
+            return given
 
 
 def _leave(block: nn.Module, *call: Any) -> None:
@@ -123,7 +192,8 @@ def _leave(block: nn.Module, *call: Any) -> None:
     residence.depth -= 1
     if residence.depth:
         return
-    for parameter, data in residence.home:
+    # Of a weight that went home and came again, the first is its home.
+    for parameter, data in reversed(residence.home):
         parameter.data = data
     residence.home.clear()
     release(block.parameters())

@@ -28,6 +28,7 @@ from bs_exp.evaluation.cost import measure_cost
 from bs_exp.evaluation.sample import TEXT, TextSample
 from bs_exp.evaluation.size import measure_size
 from bs_exp.files import file_sizes
+from bs_exp.models.offload import computes, is_offloaded
 from bs_exp.models.processor_files import loaded_from, processor_files
 from bs_exp.models.saving import check_replaceable, save_model
 from bs_exp.pipeline import Preparation, Recipe, compress, measured_problem, prepare
@@ -257,6 +258,8 @@ class Experiment:
             recorder.progress.note(f"{len(unused)} weights of the checkpoint are not used by this model: {shown}")
         if odd := dense.provenance.get("odd_files"):
             recorder.progress.warn(f"the shards of the checkpoint: {odd} They are used as they are.")
+        if not computes(dense.module.dtype, dense.device):
+            recorder.progress.note(_slow(dense))
         return dense
 
     def _objectives(self, metrics: Mapping[str, Any], promised: Sequence[str]) -> tuple[str, ...]:
@@ -355,3 +358,14 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _slow(dense: LoadedModel) -> str:
+    """What a dtype costs on a CPU that has no instructions for it."""
+    dtype = str(dense.module.dtype).removeprefix("torch.")
+    if is_offloaded(dense.module):
+        return f"this CPU has no instructions for {dtype}: blocks compute in float32, and what they give is rounded."
+    return (
+        f"this CPU has no instructions for {dtype}, so products take many times as long, gradients most of all: "
+        "model.dtype=float32 is faster, and model.offload=disk computes in float32 block by block."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import json
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +28,11 @@ from bs_exp.calibration.gather import ACCUMULATORS, gather
 from bs_exp.errors import ConfigError, ModelError
 from bs_exp.evaluation.throughput import Throughput
 from bs_exp.models import blocks, mapped
+from bs_exp.models import offload as offloading
 from bs_exp.models.blocks import Blocks
 from bs_exp.models.checkpoint import Checkpoint
 from bs_exp.models.loading import HubModel, LocalModel
-from bs_exp.models.model_inputs import feeder
+from bs_exp.models.model_inputs import feeder, hidden_states
 from bs_exp.models.offload import check_offload, is_offloaded, lies_in_files, place, resident
 from bs_exp.models.outputs import hidden_states_of, logits_of
 from bs_exp.models.saving import save_model
@@ -50,6 +54,7 @@ DATA = CalibrationData(WINDOWS, 2)
 QUIET = Progress(quiet=True)
 # Its experts are held in another form than its files hold them.
 IN_PLACE = tuple(family for family in (*FAMILIES, *ENCODERS, *ENCODER_DECODERS) if family != "mixtral")
+REFIT = Refit(mode="sequential", inputs="compressed", target="mixed", beta=None, gram="layer", ridge=1e-6, below=None)
 SHARDED = "model.safetensors.index.json"
 
 
@@ -467,3 +472,98 @@ def test_on_a_cuda_device(offload: str, tmp_path: Path) -> None:
     assert all(weight.device.type == "cpu" for weight in waiting)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def slow_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that cannot multiply numbers of 16 bits, on whatever CPU this is."""
+    monkeypatch.setattr(offloading, "computes", lambda dtype, device: dtype not in (torch.bfloat16, torch.float16))
+
+
+def fast_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offloading, "computes", lambda dtype, device: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert"])
+def test_blocks_compute_in_fp32_where_16_bits_are_slow(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the model in fp32 with the same weights, whose blocks' outputs are rounded. Alone and in a walk."""
+    slow_halves(monkeypatch)
+    model = tiny_random(family)
+    expected = copy.deepcopy(model.module.to(dtype)).float()
+    for path in model.architecture.blocks:
+        expected.get_submodule(path).register_forward_hook(lambda block, given, found: rounded(found, dtype))
+    place(model.module, model.architecture.blocks, torch.device("cpu"))
+    before = values(model.module)
+    inputs = feeder(model, WINDOWS.feeding).inputs(WINDOWS.ids)
+    with torch.inference_mode():
+        wanted = hidden_states(expected, inputs)
+        whole = hidden_states(model.module, inputs)
+    [walked] = hidden_states_of(model, [inputs])
+    assert whole.dtype == walked.dtype == dtype
+    scale = float(wanted.abs().max())
+    for found in (whole, walked):
+        assert float((found.float() - wanted).abs().max()) < 4 * torch.finfo(dtype).eps * scale
+    assert same(before, values(model.module))
+
+
+def rounded(found: Any, dtype: torch.dtype) -> Any:
+    if isinstance(found, tuple):
+        return (rounded(found[0], dtype), *found[1:])
+    return found.to(dtype).float()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bert", "t5"])
+def test_what_is_made_in_fp32_is_stored_as_the_model_is(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics forward and backward, factors, a refit: close to those of a model whose blocks compute in bf16."""
+    saved(tmp_path / "dense", family, dtype=torch.bfloat16)
+    found = {}
+    for name, set_up in (("fast", fast_halves), ("slow", slow_halves)):
+        set_up(monkeypatch)
+        dense = loaded(tmp_path / "dense")
+        # Labels that are drawn, and the most probable ones, may be others where probabilities differ a little.
+        grams = {key: tensor for key, tensor in statistics(dense).items() if key[:3] not in ("sam", "top")}
+        compressed = compress(dense, recipe(REFIT), Workspace(Cache(tmp_path / name), QUIET))
+        assert {parameter.dtype for parameter in compressed.module.parameters()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in dense.module.parameters()} == {torch.bfloat16}
+        [hidden] = hidden_states_of(
+            replace(dense, module=compressed.module), [feeder(dense, WINDOWS.feeding).inputs(WINDOWS.ids)]
+        )
+        found[name] = {**grams, "hidden": hidden}
+    assert found["fast"].keys() == found["slow"].keys()
+    for name, tensor in found["fast"].items():
+        assert (found["slow"][name] - tensor).double().norm() <= 0.1 * tensor.double().norm(), name
+
+
+def test_a_call_with_gradients_computes_in_the_models_own_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backward pass comes when the block's weights are home again."""
+    slow_halves(monkeypatch)
+    dense = loaded(saved(tmp_path, dtype=torch.bfloat16))
+    for parameter in dense.module.parameters():
+        parameter.requires_grad_()
+    dense.module(input_ids=WINDOWS.ids, labels=WINDOWS.ids).loss.backward()
+    assert {parameter.grad.dtype for parameter in dense.module.parameters() if parameter.grad is not None} == {
+        torch.bfloat16
+    }
+
+
+def test_matrices_with_a_shared_basis_in_two_resident_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them goes first, what the other still computes is right, and all are home in the end."""
+    slow_halves(monkeypatch)
+    dense = loaded(saved(tmp_path / "dense", dtype=torch.bfloat16))
+    module = compress(dense, recipe(NoUpdate()), Workspace(Cache(tmp_path / "cache"), QUIET)).module
+    first, second = (module.get_submodule(path) for path in dense.architecture.blocks[:2])
+    before = values(module)
+    walked = Blocks(replace(dense, module=module))
+    states = walked.embedded(feeder(dense, WINDOWS.feeding).inputs(WINDOWS.ids))
+    with torch.inference_mode(), resident(second):
+        expected = walked.run(1, states)
+        with resident(first):
+            walked.run(0, states)
+        assert torch.equal(walked.run(1, states), expected)
+    assert same(before, values(module))
