@@ -68,10 +68,9 @@ def place(module: PreTrainedModel, blocks: Iterable[str], device: torch.device) 
     for path in paths:
         _settle(module.get_submodule(path), device)
     head = head_of(module)
-    own = {id(parameter) for parameter in head.parameters()}
+    own = {id(weight) for weight in head.parameters() if not computes(weight.dtype, device)}
     # Embeddings that share the head's weights run while it is resident, and what follows them is not made for fp32.
-    shared = any(id(parameter) in own for parameter in module.get_input_embeddings().parameters())
-    if not shared and not all(computes(parameter.dtype, device) for parameter in head.parameters()):
+    if own and not any(id(weight) in own for weight in module.get_input_embeddings().parameters()):
         _settle(head, device)
 
 
