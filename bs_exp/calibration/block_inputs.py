@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TypeAlias
 
 from torch import Tensor
@@ -76,27 +77,28 @@ def gather_pairs(
     found: dict[str, InputPairs] = {}
     tokens: Counter[str] = Counter()
     routed = least or {}
-    for batch in range(len(current)):
-        wanted: SiteInputs | None = None
-        if dense is not None:
-            with inputs_of(dense[0], modules) as wanted:
-                dense[1].advance(batch, dense[1].run(layer, batch))
-        with inputs_of(module, modules) as seen:
-            states = current.run(layer, batch)
-        if advance:
-            current.advance(batch, states)
-        for site, name in modules.items():
-            both: tuple[Tensor, Tensor | None] | None = (seen[site], None) if site in seen else None
-            if wanted is not None:
-                both = same_tokens(seen, wanted, site)
-            if both is None and site in routed:
-                continue
-            if both is None:
-                raise CalibrationError(
-                    f"Refit: {name} does not read the same tokens in the dense and in the compressed model. Use "
-                    "update.target=compressed_inputs update.mode=one_shot."
-                )
-            pairs = InputPairs.of(*both)
-            found[site] = found[site] + pairs if site in found else pairs
-            tokens[site] += len(both[0])
+    with current.resident(layer), nullcontext() if dense is None else dense[1].resident(layer):
+        for batch in range(len(current)):
+            wanted: SiteInputs | None = None
+            if dense is not None:
+                with inputs_of(dense[0], modules) as wanted:
+                    dense[1].advance(batch, dense[1].run(layer, batch))
+            with inputs_of(module, modules) as seen:
+                states = current.run(layer, batch)
+            if advance:
+                current.advance(batch, states)
+            for site, name in modules.items():
+                both: tuple[Tensor, Tensor | None] | None = (seen[site], None) if site in seen else None
+                if wanted is not None:
+                    both = same_tokens(seen, wanted, site)
+                if both is None and site in routed:
+                    continue
+                if both is None:
+                    raise CalibrationError(
+                        f"Refit: {name} does not read the same tokens in the dense and in the compressed model. Use "
+                        "update.target=compressed_inputs update.mode=one_shot."
+                    )
+                pairs = InputPairs.of(*both)
+                found[site] = found[site] + pairs if site in found else pairs
+                tokens[site] += len(both[0])
     return {site: pairs for site, pairs in found.items() if tokens[site] >= routed.get(site, 0)}

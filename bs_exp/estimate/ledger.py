@@ -214,7 +214,7 @@ class Ledger(TorchDispatchMode):
         self._work.calls += 1
         if (entry := _DECOMPOSITIONS.get(func)) is not None:
             kind, workspace = entry
-            rows, columns = shape_of(func, args)
+            rows, columns = shape_of(func, args, kwargs)
             self._work.decompositions[device, Decomposition(kind, rows, columns)] += 1
             space = round(workspace * rows * columns * made[0].element_size())
             self._reach(*((space, 0) if device == "cpu" else (0, space)))
@@ -224,11 +224,13 @@ class Ledger(TorchDispatchMode):
             self._work.moved[device] += sum(tensor.nbytes for tensor in (*given, *made))
 
 
-def shape_of(func: Any, args: Any) -> tuple[int, int]:
-    """Rows and columns of what is factorised, or of the right sides that are solved for."""
+def shape_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of what is factorised, or of the right sides that are solved for, which stand as columns."""
     kind, _ = _DECOMPOSITIONS[func]
-    matrix: Tensor = args[{"triangular solve": 1, "cholesky solve": 0, "solve": 1}.get(kind, 0)]
-    rows, columns = matrix.shape[-2:]
+    rows, columns = args[0].shape[-2:]
+    if kind in ("triangular solve", "solve"):
+        # The matrix is square, and what is solved for stands beside it, or is a vector.
+        columns = args[1].numel() // max(1, args[0].numel() // rows)
     return rows, columns
 
 

@@ -18,7 +18,7 @@ from bs_exp.estimate.ledger import Decomposition, Work
 from bs_exp.files import write_file
 
 FILE = "machine.json"
-_FORMAT = 1
+_FORMAT = 2
 _PRODUCT, _EIGENVECTORS, _COPY, _DISK, _CALLS = 1024, 768, 2**24, 2**26, 2000
 _SECONDS = 0.25
 # Floating-point operations of a factorisation in units of rows x columns^2, with more rows than columns, and how fast

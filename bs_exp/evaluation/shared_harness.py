@@ -30,8 +30,10 @@ class SharedHarness(HFLM):  # type: ignore[misc]  # lm-eval carries no types
 
 
 def _shared_out(answer: Callable[..., list[Any]], requests: list[Instance], disable_tqdm: bool) -> list[Any]:
-    """Requests with one context stay together: the harness computes it once for all of them."""
-    together = [list(same) for _, same in groupby(requests, key=lambda request: request.args[0])]
+    """Requests of one item with one context stay together: the harness computes it once for all of them."""
+    together = [
+        list(same) for _, same in groupby(requests, key=lambda each: (each.task_name, each.doc_id, each.args[0]))
+    ]
     own = processes.mine(together)
     asked = list(chain.from_iterable(own))
     found = iter(answer(asked, disable_tqdm=disable_tqdm or not processes.is_first()) if asked else ())

@@ -127,8 +127,9 @@ class BlockStream:
 
     def pass_on(self, layer: int) -> None:
         """Puts all batches in front of the next block, as this one, which may have changed, carries them there."""
-        for batch in range(len(self)):
-            self.advance(batch, self.run(layer, batch))
+        with self.resident(layer):
+            for batch in range(len(self)):
+                self.advance(batch, self.run(layer, batch))
 
     def next_layer(self) -> None:
         """Told when all batches are in front of the next block."""

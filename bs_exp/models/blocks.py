@@ -16,7 +16,7 @@ from bs_exp.errors import ModelError
 from bs_exp.models.hooks import Hooks
 from bs_exp.models.mapped import announce
 from bs_exp.models.model_inputs import Inputs, hidden_states
-from bs_exp.models.offload import head_of, resident
+from bs_exp.models.offload import head_of, passing, resident
 from bs_exp.types import LoadedModel
 
 _HIDDEN = "hidden_states"
@@ -118,10 +118,11 @@ class Blocks:
 
         Where they lie in files, those of the block behind it are read meanwhile; on the way back, those in front of it.
         """
-        follows = layer + 1 if layer > self._latest else layer - 1
+        again, last = layer == self._latest, layer == len(self) - 1
+        follows = layer - 1 if layer < self._latest or (again and last) else layer + 1
         self._latest = layer
         with resident(self._modules[layer]):
-            if 0 <= follows < len(self):
+            if 0 <= follows < len(self) and (last or not again):
                 announce(self._modules[follows].parameters())
             yield
 
@@ -180,6 +181,7 @@ class Blocks:
     def _pass_on(self, hooks: Hooks, last: Tensor | None = None) -> None:
         """Blocks return what they are given, and the last one `last`, if that is given."""
         for module, form in zip(self._modules, self._forms, strict=True):
+            hooks.during(passing(module))
             hooks.run_instead(module, lambda *a, form=form, **k: form.returning(Call(a, k, torch.empty(0)).hidden))
         if last is not None:
             hooks.run_instead(self._modules[-1], lambda *a, **k: self._forms[-1].returning(last))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -77,6 +77,10 @@ class Hooks:
 
         self._undo.callback(restore)
         module.__dict__["forward"] = forward
+
+    def during(self, state: AbstractContextManager[Any]) -> None:
+        """A state of something in the model lasts as long as the hooks."""
+        self._undo.enter_context(state)
 
     def only_gradients_of(self, module: nn.Module, weights: Collection[Tensor]) -> None:
         """Of all parameters, these alone get gradients. Flags and gradients are as before afterwards."""

@@ -6,6 +6,7 @@ something else, and is then read again from the file when it is used again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -150,7 +151,8 @@ def announce(tensors: Iterable[Tensor]) -> None:
         if (found := _mapping_of(tensor)) is not None:
             mapped, start = found
             for offset in range(start, start + tensor.nbytes, _READ_AHEAD):
-                _advise(mapped, offset, min(_READ_AHEAD, start + tensor.nbytes - offset), mmap.MADV_WILLNEED)
+                with contextlib.suppress(OSError):  # advice that the system is free not to take
+                    _advise(mapped, offset, min(_READ_AHEAD, start + tensor.nbytes - offset), mmap.MADV_WILLNEED)
 
 
 def release(tensors: Iterable[Tensor]) -> None:

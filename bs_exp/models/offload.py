@@ -93,18 +93,40 @@ def lies_in_files(module: nn.Module) -> bool:
 @contextmanager
 def resident(block: nn.Module) -> Iterator[None]:
     """The weights of a block on the device, and in memory; its calls meanwhile move nothing."""
-    _enter(block)
     try:
+        _enter(block)
         yield
     finally:
         _leave(block)
 
 
+@contextmanager
+def passing(block: nn.Module) -> Iterator[None]:
+    """Something else runs in the place of a block's calls meanwhile: its weights stay where they are."""
+    residence: _Residence | None = vars(block).get(_RESIDENCE)
+    if residence is None:
+        yield
+        return
+    before, residence.passing = residence.passing, True
+    try:
+        yield
+    finally:
+        residence.passing = before
+
+
+def dtypes_at_home(block: nn.Module) -> dict[nn.Parameter, torch.dtype]:
+    """Of the weights of a resident block that wait elsewhere, what they are stored in there."""
+    residence: _Residence | None = vars(block).get(_RESIDENCE)
+    return {} if residence is None else {parameter: data.dtype for parameter, data in residence.home}
+
+
 def keep_changes(block: nn.Module) -> None:
-    """The weights of a resident block, as they are now, go to where they wait."""
+    """The weights of a resident block, as they are now, go to where they wait; where they are rounded there, they are
+    rounded here."""
     residence: _Residence | None = vars(block).get(_RESIDENCE)
     for parameter, data in residence.home if residence is not None else ():
         data.copy_(parameter.data)
+        parameter.data.copy_(data)
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
@@ -132,6 +154,7 @@ class _Residence:
     rounded: torch.dtype | None
     depth: int = 0
     converts: bool = False
+    passing: bool = False
     home: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
 
@@ -147,7 +170,7 @@ def _settle(part: nn.Module, device: torch.device) -> None:
 
 def _enter(block: nn.Module, *call: Any) -> None:
     residence: _Residence | None = vars(block).get(_RESIDENCE)
-    if residence is None:
+    if residence is None or (call and residence.passing):
         return
     residence.depth += 1
     if residence.depth == 1:
@@ -163,17 +186,23 @@ def _enter(block: nn.Module, *call: Any) -> None:
 
 def _give(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     residence: _Residence = vars(block)[_RESIDENCE]
-    return _cast((arguments, keywords), residence.rounded, torch.float32) if residence.converts else None
+    if not residence.converts or residence.passing:
+        return None
+    return _cast((arguments, keywords), residence.rounded, torch.float32)
 
 
 def _return(block: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
     residence: _Residence = vars(block)[_RESIDENCE]
-    return _cast(output, torch.float32, residence.rounded) if residence.converts else None
+    return None if not residence.converts or residence.passing else _cast(output, torch.float32, residence.rounded)
 
 
 def _cast(given: Any, old: torch.dtype | None, new: torch.dtype | None) -> Any:
     """The same with tensors of one dtype in another, in tuples, lists and dictionaries alone."""
     match given:
+        case Tensor() if given.dtype == old and new is torch.float16:
+            # Models that clamp what their blocks give if they are in fp16 (T5, BART) do not do so here.
+            largest = torch.finfo(torch.float16).max
+            return given.clamp(-largest, largest).where(given.isfinite(), given).to(new)
         case Tensor() if given.dtype == old:
             return given.to(new)
         case tuple() | list() if type(given) in (tuple, list):
@@ -186,7 +215,7 @@ def _cast(given: Any, old: torch.dtype | None, new: torch.dtype | None) -> Any:
 
 def _leave(block: nn.Module, *call: Any) -> None:
     residence: _Residence | None = vars(block).get(_RESIDENCE)
-    if residence is None:
+    if residence is None or (call and residence.passing):
         return
     residence.depth -= 1
     if residence.depth:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -61,6 +62,10 @@ class WholeStream:
                 return hidden_states(self._module, self._batches[batch])
             except _Reached as reached:
                 return reached.states
+
+    def resident(self, layer: int) -> AbstractContextManager[None]:
+        """Nothing stays: all blocks up to this one run for every batch."""
+        return nullcontext()
 
     def advance(self, batch: int, states: Tensor) -> None:
         """Nothing waits."""

@@ -50,7 +50,8 @@ class Trainer:
 
     Without held-out windows the last parameters are kept. `name` stands in error messages. `step_scales` multiply the
     learning rate, by parameter. Parameters below fp32 have fp32 copies ("masters") that the optimiser changes and that
-    are rounded into the parameters after each step; other parameters are their own masters. `scale_loss` is for
+    are rounded into the parameters after each step; other parameters are their own masters. `stored` names parameters
+    that will be kept in another dtype than they have now, and are rounded as if they had it. `scale_loss` is for
     gradients that pass through fp16: the loss is scaled up, so that they do not underflow. Random numbers are drawn
     from `settings.seed` and the number of the step, so an interrupted training continues to the same bits.
 
@@ -73,12 +74,14 @@ class Trainer:
     device: torch.device
     scale_loss: bool
     back_off: bool = False
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
     masters: Mapping[str, nn.Parameter] = field(init=False)
     done: int = field(init=False, default=0)
     history: list[tuple[int, float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        self.stored = {name: parameter.dtype for name, parameter in self.parameters.items()} | dict(self.stored)
+        self.masters = {name: self._master(name) for name in self.parameters}
         self._optimizer = self._new_optimizer()
         self._rate, self._measured_before = 1.0, 0  # entries of `history` in front of the last going back
         self._scaler = self._new_scaler()
@@ -288,7 +291,13 @@ class Trainer:
     def _round_into_parameters(self) -> None:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+                parameter.copy_(self.masters[name].to(self.stored[name]))
+
+    def _master(self, name: str) -> nn.Parameter:
+        parameter, stored = self.parameters[name], self.stored[name]
+        if stored is parameter.dtype is precise(stored):
+            return parameter
+        return nn.Parameter(parameter.detach().to(precise(stored), copy=True))
 
     def _evaluate(self) -> None:
         """Measures the held-out windows, if there are any; the best parameters are copied."""
@@ -350,8 +359,3 @@ class Trainer:
                 f"{self.learning_rate:g}), raise warmup, or load the model in another dtype "
                 "(model.dtype=float32 or bfloat16); update=none leaves the factors as they are."
             )
-
-
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    dtype = precise(parameter.dtype)
-    return parameter if dtype is parameter.dtype else nn.Parameter(parameter.detach().to(dtype))

@@ -25,7 +25,7 @@ from bs_exp.models.blocks import Blocks
 from bs_exp.models.divergence import precise
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
-from bs_exp.models.offload import keep_changes
+from bs_exp.models.offload import dtypes_at_home, keep_changes
 from bs_exp.models.surgery import block_parameters, find_factors, own_parameters
 from bs_exp.training.optimizers import OptimizerSettings
 from bs_exp.training.settings import TrainerSettings, split_windows
@@ -253,6 +253,7 @@ class _Refinement:
         if not parameters:
             return {}
         label = f"block {layer}"
+        kept = dtypes_at_home(self.compressed.get_submodule(path))
         with trainable(parameters.values(), chain(self.compressed.parameters(), self.dense.module.parameters())):
             trainer = Trainer(
                 name="Block refinement",
@@ -272,7 +273,8 @@ class _Refinement:
                 windows=self._training,
                 held_out=self._held_out,
                 device=self.dense.device,
-                scale_loss=any(p.dtype is torch.float16 for p in parameters.values()),
+                scale_loss=self.dense.module.dtype is torch.float16,
+                stored={name: kept[p] for name, p in parameters.items() if p in kept},
             )
             key = None if self.key is None else content_key(refinement=self.key, layer=layer)
             trainer.train(self.workspace, label=label, kind=KIND, key=key)

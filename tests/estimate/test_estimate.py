@@ -82,7 +82,7 @@ class Factorisations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DECOMPOSITIONS:
-            self.found[_DECOMPOSITIONS[func][0], *shape_of(func, args)] += 1
+            self.found[_DECOMPOSITIONS[func][0], *shape_of(func, args, kwargs or {})] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -47,6 +47,21 @@ def test_products_and_factorisations() -> None:
     }
 
 
+def test_solves_are_of_the_size_of_their_triangle() -> None:
+    ledger = Ledger()
+    with ledger.counting() as work:
+        triangle, wide, tall = torch.empty(8, 8), torch.empty(8, 100), torch.empty(100, 8)
+        torch.linalg.solve_triangular(triangle, wide, upper=True)
+        torch.linalg.solve_triangular(triangle, tall, upper=True, left=False)
+        torch.cholesky_solve(wide, triangle)
+        torch.linalg.solve_ex(triangle, wide)
+        torch.linalg.solve_ex(triangle, torch.empty(8))
+    found = {(d.kind, d.rows, d.columns): n for (_, d), n in work.decompositions.items()}
+    assert found == {
+        ("triangular solve", 8, 100): 2, ("cholesky solve", 8, 100): 1, ("solve", 8, 100): 1, ("solve", 8, 1): 1
+    }  # fmt: skip
+
+
 def test_questions_about_values_are_answered_as_if_all_were_well() -> None:
     with Ledger().counting():
         values = torch.empty(8)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 
 from bs_exp import processes
 from bs_exp.corpora.given_texts import GivenTexts
@@ -20,6 +21,7 @@ from bs_exp.evaluation.accuracy import Accuracy
 from bs_exp.evaluation.embeddings import Embeddings
 from bs_exp.evaluation.masked_perplexity import MaskedPerplexity
 from bs_exp.evaluation.perplexity import Perplexity
+from bs_exp.evaluation.shared_harness import _shared_out
 from bs_exp.evaluation.similarity import Similarity
 from bs_exp.models.tiny import tiny_random
 from bs_exp.types import LoadedModel
@@ -113,6 +115,27 @@ def _printed(*launcher: str, folder: Path) -> list[dict[str, float | str]]:
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_items_with_the_same_context_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices of one item stay together; items whose context is empty do not."""
+    requests = [
+        Instance("loglikelihood", {}, ("", f"choice {choice}"), choice, ("task", item, 1))
+        for item in range(5)
+        for choice in range(3)
+    ]
+    own: list[int] = []
+
+    def answer(asked: list[Instance], disable_tqdm: bool) -> list[str]:
+        own.append(len(asked))
+        return [request.args[1] for request in asked]
+
+    for start in (0, 1):
+        monkeypatch.setattr(processes, "mine", lambda items, start=start: list(items)[start::2])
+        monkeypatch.setattr(processes, "put_together", lambda found, total: found)
+        answers = _shared_out(answer, requests, False)
+        assert answers == ["choice 0", "choice 1", "choice 2"] * (3 - start)
+    assert own == [9, 6]
 
 
 @pytest.mark.slow

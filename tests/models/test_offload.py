@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 import json
+import math
 import mmap
 import os
 import re
@@ -256,6 +257,12 @@ def test_the_next_block_on_the_way_is_announced(tmp_path: Path, monkeypatch: pyt
         with walked.resident(layer):
             pass
     assert told == [{layer} for layer in (*layers[1:], *reversed(layers[:-1]))]
+    told.clear()
+    walked = Blocks(model)
+    for layer in (0, 0, 1, 1, 1, 2):  # several times in a row
+        with walked.resident(layer):
+            pass
+    assert told == [{1}, {2}]
 
 
 def test_what_is_written_into_a_scratch_file_stays() -> None:
@@ -567,3 +574,61 @@ def test_matrices_with_a_shared_basis_in_two_resident_blocks(tmp_path: Path, mon
             walked.run(0, states)
         assert torch.equal(walked.run(1, states), expected)
     assert same(before, values(module))
+
+
+def test_no_block_is_visited_where_none_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In front of the blocks and behind them, the model's own forward calls blocks that pass on what they are given."""
+    slow_halves(monkeypatch)
+    model = loaded(saved(tmp_path, dtype=torch.bfloat16))
+    walked = Blocks(model)
+    inputs = feeder(model, WINDOWS.feeding).inputs(WINDOWS.ids)
+    states = walked.embedded(inputs)
+    visits: list[object] = []
+    monkeypatch.setattr(offloading, "release", visits.append)
+    with torch.inference_mode():
+        again = walked.embedded(inputs)
+        assert walked.hidden(inputs, states).dtype == torch.bfloat16
+        assert not visits
+        walked.logits(inputs, states)
+    assert len(visits) == 1  # the head
+    assert again.dtype == torch.bfloat16 and torch.equal(again, states)
+
+
+def test_changes_are_kept_as_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_halves(monkeypatch)
+    model = loaded(saved(tmp_path, dtype=torch.bfloat16))
+    block = model.module.get_submodule(model.architecture.blocks[0])
+    weight = next(block.parameters())
+    with resident(block):
+        assert offloading.dtypes_at_home(block)[weight] == torch.bfloat16
+        weight.data.fill_(1.0 + 2**-12)
+        offloading.keep_changes(block)
+        assert bool((weight == 1.0).all()) and weight.dtype == torch.float32
+
+
+def test_what_fp16_cannot_hold_is_clamped_as_models_do() -> None:
+    given = torch.tensor([1.0, 1e6, -1e6, math.inf, -math.inf, math.nan])
+    found = offloading._cast((given, {"kept": given.double()}), torch.float32, torch.float16)
+    assert found[0].tolist()[:5] == [1.0, 65504.0, -65504.0, math.inf, -math.inf] and found[0][5].isnan()
+    assert found[1]["kept"].dtype == torch.float64
+
+
+def test_a_block_that_cannot_come_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_halves(monkeypatch)
+    model = loaded(saved(tmp_path, dtype=torch.bfloat16))
+    block = model.module.get_submodule(model.architecture.blocks[0])
+    own, left = Tensor.to, [3]
+
+    def to(tensor: Tensor, *target: Any, **options: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return own(tensor, *target, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "to", to)
+        with pytest.raises(MemoryError), resident(block):
+            pass
+    assert {parameter.dtype for parameter in block.parameters()} == {torch.bfloat16}
+    with resident(block):
+        assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}

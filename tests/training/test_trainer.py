@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,13 @@ from tests.support.updates import RECOVERY
 IDS = torch.arange(12)[:, None]
 
 
-def trainer(objective: Any, parameters: dict[str, nn.Parameter], held_out: Tensor = IDS[:0], **changes: Any) -> Trainer:
+def trainer(
+    objective: Any,
+    parameters: dict[str, nn.Parameter],
+    held_out: Tensor = IDS[:0],
+    stored: Mapping[str, torch.dtype] | None = None,
+    **changes: Any,
+) -> Trainer:
     return Trainer(
         name="Test",
         settings=replace(RECOVERY, learning_rate=0.1, clip_norm=None, **changes),
@@ -29,6 +36,7 @@ def trainer(objective: Any, parameters: dict[str, nn.Parameter], held_out: Tenso
         held_out=held_out,
         device=torch.device("cpu"),
         scale_loss=False,
+        stored=stored or {},
     )
 
 
@@ -82,3 +90,16 @@ def test_after_an_early_stop_windows_that_no_step_saw_are_not_counted(stored: bo
     assert (made.done, made.best_step, made.finished) == (4, 0, True)
     assert set(made.seen.tolist()) == seen and made.report()["training_windows"] == len(seen) == 4
     assert torch.equal(parameter.detach(), torch.ones(2))
+
+
+def test_parameters_are_measured_as_they_will_be_stored() -> None:
+    """In bf16, of steps that are smaller than its unit, which add up in fp32."""
+    parameter = nn.Parameter(torch.ones(2))
+    training = trainer(lambda ids, training: parameter.sum(), {"p": parameter}, stored={"p": torch.bfloat16})
+    values = []
+    for _ in range(200):
+        training.step(torch.zeros(1, 1), 1e-3)
+        assert torch.equal(parameter, parameter.bfloat16().float())
+        values.append(float(parameter.detach()[0]))
+    assert values[0] == 1.0 and values[-1] < 1.0
+    assert parameter.dtype == torch.float32
