@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from bs_exp.benchmarks import walk
 from bs_exp.benchmarks.real_size import main
+from bs_exp.models.offload import computes
 
 
 @pytest.mark.slow
@@ -17,8 +19,10 @@ def test_figures_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
     told = capfd.readouterr().out
     for offload in ("none", "disk"):
         assert re.search(rf"2 layers, 4 M parameters, offload={offload}\n  peak resident memory [\d.]+ GB, cache", told)
-    perplexities = re.findall(r"compressed: ppl/text ([\d.]+)", told)
-    assert len(perplexities) == 2 and perplexities[0] == perplexities[1]
+    here, in_files = map(float, re.findall(r"compressed: ppl/text ([\d.]+)", told))
+    # Where the CPU cannot multiply in bf16, blocks that wait in files compute in fp32.
+    exact = computes(torch.bfloat16, torch.device("cpu"))
+    assert in_files == here if exact else in_files == pytest.approx(here, rel=1e-3)
     assert "decompose" in told
 
 
