@@ -1,7 +1,8 @@
 """Memory and seconds of a walk through a model of a real size: `python -m bs_exp.benchmarks.walk --help`.
 
-As `real_size`, but without decompositions, which take the longest: a Llama of random weights is loaded, all Grams are
-gathered, logits are computed block by block, and the dense model is saved, in this process. One number of layers at a
+As `real_size`, but without decompositions, which take the longest: a Llama of random weights is loaded, all Grams of
+inputs are gathered, then those of output gradients, logits are computed block by block, and the dense model is saved,
+in this process. One number of layers at a
 time, since the peak of a process's memory cannot be reset.
 """
 
@@ -39,6 +40,8 @@ def stages(model: Path, scratch: Path, *, offload: str, windows: int, length: in
     workspace = Workspace(Cache(scratch / "cache"), Progress(quiet=True))
     calibrate(dense, data, needs={Statistic.GRAM}, workspace=workspace)
     yield "calibrate"
+    calibrate(dense, data, needs={Statistic.OUTPUT_GRAM}, workspace=workspace)
+    yield "calibrate backward"
     for logits in logits_of(dense, [{"input_ids": batch, "use_cache": False} for batch in data.batches]):
         del logits
     yield "logits"

@@ -116,13 +116,14 @@ class Blocks:
     def resident(self, layer: int) -> Iterator[None]:
         """The weights of a block are on the model's device meanwhile; where they wait elsewhere, they come once.
 
-        Where they lie in files, those of the block behind it are read meanwhile; on the way back, those in front of it.
+        Where they lie in files, those of the next block on the way are read meanwhile: the one behind it or, on the way
+        back, which begins at the last one, that in front of it.
         """
-        again, last = layer == self._latest, layer == len(self) - 1
-        follows = layer - 1 if layer < self._latest or (again and last) else layer + 1
-        self._latest = layer
+        before, self._latest = self._latest, layer
+        follows = layer + 1 if layer > before else layer - 1
+        stays = layer == before and layer < len(self) - 1  # the same block again
         with resident(self._modules[layer]):
-            if 0 <= follows < len(self) and (last or not again):
+            if not stays and 0 <= follows < len(self):
                 announce(self._modules[follows].parameters())
             yield
 

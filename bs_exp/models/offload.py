@@ -130,8 +130,11 @@ def keep_changes(block: nn.Module) -> None:
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has instructions for products in a dtype."""
-    if device.type != "cpu":
+    """Whether PyTorch has kernels for products in a dtype that use a device's own instructions.
+
+    On a CPU that is what oneDNN says: AVX-512 for bfloat16, its part for fp16. A PyTorch without it cannot tell.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return True
     match dtype:
         case torch.bfloat16:
@@ -173,10 +176,10 @@ def _enter(block: nn.Module, *call: Any) -> None:
     if residence is None or (call and residence.passing):
         return
     residence.depth += 1
-    if residence.depth == 1:
+    comes = residence.depth == 1
+    if comes:
         # After a call alone its weights go, which its backward pass may need as they were in it.
         residence.converts = residence.rounded is not None and not (call and torch.is_grad_enabled())
-    comes = residence.depth == 1
     for parameter in block.parameters():  # also those that were exchanged meanwhile, or went home with another block
         dtype = torch.float32 if residence.converts and parameter.dtype == residence.rounded else parameter.dtype
         if parameter.dtype != dtype or (comes and parameter.device != residence.device):

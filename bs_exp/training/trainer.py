@@ -280,7 +280,7 @@ class Trainer:
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        """Adds the gradients of half-precision parameters to those of their masters."""
+        """Adds the gradients of parameters that have masters of their own to those of these."""
         for name, parameter in self.parameters.items():
             if (master := self.masters[name]) is not parameter and parameter.grad is not None:
                 gradient = parameter.grad.to(master.dtype)

@@ -221,7 +221,7 @@ class NaturalGradient:
         curvature = self.curvature(found)
         assert found.loss_gradient is not None
         direction = natural_gradient(found.group, found.loss_gradient, curvature)
-        curvature = self.curvature(found)
+        curvature = self.curvature(found)  # anew, as in `turn`: directions of all groups come first
         line = Line.through(factors, direction, basis_direction(factors, direction, curvature), curvature.inputs)
         for _ in range(self.trials):
             line.at(self.first_length, factors)

@@ -25,7 +25,7 @@ from bs_exp.models.blocks import Blocks
 from bs_exp.models.divergence import precise
 from bs_exp.models.fingerprint import fingerprint
 from bs_exp.models.model_inputs import feeder
-from bs_exp.models.offload import dtypes_at_home, keep_changes
+from bs_exp.models.offload import computes, dtypes_at_home, is_offloaded, keep_changes
 from bs_exp.models.surgery import block_parameters, find_factors, own_parameters
 from bs_exp.training.optimizers import OptimizerSettings
 from bs_exp.training.settings import TrainerSettings, split_windows
@@ -138,6 +138,9 @@ class RefineBlocks(TrainerSettings, OptimizerSettings):
         largest = max(sum(p.numel() for p in dense.module.get_submodule(path).parameters()) for path in paths)
         # Master, gradient and two moments in fp32, or finer; and the best parameters so far.
         needed = largest * (4 * precise(dense.module.dtype).itemsize + dense.module.dtype.itemsize)
+        if is_offloaded(dense.module) and not computes(dense.module.dtype, dense.device):
+            # The block is in fp32 meanwhile, and so are its best parameters.
+            needed += largest * (2 * torch.float32.itemsize - dense.module.dtype.itemsize)
         width = getattr(dense.module.config.get_text_config(), "hidden_size", 0)
         states = 2 * data.windows.ids.numel() * int(width) * dense.module.dtype.itemsize
         if data.activations == "memory":

@@ -37,5 +37,5 @@ def test_figures_of_a_walk(offload: str, capsys: pytest.CaptureFixture[str]) -> 
         ["--layers", "2", "--width", "64", "--d-ff", "96", "--windows", "2", "--length", "8", "--offload", offload]
     )
     told = capsys.readouterr().out
-    for stage in ("load", "calibrate", "logits", "save"):
+    for stage in ("load", "calibrate", "calibrate backward", "logits", "save"):
         assert re.search(rf"  {stage}: [\d.]+ s, peak resident memory [\d.]+ GB\n", told)

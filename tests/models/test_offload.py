@@ -632,3 +632,13 @@ def test_a_block_that_cannot_come_stays_as_it_was(tmp_path: Path, monkeypatch: p
     assert {parameter.dtype for parameter in block.parameters()} == {torch.bfloat16}
     with resident(block):
         assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pytorch_that_cannot_tell_computes_in_the_models_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN, which is asked, is not in every build."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops, "mkldnn", raising=False)
+    assert offloading.computes(dtype, torch.device("cpu"))
