@@ -2,8 +2,8 @@
 
 Random weights in the shapes of LLaMA-7B, a few of its blocks, and a head as small in proportion. Every matrix of the
 blocks keeps the same share of its parameters. All variants are timed in turn, several times over. Where products of
-factors are computed in blocks (on CPUs), there is a dense model whose products are, too: what is left of a speed-up
-against it is due to the factors alone.
+factors are rearranged (on CPUs), there is a dense model whose products are, too: what is left of a speed-up against it
+is due to the factors alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bs_exp.benchmarks.comparison import (
 )
 from bs_exp.evaluation.in_turns import in_turn
 from bs_exp.evaluation.throughput import read_and_write
-from bs_exp.models.modeling_basis_sharing import is_in_blocks, linear
+from bs_exp.models.modeling_basis_sharing import is_rearranged, linear
 from bs_exp.models.surgery import twin
 
 
@@ -63,7 +63,7 @@ def variants(
     return tuple(found)
 
 
-class DenseInBlocks(nn.Module):
+class DenseRearranged(nn.Module):
     """A dense layer without bias, computed as factors are."""
 
     def __init__(self, layer: nn.Linear):
@@ -75,19 +75,19 @@ class DenseInBlocks(nn.Module):
 
 
 @torch.no_grad()
-def dense_in_blocks(dense: Variant) -> tuple[Variant, ...]:
-    """The dense model with the products of its blocks computed as those of factors are; none where these are as usual.
+def dense_rearranged(dense: Variant) -> tuple[Variant, ...]:
+    """The dense model with the products of its blocks arranged as those of factors are; none where these are as usual.
 
     It holds the same parameters.
     """
     model = twin(dense.module)
     blocks = model.get_submodule("model.layers")
     layers = [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
-    if not any(is_in_blocks(m.weight.new_empty(1, m.in_features), m.weight) for _, m in layers):
+    if not any(is_rearranged(m.weight.new_empty(1, m.in_features), m.weight) for _, m in layers):
         return ()
     for name, layer in layers:
-        blocks.set_submodule(name, DenseInBlocks(layer))
-    return (replace(dense, name="dense, in blocks", module=model),)
+        blocks.set_submodule(name, DenseRearranged(layer))
+    return (replace(dense, name="dense, rearranged", module=model),)
 
 
 def measure(
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dense, *others = variants(config, options.ratio, **sizes, **where)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    found = (dense, *dense_in_blocks(dense), *others)
+    found = (dense, *dense_rearranged(dense), *others)
     lengths = {"prompt_length": options.prompt_length, "generated_length": options.generated_length}
     measurements = [m for batch in options.batch for m in measure(found, batch, rounds=options.rounds, **lengths)]
     report(measurements, options, f"{options.blocks} blocks, {options.hidden} and {options.intermediate} wide, eager")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from bs_exp.benchmarks.decoder import DenseInBlocks, dense_in_blocks, main, variants
+from bs_exp.benchmarks.decoder import DenseRearranged, dense_rearranged, main, variants
 from bs_exp.models import modeling_basis_sharing
 from bs_exp.models.modeling_basis_sharing import (
     FactorisedLinear,
@@ -54,14 +54,14 @@ def test_blocks_left_over_are_a_smaller_group(group: int) -> None:
     assert [id(basis) for basis in bases] == [id(bases[i // group * group]) for i in range(4)]
 
 
-def test_a_dense_model_in_blocks_is_compared_where_factors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rearranged_dense_model_is_compared_where_factors_are(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
     dense, *_ = variants(config, 0.7, dtype=torch.float32, device=torch.device("cpu"))
-    assert dense_in_blocks(dense) == ()
+    assert dense_rearranged(dense) == ()
     monkeypatch.setattr(modeling_basis_sharing, "LEAST_NUMBERS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    (other,) = dense_in_blocks(dense)
-    assert sum(isinstance(module, DenseInBlocks) for module in other.module.modules()) == 14
+    (other,) = dense_rearranged(dense)
+    assert sum(isinstance(module, DenseRearranged) for module in other.module.modules()) == 14
     assert {id(p) for p in other.module.parameters()} == {id(p) for p in dense.module.parameters()}
     ids = torch.arange(5)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Products of few tokens on a CPU: in blocks of rows where it pays, and the same numbers as in one piece."""
+"""Products of few tokens on a CPU: in blocks of rows or from the left where it pays, and the same numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models import modeling_basis_sharing
-from bs_exp.models.modeling_basis_sharing import BLOCKS, MOST_TOKENS, linear
+from bs_exp.models.modeling_basis_sharing import BLOCKS, MOST_TOKENS, linear, taken
 from bs_exp.protocols import Layout
 from bs_exp.types import LoadedModel
 from tests.support.factorised import compressed_twin
@@ -22,14 +22,16 @@ needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="th
 
 
 class Called(TorchDispatchMode):
-    """Counts the batched products that are computed."""
+    """Counts the batched products that are computed, and those with the factor `[rows, ..]` on the left."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = -1) -> None:
         super().__init__()
-        self.batched = 0
+        self.batched = self.left = 0
+        self.rows = rows
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.batched += func is torch.ops.aten.bmm.default
+        self.left += func in (torch.ops.aten.mm.default, torch.ops.aten.mv.default) and len(args[0]) == self.rows
         return func(*args, **(kwargs or {}))
 
 
@@ -48,9 +50,15 @@ def factor(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> nn.Pa
 
 
 def number(x: Tensor, w: Tensor) -> int:
-    with Called() as called:
+    with Called(len(w)) as called:
         linear(x, w)
-    return called.batched
+    return called.batched + called.left
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies tiles in bf16."""
+    monkeypatch.setattr(modeling_basis_sharing, "_has_tiles", lambda: True)
 
 
 @needs_mkl
@@ -67,13 +75,37 @@ def test_the_same_numbers(shape: tuple[int, ...], with_bias: bool) -> None:
     torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (2, 24), (2, 5, 24), (2, 1, 24), (MOST_TOKENS, 24)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@torch.no_grad()
+def test_the_same_numbers_from_the_left(shape: tuple[int, ...], with_bias: bool) -> None:
+    w, bias = factor(44, 24, torch.bfloat16), torch.randn(44).bfloat16() if with_bias else None
+    x = torch.randn(*shape).bfloat16()
+    found = linear(x, w, bias)
+    exact = nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    assert number(x, w) == 1
+    assert found.shape == exact.shape and found.is_contiguous() and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-7)
+
+
+@torch.no_grad()
+def test_a_torch_that_cannot_tell_has_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_basis_sharing, "_has_tiles", modeling_basis_sharing._has_tiles.__wrapped__)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert number(torch.randn(1, 24).bfloat16(), factor(16, 24, torch.bfloat16)) == 0
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(
     ("tokens", "rows", "dtype", "around"),
     [
         (MOST_TOKENS + 1, 16, torch.float32, torch.no_grad),
         (1, BLOCKS + 1, torch.float32, torch.no_grad),
-        (1, 16, torch.bfloat16, torch.no_grad),
+        (MOST_TOKENS + 1, 16, torch.bfloat16, torch.no_grad),
+        (2, 16, torch.float16, torch.no_grad),
         (1, 16, torch.float32, nullcontext),  # training keeps its bits
+        (2, 16, torch.bfloat16, nullcontext),
         (0, 16, torch.float32, torch.no_grad),
     ],
 )
@@ -84,6 +116,14 @@ def test_in_one_piece(
     with around():
         assert number(x, w) == 0
         assert torch.equal(linear(x, w), nn.functional.linear(x, w))
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (5, 24), (2, 3, 24)])
+@pytest.mark.parametrize("around", [torch.no_grad, nullcontext])
+def test_inputs_are_taken(shape: tuple[int, ...], around: Callable[[], AbstractContextManager[object]]) -> None:
+    x, features = torch.randn(*shape), torch.tensor([3, 5, 17])
+    with around():
+        assert torch.equal(taken(x, features), x[..., features])
 
 
 @torch.no_grad()
@@ -115,18 +155,20 @@ def test_models_write_the_same(
     assert torch.equal(written, expected)
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_an_exported_layer_has_no_batched_products() -> None:
+def test_an_exported_layer_is_one_product(dtype: torch.dtype) -> None:
     """Exporters and compilers see the two products that a layer is, and choose by themselves."""
 
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = factor(16, 24)
+            self.w = factor(16, 24, dtype)
 
         def forward(self, x: Tensor) -> Tensor:
             return linear(x, self.w)
 
-    graph = torch.export.export(Product(), (torch.randn(1, 24),)).graph
+    graph = torch.export.export(Product(), (torch.randn(2, 24).to(dtype),)).graph
     called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert called == ["aten.linear.default"]

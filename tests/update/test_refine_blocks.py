@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bs_exp.cache import Cache
@@ -187,16 +187,18 @@ def test_weights_that_wait_on_disk_are_refined_to_the_same_bits(tmp_path: Path) 
 
 def test_what_a_resident_block_learned_goes_to_where_it_waits() -> None:
     """A block whose weights wait elsewhere: here a copy of them stands for the device's."""
-    module = nn.Sequential(nn.Linear(2, 2))
-    place(module, ["0"], torch.device("cpu"))
-    with resident(module[0]):
-        home = module[0].weight.data
-        vars(module[0])["_bs_exp_residence"].home.append((module[0].weight, home))
-        module[0].weight.data = home + 1.0
-        keep_changes(module[0])
-        learned = module[0].weight.data.clone()
-    assert torch.equal(module[0].weight.data, learned) and torch.equal(home, learned)
-    assert module[0].weight.data.data_ptr() == home.data_ptr()
+    dense = tiny_random()
+    block = dense.module.get_submodule(dense.architecture.blocks[0])
+    weight = next(block.parameters())
+    place(dense.module, dense.architecture.blocks, torch.device("cpu"))
+    with resident(block):
+        home = weight.data
+        vars(block)["_bs_exp_residence"].home.append((weight, home))
+        weight.data = home + 1.0
+        keep_changes(block)
+        learned = weight.data.clone()
+    assert torch.equal(weight.data, learned) and torch.equal(home, learned)
+    assert weight.data.data_ptr() == home.data_ptr()
 
 
 def test_what_cannot_work_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
