@@ -31,7 +31,7 @@ from bs_exp.benchmarks.comparison import (
 )
 from bs_exp.evaluation.in_turns import in_turn
 from bs_exp.evaluation.throughput import read_and_write
-from bs_exp.models.modeling_basis_sharing import is_rearranged, linear
+from bs_exp.models.modeling_basis_sharing import arrangement, linear
 from bs_exp.models.surgery import twin
 
 
@@ -83,7 +83,7 @@ def dense_rearranged(dense: Variant) -> tuple[Variant, ...]:
     model = twin(dense.module)
     blocks = model.get_submodule("model.layers")
     layers = [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
-    if not any(is_rearranged(m.weight.new_empty(1, m.in_features), m.weight) for _, m in layers):
+    if not any(arrangement(m.weight.new_empty(1, m.in_features), m.weight) for _, m in layers):
         return ()
     for name, layer in layers:
         blocks.set_submodule(name, DenseRearranged(layer))

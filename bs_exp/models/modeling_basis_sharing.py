@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import transformers
@@ -54,42 +54,53 @@ MOST_MODULES = 100_000
 LinearMap = Callable[[Tensor], Tensor]
 
 # Products of few tokens and a large factor on a CPU are arranged otherwise: up to so many tokens, from so many numbers
-# on, in so many blocks if they are in fp32.
+# on. In fp32 in so many blocks; with tiles (AMX) for these numbers of tokens with the factor on the left.
 BLOCKS = 8
 MOST_TOKENS = 128
 LEAST_NUMBERS = 2**20
+LEFT_IN_FLOAT32 = range(4, 65)
 
 
 def linear(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ factor^T + bias`; for few tokens in inference on a CPU arranged so that all of it works (docs/results.md).
 
-    In fp32 as one batch of products by blocks of rows: MKL has an entry for one product, which takes a single core on
-    some CPUs, and one for a batch, which takes all. In bf16 as `factor @ x^T`: with tiles (AMX), oneDNN reorders the
-    operand on the right first. Either way the same numbers are summed, at most in another order.
+    In blocks of rows, one batch of products: MKL has an entry for one product, which takes a single core on some CPUs,
+    and one for a batch, which takes all. From the left, `factor @ x^T`: libraries reorder the operand on the right
+    first, and here that is the smaller one. Either way the same numbers are summed, at most in another order.
     """
-    if not is_rearranged(x, factor):
+    way = arrangement(x, factor)
+    if way is None:
         return nn.functional.linear(x, factor, bias)
-    if x.dtype == torch.bfloat16:
-        tokens = x.reshape(-1, x.shape[-1])
-        y = torch.mv(factor, tokens[0]) if len(tokens) == 1 else (factor @ tokens.mT).mT.contiguous()
-        y = y.view(*x.shape[:-1], len(factor))
+    tokens = x.reshape(-1, x.shape[-1])
+    if way == "blocks":
+        blocks = factor.unflatten(0, (BLOCKS, -1)).mT
+        y = torch.bmm(tokens.expand(BLOCKS, -1, -1), blocks).transpose(0, 1).reshape(len(tokens), -1)
     else:
-        tokens, blocks = x.reshape(1, -1, x.shape[-1]), factor.unflatten(0, (BLOCKS, -1)).mT
-        y = torch.bmm(tokens.expand(BLOCKS, -1, -1), blocks).transpose(0, 1).reshape(*x.shape[:-1], len(factor))
+        y = torch.mv(factor, tokens[0]) if len(tokens) == 1 else (factor @ tokens.mT).mT.contiguous()
+    y = y.view(*x.shape[:-1], len(factor))
     return y if bias is None else y + bias
 
 
-def is_rearranged(x: Tensor, factor: Tensor) -> bool:
-    """Whether `linear` computes this product otherwise than `nn.functional.linear`."""
-    return (
-        factor.numel() >= LEAST_NUMBERS
-        and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-        and _runs_on_cpu(x)
-        and type(factor) is nn.Parameter  # tensors of other libraries know `linear` alone
-        and not torch.is_autocast_enabled("cpu")
-        and x.dtype == factor.dtype
-        and (_gains_blocks(factor) if x.dtype == torch.float32 else x.dtype == torch.bfloat16 and _has_tiles())
-    )
+def arrangement(x: Tensor, factor: Tensor) -> Literal["blocks", "left"] | None:
+    """How `linear` computes a product; None as `nn.functional.linear` does."""
+    if (
+        factor.numel() < LEAST_NUMBERS
+        or not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
+        or not _runs_on_cpu(x)
+        or type(factor) is not nn.Parameter  # tensors of other libraries know `linear` alone
+        or torch.is_autocast_enabled("cpu")
+        or x.dtype != factor.dtype
+    ):
+        return None
+    if x.dtype == torch.bfloat16:
+        return "left" if _has_tiles() else None
+    if x.dtype != torch.float32:
+        return None
+    if x.numel() // x.shape[-1] in LEFT_IN_FLOAT32 and _has_tiles():
+        return "left"
+    # With more threads than blocks MKL does better by itself.
+    gains = len(factor) % BLOCKS == 0 and 1 < torch.get_num_threads() <= BLOCKS and torch.backends.mkl.is_available()
+    return "blocks" if gains else None
 
 
 def taken(x: Tensor, features: Tensor) -> Tensor:
@@ -106,14 +117,9 @@ def _runs_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not watched
 
 
-def _gains_blocks(factor: Tensor) -> bool:
-    """With more threads than blocks MKL does better by itself."""
-    return len(factor) % BLOCKS == 0 and 1 < torch.get_num_threads() <= BLOCKS and torch.backends.mkl.is_available()
-
-
 @cache
 def _has_tiles() -> bool:
-    """Whether this CPU multiplies tiles in bf16, and PyTorch can tell. Without them the usual order does better."""
+    """Whether this CPU multiplies tiles (AMX), and PyTorch can tell: there products were measured from the left."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
     return torch.backends.mkldnn.is_available() and bool(capabilities().get("amx_bf16", False))
 

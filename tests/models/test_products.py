@@ -13,11 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
 from bs_exp.models import modeling_basis_sharing
-from bs_exp.models.modeling_basis_sharing import BLOCKS, MOST_TOKENS, linear, taken
+from bs_exp.models.modeling_basis_sharing import (
+    BLOCKS,
+    LEFT_IN_FLOAT32,
+    MOST_TOKENS,
+    arrangement,
+    linear,
+    taken,
+)
 from bs_exp.protocols import Layout
 from bs_exp.types import LoadedModel
 from tests.support.factorised import compressed_twin
 
+HAS_TILES = modeling_basis_sharing._has_tiles
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
 
 
@@ -37,8 +45,9 @@ class Called(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads, and factors of any size."""
+    """Two threads, factors of any size, and no tiles."""
     threads = torch.get_num_threads()
+    monkeypatch.setattr(modeling_basis_sharing, "_has_tiles", lambda: False)
     monkeypatch.setattr(modeling_basis_sharing, "LEAST_NUMBERS", 1)
     torch.set_num_threads(2)
     yield
@@ -56,42 +65,55 @@ def number(x: Tensor, w: Tensor) -> int:
 
 
 @pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that multiplies tiles in bf16."""
+def tiles(small_ones_too: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies tiles."""
     monkeypatch.setattr(modeling_basis_sharing, "_has_tiles", lambda: True)
 
 
-@needs_mkl
-@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (3, 24), (2, 5, 24), (MOST_TOKENS, 24)])
-@pytest.mark.parametrize("with_bias", [False, True])
-@torch.no_grad()
-def test_the_same_numbers(shape: tuple[int, ...], with_bias: bool) -> None:
-    w, bias = factor(4 * BLOCKS, 24), torch.randn(4 * BLOCKS) if with_bias else None
-    x = torch.randn(*shape)
+FEW = [(24,), (1, 1, 24), (3, 24), (2, 5, 24), (LEFT_IN_FLOAT32.stop, 24), (MOST_TOKENS, 24)]
+
+
+def check(shape: tuple[int, ...], dtype: torch.dtype, with_bias: bool, way: str) -> None:
+    """The product in a way equals that in fp64, with one call of a kernel."""
+    w, bias = factor(4 * BLOCKS, 24, dtype), torch.randn(4 * BLOCKS).to(dtype) if with_bias else None
+    x = torch.randn(*shape).to(dtype)
     found = linear(x, w, bias)
     exact = nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
-    assert number(x, w) == 1
-    assert found.shape == exact.shape and found.is_contiguous()
-    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-5)
+    assert arrangement(x, w) == way and number(x, w) == 1
+    assert found.shape == exact.shape and found.is_contiguous() and found.dtype == dtype
+    rounding = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=rounding)
+
+
+@needs_mkl
+@pytest.mark.parametrize("shape", FEW)
+@pytest.mark.parametrize("with_bias", [False, True])
+@torch.no_grad()
+def test_the_same_numbers_in_blocks(shape: tuple[int, ...], with_bias: bool) -> None:
+    check(shape, torch.float32, with_bias, "blocks")
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("shape", [(24,), (1, 1, 24), (2, 24), (2, 5, 24), (2, 1, 24), (MOST_TOKENS, 24)])
+@pytest.mark.parametrize("shape", FEW)
 @pytest.mark.parametrize("with_bias", [False, True])
 @torch.no_grad()
 def test_the_same_numbers_from_the_left(shape: tuple[int, ...], with_bias: bool) -> None:
-    w, bias = factor(44, 24, torch.bfloat16), torch.randn(44).bfloat16() if with_bias else None
-    x = torch.randn(*shape).bfloat16()
-    found = linear(x, w, bias)
-    exact = nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
-    assert number(x, w) == 1
-    assert found.shape == exact.shape and found.is_contiguous() and found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-7)
+    check(shape, torch.bfloat16, with_bias, "left")
+
+
+@pytest.mark.usefixtures("tiles")
+@torch.no_grad()
+def test_in_fp32_from_the_left_between_few_and_many_tokens() -> None:
+    torch.set_num_threads(1)
+    for shape in ((LEFT_IN_FLOAT32.start, 24), (2, 5, 24), (LEFT_IN_FLOAT32.stop - 1, 24)):
+        check(shape, torch.float32, False, "left")
+    for tokens in (LEFT_IN_FLOAT32.start - 1, LEFT_IN_FLOAT32.stop):
+        assert number(torch.randn(tokens, 24), factor(16, 24)) == 0
 
 
 @torch.no_grad()
 def test_a_torch_that_cannot_tell_has_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modeling_basis_sharing, "_has_tiles", modeling_basis_sharing._has_tiles.__wrapped__)
+    monkeypatch.setattr(modeling_basis_sharing, "_has_tiles", HAS_TILES.__wrapped__)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert number(torch.randn(1, 24).bfloat16(), factor(16, 24, torch.bfloat16)) == 0
 
@@ -102,6 +124,7 @@ def test_a_torch_that_cannot_tell_has_no_tiles(monkeypatch: pytest.MonkeyPatch) 
     [
         (MOST_TOKENS + 1, 16, torch.float32, torch.no_grad),
         (1, BLOCKS + 1, torch.float32, torch.no_grad),
+        (2, 16, torch.float64, torch.no_grad),
         (MOST_TOKENS + 1, 16, torch.bfloat16, torch.no_grad),
         (2, 16, torch.float16, torch.no_grad),
         (1, 16, torch.float32, nullcontext),  # training keeps its bits
