@@ -14,7 +14,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from bs_exp.models.modeling_basis_sharing import PivotedInputLinear, PivotedLinear, PivotedOutputLinear, unpack_bits
+from bs_exp.models.modeling_basis_sharing import (
+    PivotedInputLinear,
+    PivotedLinear,
+    PivotedOutputLinear,
+    taken,
+    unpack_bits,
+)
 from bs_exp.serving.parts import HeldFeatures, Part, Share, StoredGroup, held_features, stacks
 
 
@@ -226,13 +232,13 @@ class PartOfLayer(nn.Module):
 
     def components_of(self, x: Tensor, bases: Bases) -> Tensor:
         """`z` of a basis with pivots among its inputs: those inputs, and what the others are worth in them."""
-        own = x.index_select(-1, cast("Tensor", self.own))
+        own = taken(x, cast("Tensor", self.own))
         if not bases.map.stored and self.all_components:
             return own
         if not bases.map.stored:
             z = x.new_zeros(*x.shape[:-1], self.rank)
         else:
-            z = bases.map(x.index_select(-1, cast("Tensor", self.others)))
+            z = bases.map(taken(x, cast("Tensor", self.others)))
         return z + own if self.all_components else z.index_add(-1, cast("Tensor", self.components), own)
 
     def values(self, x: Tensor, z: Tensor | None) -> list[tuple[Tensor | slice, Tensor]]:
@@ -240,7 +246,7 @@ class PartOfLayer(nn.Module):
         whole = slice(self.offset, self.offset + self.d_out)
         if z is None or not self.is_output_pivoted:
             return [(whole, self.weight(x if z is None else z))]
-        own = z if self.all_components else z.index_select(-1, cast("Tensor", self.components))
+        own = z if self.all_components else taken(z, cast("Tensor", self.components))
         values: list[tuple[Tensor | slice, Tensor]] = [(cast("Tensor", self.own), own)]
         if self.weight.stored:
             values.append((cast("Tensor", self.others), self.weight(z)))
