@@ -28,7 +28,7 @@ MARKERS := not slow and not gpu and not network and not chaos and not vllm
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo sweep-demo smoke test test-vllm chaos check fix lock clean
+.PHONY: help demo sweep-demo smoke test test-gpu test-vllm chaos check fix lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ smoke: $(INSTALLED)  ## one tiny run through the command line, in seconds
 
 test: $(INSTALLED)  ## run the tests (with CI=1 the slow ones too)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(MARKERS)" $(ARGS)
+
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-vllm: $(VLLM_INSTALLED)  ## serve compressed models with vLLM, in an environment of its own (about 15 minutes)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/serving/test_vllm.py $(ARGS)

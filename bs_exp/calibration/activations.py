@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, is_finite
+from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, is_finite, summed
 from bs_exp.processes import add_up, largest, total_of
 
 
@@ -31,11 +31,11 @@ class GramSum:
 
     def add(self, seen: Seen) -> None:
         rows = seen.exact_rows
-        self._gram += (rows.mT @ rows).double().cpu()
+        self._gram = summed(self._gram, rows.mT @ rows)
         self._tokens += len(rows)
 
     def combine(self) -> None:
-        self._gram, self._tokens = add_up(self._gram), total_of(self._tokens)
+        self._gram, self._tokens = add_up(self._gram.cpu()), total_of(self._tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         upper = self._gram.triu()

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bs_exp.calibration.statistics import Loss, Place, Seen, Subject
+from bs_exp.calibration.statistics import Loss, Place, Seen, Subject, summed
 from bs_exp.processes import add_up, total_of
 
 
@@ -24,10 +24,10 @@ class OutputGramSum:
 
     def add(self, seen: Seen) -> None:
         rows = seen.rows
-        self._gram += (rows.mT @ rows).double().cpu()
+        self._gram = summed(self._gram, rows.mT @ rows)
 
     def combine(self) -> None:
-        self._gram = add_up(self._gram)
+        self._gram = add_up(self._gram.cpu())
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gram": self._gram}
@@ -69,11 +69,11 @@ class SquaredGradientRows:
         assert seen.inputs is not None and seen.batch is not None
         inputs, gradients = _by_sequence(seen.inputs, seen.batch), _by_sequence(seen.values, seen.batch)
         for x, g in zip(inputs, gradients, strict=True):
-            self._rows += (x.mT @ g).square().sum(1).double().cpu()
+            self._rows = summed(self._rows, (x.mT @ g).square().sum(1))
         self._sequences += seen.batch[0]
 
     def combine(self) -> None:
-        self._rows, self._sequences = add_up(self._rows), total_of(self._sequences)
+        self._rows, self._sequences = add_up(self._rows.cpu()), total_of(self._sequences)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"rows": self._rows / max(self._sequences, 1)}
@@ -96,10 +96,10 @@ class LossGradient:
     def add(self, seen: Seen) -> None:
         assert seen.inputs is not None
         inputs = seen.inputs.reshape(-1, seen.inputs.shape[-1]).float()
-        self._gradient += (inputs.mT @ seen.rows).double().cpu()
+        self._gradient = summed(self._gradient, inputs.mT @ seen.rows)
 
     def combine(self) -> None:
-        self._gradient = add_up(self._gradient)
+        self._gradient = add_up(self._gradient.cpu())
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gradient": self._gradient.float()}

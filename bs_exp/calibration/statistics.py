@@ -64,8 +64,19 @@ class Seen:
         return self.rows.double() if self.values.device.type == "cpu" else self.rows
 
 
+def summed(total: Tensor, products: Tensor) -> Tensor:
+    """`total + products` in fp64, in place where it can be.
+
+    On a cuda device it stays there, as a Gram takes longer to the host than to make. Elsewhere it is on the CPU, since
+    some devices have no fp64.
+    """
+    if products.device.type == "cuda":
+        return total.to(products.device).add_(products)
+    return total.add_(products.double().cpu())
+
+
 class Accumulator(Protocol):
-    """One statistic of one subject: products in fp32, summed in fp64 on the CPU, unless it says otherwise.
+    """One statistic of one subject: products in fp32, `summed` in fp64, unless it says otherwise.
 
     `loss` is that whose gradients it takes, None if it takes none. `reads_inputs`: at a matrix's output, whether it
     needs the matrix's inputs beside the gradients, which costs the memory to keep them.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bs_exp import processes
 from bs_exp.cache import Entry
-from bs_exp.errors import CacheError, DecompositionError
-from bs_exp.factorization.spectra import GroupMeasures, LinAlgError, read_spectrum, spectrum_tensors
+from bs_exp.errors import CacheError
+from bs_exp.factorization.spectra import GroupMeasures, read_spectrum, spectrum_tensors
 from bs_exp.linalg.corrections import corrections_of
 from bs_exp.linalg.decomposition import decompose, split_by_layer
 from bs_exp.protocols import Layout
@@ -134,10 +134,7 @@ def _stored(group: WeightGroup, measures: GroupMeasures, rank: int) -> Entry | N
 
 def _decomposed(group: WeightGroup, measures: GroupMeasures, rank: int) -> Entry:
     """The decomposition of a group, made now; its leading components are stored."""
-    try:
-        found = decompose(group, measures.weight(group), measures.metric(group))
-    except (DecompositionError, LinAlgError) as error:
-        raise measures.failure(group, error) from error
+    found = measures.made(decompose, group)
     factors = {
         name: rows[:rank].to(device="cpu", dtype=measures.factor_dtype)
         for name, rows in (("basis_t", found.basis_t), ("coefficients", found.coefficients))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,8 @@ from bs_exp.types import (
 )
 from bs_exp.workspace import Workspace
 
+T = TypeVar("T")
+
 SPECTRUM = "spectrum"
 _UNITS = tuple(LossUnit)
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -56,33 +59,56 @@ class GroupMeasures:
         """Gathers the statistics now instead of at their first use."""
         _ = self._statistics
 
-    def weight(self, group: WeightGroup) -> Float[Tensor, "d_in columns"]:
-        """The concatenated dense weights of a group, in fp64."""
+    def weight(self, group: WeightGroup, device: torch.device | None = None) -> Float[Tensor, "d_in columns"]:
+        """The concatenated dense weights of a group, in fp64, on the model's device if on no other."""
         matrices = [self.dense.architecture.by_position[group.matrix, layer] for layer in group.layers]
         weights = [weight_of(self.dense.module, m).detach() for m in matrices]
-        found = torch.cat([weight.to(self.dense.device).double() for weight in weights], dim=1)
+        found = torch.cat([weight.to(device or self.dense.device).double() for weight in weights], dim=1)
         release(weights)
         return found
 
-    def statistics(self, group: WeightGroup) -> GroupStatistics:
-        """The gathered statistics of a group, on the model's device; without calibration, none."""
+    def statistics(self, group: WeightGroup, device: torch.device | None = None) -> GroupStatistics:
+        """The gathered statistics of a group, on the model's device if on no other; without calibration, none."""
         if self._statistics is None:
             return GroupStatistics(group=group, tokens=0)
-        return self._statistics.of(group, self.dense.device)
+        return self._statistics.of(group, device or self.dense.device)
 
-    def metric(self, group: WeightGroup) -> Metric:
+    def metric(self, group: WeightGroup, device: torch.device | None = None) -> Metric:
         """The metric that whitening and importance make of a group's statistics."""
-        return metric_of(self.statistics(group), self.whitening, self.importance)
+        return metric_of(self.statistics(group, device), self.whitening, self.importance)
+
+    def made(self, make: Callable[[WeightGroup, Tensor, Metric], T], group: WeightGroup) -> T:
+        """What `make` makes of a group's weight and metric on the model's device, and on the CPU if memory lacks there.
+
+        Raises DecompositionError that names the modules, for a weight or a metric of which it cannot be made.
+        """
+        try:
+            return self._made(make, group, None)
+        except torch.OutOfMemoryError:
+            if self.dense.device.type == "cpu":
+                raise
+        # Here and not above, where the error still holds what there was no room for.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.workspace.progress.note(
+            f"{group.name} is decomposed on the CPU: the memory of {self.dense.device} does not suffice"
+        )
+        return self._made(make, group, torch.device("cpu"))
+
+    def _made(
+        self, make: Callable[[WeightGroup, Tensor, Metric], T], group: WeightGroup, device: torch.device | None
+    ) -> T:
+        try:
+            return make(group, self.weight(group, device), self.metric(group, device))
+        except (DecompositionError, LinAlgError) as error:
+            raise self.failure(group, error) from error
 
     def spectrum(self, group: WeightGroup) -> Spectrum:
         """The spectrum of a group from eigenvalues alone, from the cache where it has it."""
         key = self.key(group)
         entry = self.workspace.cache.find(SPECTRUM, key)
         if entry is None:
-            try:
-                found = spectrum_of(group, self.weight(group), self.metric(group))
-            except (DecompositionError, LinAlgError) as error:
-                raise self.failure(group, error) from error
+            found = self.made(spectrum_of, group)
             entry = self.workspace.cache.store(SPECTRUM, key, spectrum_tensors(found))
         return read_spectrum(group, entry)
 

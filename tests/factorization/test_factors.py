@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from bs_exp.factorization.factors import KIND, Decompositions, decompose_groups
 from bs_exp.factorization.spectra import GroupMeasures
 from bs_exp.layout.pivoted import PivotedLayout
 from bs_exp.layout.plain import PlainLayout
+from bs_exp.linalg.decomposition import decompose
 from bs_exp.models.tiny import tiny_random
 from bs_exp.pipeline import compress
 from bs_exp.progress import Progress
 from bs_exp.protocols import Layout
 from bs_exp.schedule.steps import EqualSteps
 from bs_exp.sharing.none import singles
-from bs_exp.types import CalibrationData, PlannedGroup, RankPlan, WeightGroup
+from bs_exp.types import CalibrationData, Decomposition, LoadedModel, Metric, PlannedGroup, RankPlan, WeightGroup
+from bs_exp.whitening.identity import IdentityWhitening
 from bs_exp.workspace import Workspace
 from tests.support.recipes import RECIPE
 
@@ -128,3 +131,39 @@ def test_rounds_leave_nothing_behind_unless_asked(tmp_path: Path, on_disk: bool)
         left = [name for name in made if cache.find(*name.split("/")) is not None]
         assert left == (made if keep else made[2 * (groups + sites) :])
     assert plans[True] == plans[False]
+
+
+class Elsewhere:
+    """A model on a device whose tensors have no values, which stands for one without enough memory."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("meta")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(DENSE, name)
+
+
+def test_what_a_device_has_no_memory_for_is_made_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    tried: list[str] = []
+
+    def make(group: WeightGroup, weight: Tensor, metric: Metric) -> Decomposition:
+        tried.append(weight.device.type)
+        if weight.device.type == "meta":
+            raise torch.OutOfMemoryError("no room")
+        return decompose(group, weight, metric)
+
+    here = replace(measures(Cache(None)), needs=frozenset(), whitening=IdentityWhitening())
+    there = replace(
+        here, dense=cast("LoadedModel", Elsewhere()), workspace=Workspace(Cache(None), Progress(quiet=False))
+    )
+    found, expected = there.made(make, GROUPS[0]), here.made(make, GROUPS[0])
+    assert tried == ["meta", "cpu", "cpu"] and torch.equal(found.coefficients, expected.coefficients)
+    assert f"{GROUPS[0].name} is decomposed on the CPU: the memory of meta" in capsys.readouterr().err
+
+
+def test_the_cpu_has_no_place_to_turn_to() -> None:
+    def make(group: WeightGroup, weight: Tensor, metric: Metric) -> Decomposition:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        measures(Cache(None)).made(make, GROUPS[0])
