@@ -177,10 +177,10 @@ def test_steps_that_are_too_large_become_smaller(dtype: str) -> None:
     assert patient["held_out_kl_after"] < patient["held_out_kl_before"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_steps_after_which_nothing_is_finite_become_smaller(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e12), ("float16", 1e4)])
+def test_steps_after_which_nothing_is_finite_become_smaller(dtype: str, rate: float) -> None:
     dense, progress = TinyRandom(dtype=dtype).load(), Progress(quiet=True)
-    update = replace(RECOVERY, optimizer="adamw", learning_rate=1e4, warmup=0.0, clip_norm=None, steps=30)
+    update = replace(RECOVERY, optimizer="adamw", learning_rate=rate, warmup=0.0, clip_norm=None, steps=30)
     made = compress(dense, recipe(update), Workspace(Cache(None), progress)).update
     assert made["held_out_kl_after"] <= made["held_out_kl_before"]
     assert any("is nan" in note or "is inf" in note for note in progress.notes), progress.notes
@@ -192,8 +192,8 @@ def test_steps_after_which_nothing_is_finite_become_smaller(dtype: str) -> None:
     [
         ("soap", "float32", 0.02),
         ("soap", "bfloat16", 0.02),
-        ("soap", "float32", 100.0),
-        ("soap", "bfloat16", 100.0),
+        ("soap", "float32", 1e12),
+        ("soap", "bfloat16", 1e12),
         ("adamw", "float32", 0.02),
         ("adamw", "float16", 0.02),
     ],
@@ -204,7 +204,7 @@ def test_an_interrupted_recovery_goes_on_to_the_same_bits(
     dense = TinyRandom(dtype=dtype).load()
     update = replace(RECOVERY, checkpoint_minutes=0.0, optimizer=optimizer, learning_rate=rate)
     whole = recovered(dense, update)
-    assert (whole.update["last_learning_rate"] < rate) == (rate == 100.0)
+    assert (whole.update["last_learning_rate"] < rate) == (rate == 1e12)
     for steps in (3, 2):
         with pytest.raises(KeyboardInterrupt):
             compress(dense, recipe(update), Workspace(Cache(tmp_path), Interrupting(steps=steps)))
