@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bs_exp import processes
 from bs_exp.cli.arguments import for_hydra
@@ -96,6 +96,7 @@ def run(cfg: DictConfig) -> Objective:
 
 
 def _run(cfg: DictConfig) -> Objective:
+    _keep_few_kernels(cfg)
     from bs_exp.runs.dense_cache import DenseStore
 
     record, folder = describe(cfg)
@@ -109,6 +110,17 @@ def _run(cfg: DictConfig) -> Objective:
     if processes.is_first():
         print_report(record, folder)
     return objective
+
+
+def _keep_few_kernels(cfg: DictConfig) -> None:
+    """Bounds what oneDNN, and PyTorch above it, keep of the shapes that they met, where a model is larger than memory.
+
+    They keep a thousand kernels. Groups with ranks of their own meet new shapes in every block and for every length of
+    text, so that memory grows with depth (docs/offload.md). Both read these variables when torch is imported.
+    """
+    if OmegaConf.select(cfg, "model.offload", default="none") != "none":
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
 def _point(cfg: DictConfig, record: RunRecord, folder: Path) -> Objective:
